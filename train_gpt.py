@@ -1,0 +1,2539 @@
+"""Train, compress and score a GDN/SWA hybrid language model for OpenAI's Parameter Golf challenge.
+
+Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention layers,
+Muon [2] + AdamW, int6 weights in one file of at most 16,000,000 bytes (this script included), scored in
+bits per byte on every token of the validation split, exactly once. README.md has results and their logs.
+
+Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py          8 GPUs, the record run
+      python train_gpt.py                                            1 GPU
+      PRESET=sample python train_gpt.py                              any machine, minutes on 2 CPU cores
+      python train_gpt.py --help                                     every setting (environment variables)
+
+Read in this order: Config, main(), LM.forward(), evaluate().
+
+Legality.  Causal: LM.forward looks left only (windowed_attention, short_convolution, gated_delta_rule).
+Normalised: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate() hands
+`adapt` only tokens that its Ledger holds.  Once, left to right: Ledger.add refuses gaps and repeats.
+
+Shapes: B sequences, T tokens, D model width, H heads, Hk key/value heads, HV GDN value heads, K and V widths
+of a key and of a value, S keys (carried + new), N states, R x C rows (outputs) and columns of a weight.
+
+[1] Yang, Kautz, Hatamizadeh: Gated Delta Networks, arXiv:2412.06464.   [2] Jordan et al.: Muon, 2024.
+[3] Su et al.: RoFormer, arXiv:2104.09864.   [4] Yang et al.: Parallelizing Linear Transformers with the
+Delta Rule over Sequence Length, arXiv:2406.06484.   [5] SentencePiece: Kudo, Richardson, arXiv:1808.06226.
+"""
+
+import difflib
+import hashlib
+import json
+import lzma
+import math
+import os
+import queue
+import re
+import signal
+import struct
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from datetime import datetime, timezone
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+
+class GolfError(Exception):
+    """A fault that the user can mend: its message says what was found, what was expected, what to change."""
+
+
+class SettingError(GolfError, ValueError):
+    """A setting has a bad value, an unknown name, or contradicts another."""
+
+
+class DataError(GolfError, ValueError):
+    """A shard or the tokenizer is missing, damaged, or does not fit the settings."""
+
+
+class ArtifactError(GolfError, ValueError):
+    """An artifact file is truncated, altered, foreign, or of a newer version."""
+
+
+class KernelError(GolfError, RuntimeError):
+    """A kernel is missing, or its results differ from the reference."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was stopped by Ctrl-C or SIGTERM; no `except Exception` on its way may swallow it."""
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Config
+# ----------------------------------------------------------------------------------------------------
+# Every setting is one field, set by the environment variable of its upper-case name.  The defaults are
+# the record; PRESET replaces some of them; what the user sets wins.  Values are checked here, once.
+
+
+class Rule(NamedTuple):
+    """A check on one value: `text` is what the error message says must hold."""
+    text: str
+    holds: object
+
+
+def at_least(low):
+    """Rule: the value is low or more."""
+    return Rule(f"at least {low}", lambda v: v >= low)
+
+
+def between(low, high):
+    """Rule: low <= value <= high."""
+    return Rule(f"between {low} and {high}", lambda v: low <= v <= high)
+
+
+def one_of(*names):
+    """Rule: the value is one of the names."""
+    return Rule("one of " + ", ".join(names), lambda v: v in names)
+
+
+def multiple_of(n):
+    """Rule: the value is a positive multiple of n."""
+    return Rule(f"a positive multiple of {n}", lambda v: v > 0 and v % n == 0)
+
+
+def knob(default, help, rule=None):
+    """A Config field with its help text (units in brackets) and its rule."""
+    return field(default=default, metadata={"help": help, "rule": rule})
+
+
+def group(title, default, help, rule=None):
+    """Like `knob`, and the first of a new group in --help and in the log."""
+    return field(default=default, metadata={"help": help, "rule": rule, "group": title})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """Every setting of a run.  Build it with `Config.from_env`; fields marked in MODEL_FIELDS go into the artifact."""
+    preset: str = group("run", "record", "comma list of presets, later wins: record, pr1749, sample")
+    run_id: str = knob("", "name of the run's files; empty = UTC time, preset and seed",
+                       Rule("letters, digits, '.', '_' and '-' alone", lambda v: re.fullmatch(r"[\w.-]*", v)))
+    seed: int = knob(1337, "seed of the weights and of the data order", at_least(0))
+    out_dir: str = knob("logs", "folder of the run's log, artifact and checkpoint")
+    device: str = knob("auto", "auto takes CUDA if there is one", one_of("auto", "cuda", "cpu"))
+    plan: bool = knob(False, "1: print parameters, bytes, memory and steps, then exit")
+    eval_only: bool = knob(False, "1: evaluate ARTIFACT in this process instead of training")
+    artifact: str = knob("", "artifact file that EVAL_ONLY or PROMPT reads")
+    prompt: str = knob("", "with ARTIFACT: print a continuation of this text instead of scoring")
+    prompt_tokens: int = knob(100, "length of that continuation [tokens]", at_least(1))
+    prompt_temperature: float = knob(0.7, "sampling temperature of that continuation; 0 = greedy", at_least(0))
+
+    data_path: str = group("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model file")
+    vocab_size: int = knob(1024, "vocabulary of the tokenizer and the model", between(2, 65536))
+    holdout_tokens: int = knob(0, "score the last N training tokens, left out of training, instead of the "
+                               "validation split: for choosing settings [tokens]", at_least(0))
+
+    stack: str = group("model", "gdn*5 swa:a gdn*5 swa:a", "layers in order: gdn, swa (window SWA_WINDOW) or attn "
+                       "(window TRAIN_SEQ_LEN); *n repeats; layers with one :tag share one mixer")
+    model_dim: int = knob(512, "residual width D", multiple_of(8))
+    num_heads: int = knob(8, "attention query heads", at_least(1))
+    num_kv_heads: int = knob(4, "attention key/value heads", at_least(1))
+    swa_window: int = knob(512, "keys that a query sees, itself included [tokens]", at_least(1))
+    rope_base: float = knob(10000.0, "rotary base", at_least(2))
+    rope_dims: int = knob(0, "rotated channels of each head; 0 = all", at_least(0))
+    qk_gain_init: float = knob(5.0, "initial gain of each query head after its norm")
+    gdn_heads: int = knob(4, "GDN query/key heads", at_least(1))
+    gdn_v_heads: int = knob(0, "GDN value heads, a multiple of GDN_HEADS; 0 = GDN_HEADS", at_least(0))
+    gdn_head_dim: int = knob(128, "width K = V of a GDN head", multiple_of(8))
+    gdn_conv: int = knob(4, "taps of the short convolution on q, k, v [tokens]", between(1, 16))
+    gdn_neg_eigval: bool = knob(False, "1: beta in (0, 2), so that the state may also reflect")
+    mlp_mult: float = knob(3.0, "MLP width over D", at_least(0.25))
+    mlp_act: str = knob("relu2", "MLP activation; leaky_relu2 has slope 0.5 below zero", one_of("relu2", "leaky_relu2"))
+    share_mlp: bool = knob(False, "1: layers of one tag share their MLP too")
+    ngram_buckets: int = knob(3072, "rows of the hashed bigram/trigram table; 0 = none", at_least(0))
+    ngram_dim: int = knob(112, "columns of that table", at_least(1))
+    ngram_order: int = knob(3, "3: trigrams too, in the same table", between(2, 3))
+    smear: bool = knob(True, "1: SmearGate, a learned mix of each embedding with the one before it")
+    bos_id: int = knob(1, "token that begins a document; n-grams and SmearGate stop there; -1 = none", at_least(-1))
+    logit_softcap: float = knob(30.0, "logits are c tanh(x / c)", at_least(1))
+    tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", at_least(0))
+
+    train_seq_len: int = group("training", 2048, "length of a training row and of a window [tokens]", multiple_of(64))
+    train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks", at_least(64))
+    micro_batch_tokens: int = knob(0, "most tokens of one forward pass on one rank; 0 = by memory", at_least(0))
+    iterations: int = knob(20000, "most training steps", at_least(0))
+    max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", at_least(0))
+    warmup_steps: int = knob(3, "throw-away steps on synthetic tokens before the clock starts", at_least(0))
+    warmdown_frac: float = knob(0.6, "last part of the run in which the learning rate falls", between(0, 1))
+    min_lr: float = knob(0.1, "learning rate at the end, as a part of the full one", between(0, 1))
+    matrix_lr: float = knob(0.025, "Muon learning rate", at_least(0))
+    tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", at_least(0))
+    scalar_lr: float = knob(0.025, "AdamW learning rate of vectors and gate projections", at_least(0))
+    muon_momentum: float = knob(0.97, "Muon momentum", between(0, 0.9999))
+    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", between(0, 0.9999))
+    muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", at_least(0))
+    muon_backend_steps: int = knob(5, "Newton-Schulz iterations", between(1, 20))
+    muon_weight_decay: float = knob(0.04, "decoupled weight decay of matrices", at_least(0))
+    adam_weight_decay: float = knob(0.04, "decoupled weight decay of embedding and n-gram tables", at_least(0))
+    beta1: float = knob(0.9, "AdamW first-moment decay", between(0, 0.9999))
+    beta2: float = knob(0.95, "AdamW second-moment decay", between(0, 0.99999))
+    grad_clip_norm: float = knob(0.3, "global gradient norm, clipped after the reduction; 0 = off", at_least(0))
+    ema_decay: float = knob(0.997, "decay of the averaged weights, warmed up as (1+t)/(10+t); 0 = off",
+                            between(0, 0.99999))
+    val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", at_least(0))
+    train_log_every: int = knob(50, "steps between progress lines (one at least every 10 s)", at_least(1))
+
+    kernel: str = group("kernels", "auto", "gated delta rule", one_of("auto", "flashqla", "fla", "reference"))
+    attn_kernel: str = knob("auto", "windowed attention", one_of("auto", "flash_attn", "varlen", "flex", "sdpa"))
+    compile: str = knob("auto", "torch.compile; auto = on CUDA", one_of("auto", "0", "1"))
+
+    matrix_bits: int = group("export", 6, "bits of a matrix weight", between(2, 8))
+    embed_bits: int = knob(8, "bits of a token embedding or n-gram table weight", between(2, 8))
+    gate_bits: int = knob(8, "bits of a GDN gate projection weight", between(2, 8))
+    matrix_clip_sigmas: float = knob(12.85, "row clip of matrices [standard deviations of the row]", at_least(1))
+    embed_clip_sigmas: float = knob(20.0, "row clip of embedding tables and gate projections [likewise]", at_least(1))
+    compressor: str = knob("brotli", "brotli (11), lzma or zstd (22)", one_of("brotli", "lzma", "zstd"))
+    cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", at_least(1))
+
+    final_score: str = group("evaluation", "exact", "the method whose score is the run's",
+                             one_of("roundtrip", "exact", "sliding"))
+    eval_diagnostics: bool = knob(False, "1: score by the other methods too, timed apart")
+    eval_stride: int = knob(64, "targets that a sliding window scores anew [tokens]", at_least(1))
+    eval_spans: int = knob(64, "spans that the exact method cuts the stream into", at_least(1))
+    eval_warmup_tokens: int = knob(8192, "text before a span that is run but not scored [tokens]", at_least(0))
+    eval_batch_tokens: int = knob(131072, "tokens of one evaluation pass on one rank", at_least(64))
+    eval_budget_seconds: float = knob(600.0, "most seconds of evaluation", at_least(1))
+    ttt_chunk_tokens: int = knob(32768, "targets scored before each call of an adapter [tokens]", at_least(1))
+
+    def __post_init__(self):
+        """Raise SettingError for the first value that breaks its rule or contradicts another."""
+        for f in fields(self):
+            value, rule = getattr(self, f.name), f.metadata["rule"]
+            if isinstance(value, float) and not math.isfinite(value):
+                raise SettingError(f"{f.name.upper()}={value}: must be a finite number")
+            if rule and not rule.holds(value):
+                raise SettingError(f"{f.name.upper()}={value}: must be {rule.text}")
+        layers = parse_stack(self.stack)
+        has = {layer.kind for layer in layers}
+        cross = [
+            (self.train_batch_tokens % self.train_seq_len == 0,
+             f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: must be a multiple of TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.micro_batch_tokens == 0 or self.micro_batch_tokens >= self.train_seq_len,
+             f"MICRO_BATCH_TOKENS={self.micro_batch_tokens}: must be 0 or at least TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.eval_batch_tokens >= self.train_seq_len,
+             f"EVAL_BATCH_TOKENS={self.eval_batch_tokens}: must be at least TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.eval_stride <= self.train_seq_len,
+             f"EVAL_STRIDE={self.eval_stride}: must be at most TRAIN_SEQ_LEN={self.train_seq_len}"),
+            (self.gdn_v_heads % self.gdn_heads == 0,
+             f"GDN_V_HEADS={self.gdn_v_heads}: must be a multiple of GDN_HEADS={self.gdn_heads}"),
+            (not has & {"swa", "attn"} or self.model_dim % (2 * self.num_heads) == 0,
+             f"NUM_HEADS={self.num_heads}: MODEL_DIM={self.model_dim} must be a multiple of twice that"),
+            (not has & {"swa", "attn"} or self.num_heads % self.num_kv_heads == 0,
+             f"NUM_KV_HEADS={self.num_kv_heads}: must divide NUM_HEADS={self.num_heads}"),
+            (self.rope_dims % 2 == 0 and self.rope_dims * self.num_heads <= self.model_dim,
+             f"ROPE_DIMS={self.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS"),
+            (bool(self.artifact) or not (self.eval_only or self.prompt),
+             "ARTIFACT is empty: EVAL_ONLY and PROMPT need ARTIFACT=path of an artifact file"),
+        ]
+        for holds, message in cross:
+            if not holds:
+                raise SettingError(message)
+
+    @classmethod
+    def from_env(cls, env):
+        """Build the Config that `env`, a mapping of variable names to text, describes.
+
+        Raises SettingError (a ValueError) naming variable, value and rule; likewise for a name that is not a
+        setting but looks like one of ours, since a misspelt variable would otherwise do nothing in silence.
+        """
+        known = {f.name.upper(): f for f in fields(cls)}
+        reject_strays(env, known)
+        values = {}
+        for preset in filter(None, env.get("PRESET", "record").replace(" ", "").split(",")):
+            if preset not in PRESETS:
+                raise SettingError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
+            values |= PRESETS[preset]
+        for name, f in known.items():
+            if name in env:
+                values[f.name] = parse_value(name, env[name], type(f.default))
+        return cls(**values)
+
+
+def parse_value(name, text, kind):
+    """The value of type `kind` (bool, int, float or str) that `text` spells; raises SettingError."""
+    if kind is bool:
+        if text not in ("0", "1"):
+            raise SettingError(f"{name}={text!r}: must be 0 or 1")
+        return text == "1"
+    try:
+        return kind(text)
+    except ValueError:
+        expected = {int: "a whole number", float: "a number"}[kind]
+        raise SettingError(f"{name}={text!r}: must be {expected}") from None
+
+
+def reject_strays(env, known):
+    """Raise SettingError for a variable that is no setting but resembles one or carries one of our words."""
+    ours = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
+    for name in sorted(set(env) - set(known)):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.86)
+        if near or ours & set(name.split("_")):
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingError(f"{name}: unknown setting{hint} (python train_gpt.py --help lists them all)")
+
+
+class Layer(NamedTuple):
+    """One entry of STACK: mixer kind and weight-sharing tag ('' = its own weights)."""
+    kind: str
+    tag: str
+
+
+def parse_stack(text):
+    """The list of Layer that a STACK such as 'gdn*5 swa:a' names; raises SettingError."""
+    layers = []
+    for part in text.replace(",", " ").split():
+        m = re.fullmatch(r"(gdn|swa|attn)(?::(\w+))?(?:\*([1-9]\d?))?", part)
+        if not m:
+            raise SettingError(f"STACK={text!r}: {part!r} must be gdn, swa or attn, then optionally :tag, then *count")
+        layers += [Layer(m[1], m[2] or "")] * int(m[3] or 1)
+    kinds = {}
+    for layer in layers:
+        if layer.tag and kinds.setdefault(layer.tag, layer.kind) != layer.kind:
+            raise SettingError(f"STACK={text!r}: tag {layer.tag!r} names both {kinds[layer.tag]} and {layer.kind}")
+    if not layers:
+        raise SettingError("STACK is empty: it must name at least one layer, such as 'gdn*5 swa:a'")
+    return layers
+
+
+PRESETS = {
+    "record": {},
+    # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
+    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, muon_momentum_warmup_steps=1500),
+    "sample": dict(
+        data_path=str(Path(__file__).resolve().parent / "data" / "sample"),
+        tokenizer_path=str(Path(__file__).resolve().parent / "data" / "sample" / "corpus_1024_bpe.model"),
+        stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
+        gdn_heads=4, gdn_head_dim=32, ngram_buckets=1024, ngram_dim=32,
+        train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=150.0, warmup_steps=1,
+        muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20,
+        eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True),
+}
+
+# What the artifact stores of the Config, so that it can be evaluated from its file alone.
+MODEL_FIELDS = (
+    "vocab_size stack model_dim num_heads num_kv_heads swa_window rope_base rope_dims qk_gain_init gdn_heads "
+    "gdn_v_heads gdn_head_dim gdn_conv gdn_neg_eigval mlp_mult mlp_act share_mlp ngram_buckets ngram_dim ngram_order "
+    "smear bos_id logit_softcap tied_embed_init_std train_seq_len").split()
+
+
+def help_text():
+    """The text of --help: every setting by group, with default and meaning."""
+    lines = ["Settings are environment variables: PRESET=sample SEED=42 python train_gpt.py", ""]
+    for f in fields(Config):
+        if "group" in f.metadata:
+            lines += ["", f.metadata["group"] + ":"]
+        lines.append(f"  {f.name.upper() + '=' + plain(f.default):<44} {f.metadata['help']}")
+    for name, values in PRESETS.items():
+        lines += ["", f"PRESET={name}: " + (" ".join(f"{k.upper()}={v}" for k, v in values.items()) or "the defaults")]
+    return "\n".join(lines)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Run
+# ----------------------------------------------------------------------------------------------------
+# Rank, device, log and clock.  torch.distributed occurs here and nowhere else: the rest of the script
+# calls all_sum, broadcast and gather, which do nothing on one rank.  Decisions that depend on time are
+# taken on rank 0's clock and broadcast, so that ranks never disagree.
+
+
+class Run:
+    """Where this process runs: `rank` of `world_size`, on `device`; the log of the run (rank 0 writes)."""
+
+    def __init__(self, rank=0, world_size=1, device="cpu"):
+        self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
+        self.log_path = None
+
+    @classmethod
+    def from_env(cls, env, cfg):
+        """The Run that torchrun's variables and DEVICE describe; starts torch.distributed for several ranks."""
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        has_cuda = torch.cuda.is_available()
+        if cfg.device == "cuda" and not has_cuda:
+            raise SettingError("DEVICE=cuda: torch finds no CUDA GPU; set DEVICE=cpu PRESET=sample for a small run")
+        if not has_cuda and cfg.device == "auto" and "sample" not in cfg.preset and not (cfg.artifact or cfg.plan):
+            raise SettingError(f"PRESET={cfg.preset}: torch finds no CUDA GPU; PRESET=sample runs on any machine in "
+                               "minutes, DEVICE=cpu insists on this preset on the CPU (days)")
+        device = "cpu"
+        if has_cuda and cfg.device != "cpu":
+            device = f"cuda:{int(env.get('LOCAL_RANK', 0))}"
+            torch.cuda.set_device(device)
+        if world_size > 1 and not dist.is_initialized():
+            # Two back ends: NCCL for gradients, gloo for the small decisions that must not wait for the GPU.
+            backend = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo"
+            dist.init_process_group(backend, rank=rank, world_size=world_size)
+        return cls(rank, world_size, device)
+
+    def close(self):
+        """Leave the process group."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def log(self, event, **values):
+        """One line '[event ]key:value ...' on rank 0, to the console and the log file; floats get 4 decimals."""
+        if self.rank:
+            return
+        parts = [event] if event else []
+        for key, value in values.items():
+            value = f"{value:.4f}" if isinstance(value, float) else str(value)
+            parts.append(f"{key}:{re.sub(r'[ ]+', ',', value.strip()) or '-'}")
+        self.write(" ".join(parts))
+
+    def write(self, line):
+        """One line of free text, as `log`; the console and the file get the same."""
+        if self.rank:
+            return
+        print(line, flush=True)
+        if self.log_path:
+            with open(self.log_path, "a") as f:
+                f.write(line + "\n")
+
+    def all_sum(self, tensor):
+        """Sum `tensor` over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value):
+        """Rank 0's Python `value`, on every rank; never waits for the GPU."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, values):
+        """The list of every rank's float64 list, in rank order; all lists of one length."""
+        mine = torch.tensor(values, dtype=torch.float64)
+        if self.world_size == 1:
+            return [mine.tolist()]
+        out = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(out, mine)
+        return [t.tolist() for t in out]
+
+    def all_gather_rows(self, tensor):
+        """Every rank's `tensor` (n, ...), concatenated to (world_size * n, ...)."""
+        if self.world_size == 1:
+            return tensor
+        out = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
+        dist.all_gather_into_tensor(out, tensor.contiguous())
+        return out
+
+    def share(self, n):
+        """The contiguous part [first, last) of n items that is this rank's."""
+        return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
+
+    def synchronize(self):
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory_mib(self):
+        """Peak memory so far [MiB]: the allocator's on CUDA, the process's on CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) // 2**20
+        import resource  # POSIX only; imported here so that the script still loads elsewhere
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+class Clock:
+    """A stopwatch that excludes what runs between `pause` and `resume`; waits for the device at both ends."""
+
+    def __init__(self, run):
+        self.run, self.total, self.started = run, 0.0, None
+
+    def resume(self):
+        """Start or go on."""
+        self.run.synchronize()
+        self.started = time.perf_counter()
+
+    def pause(self):
+        """Stop; returns the seconds so far."""
+        self.run.synchronize()
+        self.total, self.started = self.elapsed(), None
+        return self.total
+
+    def elapsed(self):
+        """Seconds so far, without waiting for the device."""
+        return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Data
+# ----------------------------------------------------------------------------------------------------
+# Shards are the challenge's: int32[256] header (magic, version, tokens), then uint16 tokens.  Training rows
+# come in a random order that visits every shard before any row repeats, and that is the same for any number
+# of ranks.  Bytes of a token are counted as the challenge counts them (README, "Bits per byte").
+
+SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+
+
+def open_shard(path):
+    """Memory-map one shard: np.uint16 (tokens,).  Raises DataError naming the file and its fault."""
+    size = path.stat().st_size
+    if size < 4 * HEADER_INTS:
+        raise DataError(f"{path}: {size} bytes, shorter than the {4 * HEADER_INTS}-byte header of a token shard")
+    magic, version, tokens = (int(v) for v in np.fromfile(path, dtype="<i4", count=3))
+    if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
+        raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}: "
+                        "not a token shard of this challenge")
+    if tokens <= 0:
+        raise DataError(f"{path}: its header promises {tokens} tokens: an empty shard")
+    if size != 4 * HEADER_INTS + 2 * tokens:
+        raise DataError(f"{path}: {size} bytes, but {tokens} tokens need {4 * HEADER_INTS + 2 * tokens}: truncated or "
+                        "altered")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+
+
+def open_shards(data_path, split):
+    """All shards of a split, by name: list of (Path, np.uint16 (tokens,)).  Raises DataError."""
+    folder = Path(data_path)
+    how = "data/download.py fetches the challenge's shards; PRESET=sample uses the embedded ones"
+    if not folder.is_dir():
+        raise DataError(f"DATA_PATH={data_path}: no such folder; {how}")
+    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    if not paths:
+        raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; {how}")
+    return [(path, open_shard(path)) for path in paths]
+
+
+def check_vocabulary(path, tokens, vocab_size):
+    """Raise DataError naming the file if a token is not below vocab_size."""
+    top = int(tokens.max())
+    if top >= vocab_size:
+        raise DataError(f"{path}: token {top} is outside VOCAB_SIZE={vocab_size}; the shard was made with another "
+                        "tokenizer: set VOCAB_SIZE and TOKENIZER_PATH to match DATA_PATH")
+
+
+class Data(NamedTuple):
+    """What a run reads: training shards, validation tokens np.uint16 (n,), tokenizer, byte table."""
+    train: list
+    val: np.ndarray
+    sp: object
+    table: "ByteTable"
+
+
+def open_data(cfg):
+    """Open and check everything before any time is spent; raises DataError or SettingError."""
+    sp = open_tokenizer(cfg)
+    train = open_shards(cfg.data_path, "train") if not (cfg.eval_only and not cfg.holdout_tokens) else []
+    if cfg.holdout_tokens:
+        path, last = train[-1]
+        if len(last) <= cfg.holdout_tokens + cfg.train_seq_len:
+            raise SettingError(f"HOLDOUT_TOKENS={cfg.holdout_tokens}: the last training shard {path} has only "
+                               f"{len(last)} tokens")
+        val, train[-1] = np.array(last[-cfg.holdout_tokens:]), (path, last[:-cfg.holdout_tokens])
+        check_vocabulary(path, val, cfg.vocab_size)
+    else:
+        parts = open_shards(cfg.data_path, "val")
+        for path, tokens in parts:
+            check_vocabulary(path, tokens, cfg.vocab_size)
+        val = np.concatenate([tokens for _, tokens in parts])
+    if len(val) < 2:
+        raise DataError(f"DATA_PATH={cfg.data_path}: the validation split has {len(val)} token, nothing to score")
+    return Data(train, val, sp, byte_table(sp, cfg.vocab_size))
+
+
+def open_tokenizer(cfg):
+    """The SentencePiece processor of TOKENIZER_PATH; raises DataError if it is missing or does not fit."""
+    import sentencepiece  # imported here: the script must import without it
+    path = Path(cfg.tokenizer_path)
+    if not path.is_file():
+        raise DataError(f"TOKENIZER_PATH={path}: no such file; data/download.py fetches it with the shards")
+    try:
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
+    if sp.vocab_size() != cfg.vocab_size:
+        raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={cfg.vocab_size}; set "
+                        f"VOCAB_SIZE={sp.vocab_size()} if DATA_PATH was made with this tokenizer")
+    return sp
+
+
+class ByteTable(NamedTuple):
+    """Per token id: `base` bytes (int64), `spaced` starts with the space mark, `boundary` a control or absent piece."""
+    base: Tensor
+    spaced: Tensor
+    boundary: Tensor
+
+    def to(self, device):
+        """The table on another device."""
+        return ByteTable(*(t.to(device) for t in self))
+
+
+def byte_table(sp, vocab_size):
+    """How many UTF-8 bytes each token stands for, by the challenge's rule.
+
+    Control, unknown and unused pieces, and ids above the tokenizer's, stand for none and end a text; a byte piece
+    stands for 1; any other for the UTF-8 length of its piece without one leading space mark (U+2581).
+    sp: SentencePieceProcessor [5].   Returns ByteTable of (vocab_size,) tensors.
+    """
+    base, spaced, boundary = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+    for i in range(min(vocab_size, sp.vocab_size())):
+        if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
+            continue
+        piece = sp.id_to_piece(i)
+        boundary[i] = False
+        spaced[i] = not sp.is_byte(i) and piece.startswith("\u2581")
+        base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").encode())
+    return ByteTable(*(torch.from_numpy(a) for a in (base, spaced, boundary)))
+
+
+def count_bytes(table, prev_ids, target_ids):
+    """Bytes that each target stands for after its predecessor: int64, the shape of target_ids.
+
+    The space that a piece begins with counts 1 unless the token before it is a boundary (a text begins there).
+    """
+    return table.base[target_ids] + (table.spaced[target_ids] & ~table.boundary[prev_ids]).long()
+
+
+def decoded_bytes(sp, tokens, bos_id, limit):
+    """Count bytes of the first documents of `tokens` (np.uint16) twice, up to about `limit` tokens.
+
+    Returns (table_bytes, text_bytes): by the byte table, and as the UTF-8 length of the decoded documents, each
+    without the one space that its first piece may begin with.  The two must be equal.
+    """
+    tokens = tokens[:limit].astype(np.int64)
+    starts = np.flatnonzero(tokens == bos_id)
+    if len(starts) > 1:  # whole documents only: a cut could split a character that is spelt in byte pieces
+        tokens = tokens[starts[0]:starts[-1]]
+    ids = torch.from_numpy(tokens)
+    table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
+    by_table = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
+    is_text = ~table.boundary.numpy()[tokens]
+    runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
+    texts = sp.decode([run.tolist() for run in runs if not table.boundary[int(run[0])]])
+    return by_table, sum(len(text.removeprefix(" ").encode()) for text in texts)
+
+
+class Loader:
+    """Training batches in a random order, prefetched by a thread, the same rows for any number of ranks.
+
+    Iterating gives int32 (rows / world_size, seq_len + 1) on `run.device`: this rank's part of the next global
+    batch.  An epoch cuts every shard into rows at a random phase and shuffles all of them; `state()` is the
+    position (epoch, row) behind the last batch taken, and `state=` goes on from there.
+    """
+
+    def __init__(self, shards, cfg, run, state=(0, 0)):
+        self.shards, self.cfg, self.run = shards, cfg, run
+        self.epoch, self.row = state
+        self.taken = state
+        self.lengths = np.array([len(tokens) for _, tokens in shards])
+        if not (self.lengths > cfg.train_seq_len).any():
+            raise DataError(f"{shards[0][0]}: {self.lengths[0]} tokens, fewer than one row of "
+                            f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
+        self._cut_rows()
+        self.queue = queue.Queue(maxsize=2)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self._produce, daemon=True)
+        self.thread.start()
+
+    def _cut_rows(self):
+        """Draw the epoch's phases and order: `order` (rows,), `offsets` (shards + 1,), `phase` (shards,)."""
+        rng = np.random.default_rng([self.cfg.seed, self.epoch])
+        seq_len = self.cfg.train_seq_len
+        self.phase = rng.integers(0, np.clip(self.lengths - seq_len, 1, seq_len))
+        counts = np.maximum(0, (self.lengths - 1 - self.phase) // seq_len)
+        self.offsets = np.concatenate([[0], np.cumsum(counts)])
+        self.order = rng.permutation(self.offsets[-1])
+
+    def _next_rows(self, count):
+        """The next `count` row numbers of the global order as (shard, start) pairs."""
+        picked = []
+        while len(picked) < count:
+            if self.row == len(self.order):
+                self.epoch, self.row = self.epoch + 1, 0
+                self._cut_rows()
+            take = self.order[self.row:self.row + count - len(picked)]
+            self.row += len(take)
+            shard = np.searchsorted(self.offsets, take, side="right") - 1
+            start = self.phase[shard] + (take - self.offsets[shard]) * self.cfg.train_seq_len
+            picked += list(zip(shard.tolist(), start.tolist()))
+        return picked
+
+    def _produce(self):
+        """Thread: fill the queue with (batch, position) or with the exception that ended it."""
+        rows = self.cfg.train_batch_tokens // self.cfg.train_seq_len
+        first, last = self.run.share(rows)
+        try:
+            while not self.stopped.is_set():
+                mine = self._next_rows(rows)[first:last]
+                batch = np.stack([self.shards[s][1][i:i + self.cfg.train_seq_len + 1] for s, i in mine])
+                if int(batch.max()) >= self.cfg.vocab_size:
+                    bad = mine[int(batch.max(1).argmax())][0]
+                    check_vocabulary(self.shards[bad][0], batch, self.cfg.vocab_size)
+                batch = torch.from_numpy(batch.astype(np.int32))
+                batch = batch.pin_memory() if self.run.device.type == "cuda" else batch
+                self._put((batch, (self.epoch, self.row)))
+        except Exception as error:  # handed to the consumer, which raises it
+            self._put((error, None))
+
+    def _put(self, item):
+        """Queue `item` unless the loader was closed."""
+        while not self.stopped.is_set():
+            try:
+                return self.queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, position = self.queue.get()
+        if isinstance(batch, Exception):
+            raise batch
+        self.taken = position
+        return batch.to(self.run.device, non_blocking=True)
+
+    def state(self):
+        """Position behind the last batch taken: (epoch, row)."""
+        return self.taken
+
+    def close(self):
+        """End the thread."""
+        self.stopped.set()
+        self.thread.join()
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. Kernels
+# ----------------------------------------------------------------------------------------------------
+# One dispatch for the gated delta rule, one for windowed attention, one loss.  Each has a plain-torch
+# reference that is the CPU path and the oracle of the tests.  On CUDA the delta rule runs in FlashQLA or FLA
+# behind one torch.library operator, so that a model compiles to one graph; `check_kernels` compares outputs,
+# states and all gradients with the reference on the GPU in use, and refuses to train if they differ.
+
+GDN_CHUNK = 64  # tokens per chunk: the kernels' own size; states are exact when cut at its multiples
+
+
+def gated_delta_rule(q, k, v, g, beta, state=None, cu_seqlens=None, kernel="auto"):
+    """Gated delta rule [1], eq. 10:
+    S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T; o_t = S_t q_t / sqrt(K).
+
+    q, k: (B, T, H, K), l2-normalised.   v: (B, T, HV, V), HV a multiple of H.   beta: (B, T, HV), after its sigmoid.
+    g: (B, T, HV) float32 log-decay, <= 0.   state: (N, HV, K, V) float32 or None for zeros.
+    cu_seqlens: (N + 1,) int; with B = 1, sequence n is the tokens cu_seqlens[n]..cu_seqlens[n + 1]; else N = B.
+    kernel: flashqla, fla or reference; auto = the reference on CPU, the best one installed on CUDA.
+    Returns o (B, T, HV, V) in v's dtype and the final state (N, HV, K, V), float32 (float64 for float64 inputs).
+    """
+    if kernel == "auto":
+        kernel = "reference" if q.device.type == "cpu" else pick_gdn_kernel("auto", q.shape[-1], v.shape[-1])
+    if kernel == "reference":
+        return gated_delta_rule_reference(q, k, v, g, beta, state, cu_seqlens)
+    o, final_state, _, _ = _gdn_forward(q, k, v, g, beta, state, cu_seqlens, kernel)
+    return o, final_state
+
+
+def gated_delta_rule_reference(q, k, v, g, beta, state=None, cu_seqlens=None):
+    """`gated_delta_rule` in plain torch, chunk by chunk in the WY form of [4]; at least float32 inside.
+
+    Within a chunk, with G the running sum of g: (I + tril(beta k k^T * exp(G_i - G_j), -1)) [u, w] =
+    [beta v, beta exp(G) k] is one triangular solve; across chunks the state is carried.
+    """
+    if cu_seqlens is not None:
+        cuts = cu_seqlens.tolist()
+        parts = [gated_delta_rule_reference(*(x[:, a:b] for x in (q, k, v, g, beta)),
+                                            None if state is None else state[n:n + 1])
+                 for n, (a, b) in enumerate(zip(cuts, cuts[1:]))]
+        return torch.cat([o for o, _ in parts], 1), torch.cat([s for _, s in parts])
+    B, T, H, K = q.shape
+    HV, V = v.shape[2:]
+    dtype, out_dtype = torch.promote_types(q.dtype, torch.float32), v.dtype
+    pad = -T % GDN_CHUNK  # padding has beta = 0 and g = 0: it changes neither outputs nor state
+
+    def chunked(x):  # (B, T, h, ...) -> (B, HV, chunks, GDN_CHUNK, ...)
+        x = F.pad(x.to(dtype), [0, 0] * (x.dim() - 2) + [0, pad]).unflatten(1, (-1, GDN_CHUNK)).movedim(3, 1)
+        return x.repeat_interleave(HV // x.shape[1], 1)
+
+    q, k, v, g, beta = chunked(q * K**-0.5), chunked(k), chunked(v), chunked(g), chunked(beta).unsqueeze(-1)
+    G = g.cumsum(-1)
+    lower = torch.ones(GDN_CHUNK, GDN_CHUNK, dtype=torch.bool, device=q.device).tril()
+    decay = (G.unsqueeze(-1) - G.unsqueeze(-2)).masked_fill(~lower, -math.inf).exp()  # (..., i, j): j's share at i
+    system = (beta * k @ k.mT * decay).tril(-1)  # unit diagonal left out: unitriangular=True supplies it
+    solved = torch.linalg.solve_triangular(system, torch.cat([beta * v, beta * k * G.exp().unsqueeze(-1)], -1),
+                                           upper=False, unitriangular=True)
+    u, w = solved.split([V, K], -1)
+    attn = q @ k.mT * decay
+    q_in, k_out = q * G.exp().unsqueeze(-1), k * (G[..., -1:] - G).exp().unsqueeze(-1)
+    S = torch.zeros(B, HV, K, V, dtype=dtype, device=q.device) if state is None else state.to(dtype)
+    out = []
+    for c in range(q.shape[2]):
+        new = u[:, :, c] - w[:, :, c] @ S
+        out.append(q_in[:, :, c] @ S + attn[:, :, c] @ new)
+        S = S * G[:, :, c, -1, None, None].exp() + k_out[:, :, c].mT @ new
+    o = torch.stack(out, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)  # (B, T, HV, V)
+    return o.to(out_dtype), S
+
+
+class _WideKeyTile:
+    """FLA's gated backward kernel with a key tile of at least 128.
+
+    Triton 3.4 to 3.7.0 compiles its 64-wide tile wrongly on Hopper (FLA issue 640); 128 is right, also for
+    narrower heads, whose channels beyond K are masked.  check_kernels verifies this on the GPU in use.
+    """
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        launch = self.kernel[grid]
+        return lambda **arguments: launch(**{**arguments, "BK": max(arguments["BK"], 128)})
+
+
+@cache
+def _fla():
+    """FLA's chunk forward and backward (private, so fla-core is pinned) and its varlen index."""
+    from fla.ops.common import chunk_o
+    from fla.ops.gated_delta_rule.chunk import chunk_gated_delta_rule_bwd, chunk_gated_delta_rule_fwd
+    from fla.ops.utils.index import prepare_chunk_indices
+    if not chunk_o.TRITON_ABOVE_3_7_1:
+        chunk_o.chunk_bwd_kernel_dqkwg = _WideKeyTile(chunk_o.chunk_bwd_kernel_dqkwg)
+        chunk_o.TRITON_ABOVE_3_7_1 = True  # lifts the guard that the wide tile makes needless
+    return chunk_gated_delta_rule_fwd, chunk_gated_delta_rule_bwd, prepare_chunk_indices
+
+
+@cache
+def _flash_qla():
+    """FlashQLA's chunk forward and backward."""
+    import flash_qla
+    return flash_qla.chunk_gated_delta_rule_fwd, flash_qla.chunk_gated_delta_rule_bwd
+
+
+@torch.library.custom_op("gdn_swa::gdn_forward", mutates_args=())
+def _gdn_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None,
+                 cu_seqlens: Tensor | None, kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The delta rule on CUDA: o, final state, and what the backward pass needs (G, the running log-decay; A)."""
+    q, k, v, g, beta = (x.contiguous() for x in (q, k, v, g, beta))
+    scale = q.shape[-1] ** -0.5
+    # A missing state is passed as zeros: with one form of call there is one kernel to compile, tune and check.
+    state = _zero_state(q, v, cu_seqlens) if state is None else state.contiguous()
+    if kernel == "flashqla":
+        forward, _ = _flash_qla()
+        G, A, o, _, final_state, _ = forward(q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state,
+                                             cu_seqlens=cu_seqlens, output_final_state=True, auto_cp=False)
+    else:
+        forward, _, chunk_index = _fla()
+        index = None if cu_seqlens is None else chunk_index(cu_seqlens, GDN_CHUNK)
+        G, o, A, final_state, _, _ = forward(q=q, k=k, v=v, g=g, beta=beta, scale=scale, initial_state=state,
+                                             output_final_state=True, cu_seqlens=cu_seqlens, chunk_indices=index)
+    return o, final_state, G, A
+
+
+def _zero_state(q, v, cu_seqlens):
+    """The state (N, HV, K, V) float32 before any text."""
+    N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.zeros(N, v.shape[2], q.shape[3], v.shape[3], dtype=torch.float32, device=q.device)
+
+
+@_gdn_forward.register_fake
+def _(q, k, v, g, beta, state, cu_seqlens, kernel):
+    B, T, HV, V = v.shape
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return (v.new_empty(B, T, HV, V), v.new_empty(N, HV, q.shape[-1], V, dtype=torch.float32),
+            g.new_empty(B, T, HV), k.new_empty(B, T, HV, GDN_CHUNK))
+
+
+@torch.library.custom_op("gdn_swa::gdn_backward", mutates_args=())
+def _gdn_backward(q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, A: Tensor, state: Tensor | None,
+                  cu_seqlens: Tensor | None, do: Tensor, dstate: Tensor | None,
+                  kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, g, beta and the initial state (empty if there was none)."""
+    q, k, v, beta, do = (x.contiguous() for x in (q, k, v, beta, do))
+    had_state, zeros = state is not None, _zero_state(q, v, cu_seqlens)
+    state, dstate = (zeros if x is None else x.contiguous() for x in (state, dstate))
+    scale = q.shape[-1] ** -0.5
+    if kernel == "flashqla":
+        _, backward = _flash_qla()
+        dq, dk, dv, db, dg, dh0 = backward(q=q, k=k, v=v, g=G, beta=beta, A=A, do=do, dht=dstate, scale=scale,
+                                           initial_state=state, cu_seqlens=cu_seqlens, auto_cp=False)
+    else:
+        _, backward, chunk_index = _fla()
+        index = None if cu_seqlens is None else chunk_index(cu_seqlens, GDN_CHUNK)
+        dq, dk, dv, db, dg, dh0, _, _ = backward(q=q, k=k, v=v, g=G, beta=beta, A=A, scale=scale, initial_state=state,
+                                                 do=do, dht=dstate, cu_seqlens=cu_seqlens, chunk_indices=index)
+    dh0 = dh0 if had_state else v.new_empty(0, dtype=torch.float32)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dg.to(G.dtype), db.to(beta.dtype), dh0
+
+
+@_gdn_backward.register_fake
+def _(q, k, v, G, beta, A, state, cu_seqlens, do, dstate, kernel):
+    new = torch.empty_like
+    fmt = dict(memory_format=torch.contiguous_format)
+    dh0 = v.new_empty(0, dtype=torch.float32) if state is None else new(state, **fmt)
+    return new(q, **fmt), new(k, **fmt), new(v, **fmt), new(G, **fmt), new(beta, **fmt), dh0
+
+
+def _gdn_save(ctx, inputs, output):
+    q, k, v, _, beta, state, cu_seqlens, kernel = inputs
+    ctx.save_for_backward(q, k, v, output[2], beta, output[3], state, cu_seqlens)
+    ctx.kernel = kernel
+    ctx.set_materialize_grads(False)  # an unused final state then costs nothing in the backward pass
+
+
+def _gdn_grad(ctx, do, dstate, _dG, _dA):
+    q, k, v, G, beta, A, state, cu_seqlens = ctx.saved_tensors
+    do = torch.zeros_like(v) if do is None else do
+    dq, dk, dv, dg, db, dh0 = _gdn_backward(q, k, v, G, beta, A, state, cu_seqlens, do, dstate, ctx.kernel)
+    return dq, dk, dv, dg, db, (None if state is None else dh0), None, None
+
+
+_gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
+
+
+def windowed_attention(q, k, v, window, cu_seqlens=None, kernel="sdpa"):
+    """Causal softmax attention in which a query sees the last `window` keys, its own included.
+
+    q: (B, T, H, d).   k, v: (B, S, Hk, d), S >= T: the last T belong to the queries, those before were carried over.
+    cu_seqlens: (N + 1,) with B = 1 and S = T: no query sees another sequence.   Returns (B, T, H, d).
+    kernel: sdpa (any device, the reference), varlen (torch), flex (torch, compiled), flash_attn (FA 3 or 2).
+    """
+    return ATTENTION[kernel](q, k, v, window, cu_seqlens)
+
+
+def window_mask(q_pos, k_pos, window):
+    """Which keys a query sees, from positions in one sequence: boolean, broadcast over the two."""
+    return (k_pos <= q_pos) & (k_pos > q_pos - window)
+
+
+def _sdpa_attention(q, k, v, window, cu_seqlens):
+    """`windowed_attention` by torch's SDPA: blocks of `window` queries against two blocks of keys."""
+    B, T, H, d = q.shape
+    S = k.shape[1]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, d)
+    if T <= window or cu_seqlens is not None:
+        pos = torch.arange(S, device=q.device)
+        mask = window_mask(pos[S - T:, None], pos, window)
+        if cu_seqlens is not None:
+            sequence = torch.searchsorted(cu_seqlens[1:], pos, right=True)
+            mask = mask & (sequence[:, None] == sequence)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True).transpose(1, 2)
+    past, pad = S - T, -T % window
+    blocks = (T + pad) // window
+
+    def two_blocks(x):  # keys of block b: the `window` before its first query, and its own
+        x = F.pad(x, (0, 0, window - past, pad)).unfold(2, 2 * window, window)  # (B, Hk, blocks, d, 2 window)
+        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)
+
+    k, v = two_blocks(k), two_blocks(v)
+    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
+    k_pos = torch.arange(2 * window, device=q.device)
+    mask = window_mask(k_pos[window:, None], k_pos, window)
+    real = (k_pos >= window - past) | (torch.arange(blocks, device=q.device) > 0)[:, None]  # block 0's left pad
+    mask = (mask & real[:, None]).unsqueeze(1).repeat(B, 1, 1, 1)
+    o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return o.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
+
+
+# torch 2.12 and later want grouped heads announced; 2.11 has no such argument and takes them.
+_VARLEN_GROUPS = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+
+
+def _varlen_attention(q, k, v, window, cu_seqlens):
+    """`windowed_attention` by torch's variable-length FlashAttention; CUDA, 16-bit."""
+    B, T, S = *q.shape[:2], k.shape[1]
+    if cu_seqlens is None:
+        cu_q = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
+        cu_k = torch.arange(0, (B + 1) * S, S, device=q.device, dtype=torch.int32)
+    else:
+        cu_q = cu_k = cu_seqlens.to(torch.int32)
+    o = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k, T, S,
+                    window_size=(window - 1, 0), **_VARLEN_GROUPS)
+    return o.unflatten(0, (B, T))
+
+
+def _flex_attention(q, k, v, window, cu_seqlens):
+    """`windowed_attention` by FlexAttention, which must run inside torch.compile."""
+    T, S = q.shape[1], k.shape[1]
+    past = S - T
+    if cu_seqlens is None:
+        def visible(b, h, i, j):
+            return window_mask(i + past, j, window)
+    else:
+        sequence = torch.searchsorted(cu_seqlens[1:], torch.arange(S, device=q.device), right=True)
+
+        def visible(b, h, i, j):
+            return window_mask(i, j, window) & (sequence[i] == sequence[j])
+    mask = create_block_mask(visible, None, None, T, S, device=q.device)
+    o = flex_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask, enable_gqa=True)
+    return o.transpose(1, 2)
+
+
+def _flash_attention(module):
+    """`windowed_attention` by the flash-attn package's `module` (FA 3: flash_attn_interface, FA 2: flash_attn)."""
+    def attention(q, k, v, window, cu_seqlens):
+        if cu_seqlens is None:
+            o = module.flash_attn_func(q, k, v, causal=True, window_size=(window - 1, 0))
+        else:
+            cu, T = cu_seqlens.to(torch.int32), q.shape[1]
+            o = module.flash_attn_varlen_func(q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=T,
+                                              max_seqlen_k=T, causal=True, window_size=(window - 1, 0))
+        o = o[0] if isinstance(o, tuple) else o  # some FA 3 releases return the log-sum-exp too
+        return o.unsqueeze(0) if cu_seqlens is not None else o
+    return attention
+
+
+# pick_attention_kernel adds flash_attn when that package can be imported.
+ATTENTION = {"sdpa": _sdpa_attention, "varlen": _varlen_attention, "flex": _flex_attention}
+
+
+def pick_gdn_kernel(wanted, K, V):
+    """The delta-rule kernel on CUDA: `wanted`, or for auto the best that is installed and takes heads of K, V.
+
+    Raises KernelError saying what is missing and how to install it.
+    """
+    reasons = []
+    if wanted in ("auto", "flashqla"):
+        try:
+            if (K, V) != (128, 128) or torch.cuda.get_device_capability()[0] < 9:
+                raise ImportError(f"takes K = V = 128 on Hopper or later, not K = {K}, V = {V}")
+            _flash_qla()
+            return "flashqla"
+        except ImportError as error:
+            reasons.append(f"flashqla: {error}")
+    if wanted in ("auto", "fla"):
+        try:
+            _fla()
+            return "fla"
+        except ImportError as error:
+            reasons.append(f"fla: {error}")
+    raise KernelError(f"KERNEL={wanted}: no fast gated-delta-rule kernel ({'; '.join(reasons)}); install fla-core "
+                      "(requirements.txt) or flash-qla (README), or set KERNEL=reference to train slowly without")
+
+
+def pick_attention_kernel(wanted):
+    """The attention kernel on CUDA: `wanted`, or for auto flash_attn if installed, else torch's varlen."""
+    if wanted in ("auto", "flash_attn"):
+        for name in ("flash_attn_interface", "flash_attn"):
+            try:
+                ATTENTION["flash_attn"] = _flash_attention(__import__(name))
+                return "flash_attn"
+            except ImportError:
+                continue
+        if wanted == "flash_attn":
+            raise KernelError("ATTN_KERNEL=flash_attn: neither flash_attn_interface nor flash_attn can be imported; "
+                              "set ATTN_KERNEL=auto to use torch's own kernel")
+    return "varlen" if wanted == "auto" else wanted
+
+
+def resolve_kernels(cfg, run):
+    """cfg with KERNEL, ATTN_KERNEL and COMPILE settled for this device; raises KernelError."""
+    on_cuda = run.device.type == "cuda"
+    kernel, attn = cfg.kernel, cfg.attn_kernel
+    if not on_cuda:
+        if kernel not in ("auto", "reference") or attn not in ("auto", "sdpa"):
+            raise KernelError(f"KERNEL={kernel} ATTN_KERNEL={attn}: need a CUDA GPU; leave both at auto on the CPU")
+        kernel, attn = "reference", "sdpa"
+    else:
+        attn = pick_attention_kernel(attn)
+        if kernel != "reference":
+            try:
+                kernel = pick_gdn_kernel(kernel, cfg.gdn_head_dim, cfg.gdn_head_dim)
+            except KernelError:
+                if "sample" not in cfg.preset or kernel != "auto":
+                    raise
+                kernel = "reference"  # minutes at sample size; the log's kernel line says so
+    compiled = cfg.compile if cfg.compile != "auto" else str(int(on_cuda and kernel != "reference"))
+    return replace(cfg, kernel=kernel, attn_kernel=attn, compile=compiled)
+
+
+KERNEL_TOLERANCE = 0.02  # relative error that bf16 inputs allow; measured: 0.004 when right, above 0.5 when wrong
+
+
+def relative_error(x, reference):
+    """Norm of the difference over norm of the reference, float."""
+    x, reference = x.detach().double(), reference.detach().double()
+    return float((x - reference).norm() / reference.norm().clamp_min(1e-30))
+
+
+def gdn_gradients(kernel, inputs, state, cu_seqlens=None):
+    """Outputs, final state and all gradients of one delta-rule call under fixed random output weights (dict)."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in (*inputs.items(), ("state", state))
+              if x is not None}
+    o, final = gated_delta_rule(**leaves, cu_seqlens=cu_seqlens, kernel=kernel)
+    rng = torch.Generator(o.device).manual_seed(1)
+    (o.float() * torch.randn(o.shape, device=o.device, generator=rng)).sum().add(
+        (final.float() * torch.randn(final.shape, device=o.device, generator=rng)).sum()).backward()
+    return {"o": o.detach(), "final_state": final.detach()} | {"d" + name: x.grad for name, x in leaves.items()}
+
+
+def gdn_inputs(B, T, H, HV, K, device, dtype, seed=0):
+    """Random, realistic inputs of `gated_delta_rule` (dict) and a state."""
+    rng = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, device=device, generator=rng)
+    q, k = (F.normalize(normal(B, T, H, K), dim=-1).to(dtype) for _ in range(2))
+    g = -F.softplus(normal(B, T, HV) - 2.0)
+    return dict(q=q, k=k, v=normal(B, T, HV, K).to(dtype), g=g, beta=normal(B, T, HV).sigmoid()), normal(B, HV, K, K)
+
+
+def check_kernels(cfg, run):
+    """Compare the chosen CUDA kernels with the references, outputs and gradients; raises KernelError if they differ."""
+    if run.device.type != "cuda":
+        return
+    worst = {}
+    heads = cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads
+    if cfg.kernel != "reference" and "gdn" in cfg.stack:
+        inputs, state = gdn_inputs(2, 200, *heads, cfg.gdn_head_dim, run.device, torch.bfloat16)
+        fast = gdn_gradients(cfg.kernel, inputs, state)
+        exact = gdn_gradients("reference", {n: x.float() for n, x in inputs.items()}, state)
+        worst |= {f"KERNEL={cfg.kernel} {name}": relative_error(fast[name], exact[name]) for name in exact}
+    if cfg.attn_kernel != "sdpa" and parse_stack(cfg.stack) != parse_stack("gdn") * len(parse_stack(cfg.stack)):
+        call = torch.compile(windowed_attention, dynamic=False) if cfg.attn_kernel == "flex" else windowed_attention
+        rng = torch.Generator(run.device).manual_seed(0)
+        head = cfg.model_dim // cfg.num_heads
+        q, k, v = (torch.randn(2, t, h, head, device=run.device, dtype=torch.bfloat16, generator=rng).requires_grad_()
+                   for t, h in ((96, cfg.num_heads), (120, cfg.num_kv_heads), (120, cfg.num_kv_heads)))
+        out = {}
+        exact = tuple(y.float() for y in (q, k, v))
+        for name, f, x in (("fast", call, (q, k, v)), ("exact", windowed_attention, exact)):
+            o = f(*x, window=min(cfg.swa_window, 48), kernel=cfg.attn_kernel if name == "fast" else "sdpa")
+            out[name] = (o, *torch.autograd.grad(o.float().square().sum(), (q, k, v)))
+        for name, a, b in zip(("o", "dq", "dk", "dv"), out["fast"], out["exact"]):
+            worst[f"ATTN_KERNEL={cfg.attn_kernel} {name}"] = relative_error(a, b)
+    wrong = [f"{name} differs by {error:.3f}" for name, error in worst.items() if not error < KERNEL_TOLERANCE]
+    if wrong:
+        raise KernelError(f"{'; '.join(wrong)} (relative, at most {KERNEL_TOLERANCE} allowed): this kernel computes "
+                          "wrong results on this GPU; set KERNEL or ATTN_KERNEL to another, or update torch and triton")
+    run.log("kernel_check", **{re.sub(r"\W", "_", name.split("=")[1]).lower(): error for name, error in worst.items()})
+
+
+def token_nll(logits, targets):
+    """Negative log-likelihood of each target in nats, float32 (B, T): a cross entropy over the whole vocabulary.
+
+    logits: (B, T, vocab) float32.   targets: (B, T) integer.
+    """
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 5. Model
+# ----------------------------------------------------------------------------------------------------
+# One Block, one LM, one forward for training, evaluation, generation and calibration.  A forward may start
+# from the state that an earlier one returned, and then computes what one pass over both texts would: GDN
+# states, convolution tails, attention windows and the embedding's left context are all in the state.
+# Weights are float32; activations are bfloat16 on CUDA and float32 on the CPU.
+
+
+def rms_norm(x):
+    """x over its root mean square along the last axis, computed in float32, in x's dtype."""
+    y = x.float()
+    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def linear(x, *weights):
+    """x (..., C) times the transpose of the stacked weights (R_i, C) in one product: (..., sum of R_i)."""
+    w = weights[0] if len(weights) == 1 else torch.cat(weights)
+    return F.linear(x, w.to(x.dtype))
+
+
+class Packing(NamedTuple):
+    """Several documents in one row: `cu_seqlens` (N + 1,) and each token's position in its document (T,)."""
+    cu_seqlens: Tensor
+    position: Tensor
+
+
+def shifted(x, tail, by, packing):
+    """x (B, T, ...) moved `by` tokens to the right; the first ones come from `tail` (B, L >= by, ...), the text before.
+
+    With packing, positions that would look into another document get zeros.
+    """
+    T, L = x.shape[1], tail.shape[1]
+    y = torch.cat([tail, x], 1)[:, L - by:L - by + T]
+    if packing is not None:
+        y = y * (packing.position >= by).to(y.dtype).view(1, T, *[1] * (x.dim() - 2))
+    return y
+
+
+def last_tokens(tail, x, count):
+    """The last `count` entries along the token axis of tail (B, L, ...) followed by x (B, T, ...)."""
+    if x.shape[1] >= count:
+        return x[:, x.shape[1] - count:]
+    return torch.cat([tail, x], 1)[:, -count:]
+
+
+class Embedding(nn.Module):
+    """Token embedding plus hashed bigrams and trigrams, normalised, then SmearGate; also the tied output head.
+
+    `weight` (vocab, D).  The n-gram table (buckets, ngram_dim) is shared by both orders and projected to D.
+    No n-gram and no smear crosses the token `bos_id`.  State: the two ids and the one embedding before.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
+        if cfg.ngram_buckets:
+            self.ngram_table = nn.Parameter(torch.empty(cfg.ngram_buckets, cfg.ngram_dim))
+            self.ngram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.ngram_dim))
+        if cfg.smear:
+            self.smear_gate = nn.Parameter(torch.empty(cfg.model_dim))
+
+    def fresh_state(self, B, device, dtype):
+        """The state before any text: ids -1 (no token), zero embedding."""
+        return EmbedState(torch.full((B, 2), -1, dtype=torch.int64, device=device),
+                          torch.zeros(B, 1, self.cfg.model_dim, dtype=dtype, device=device))
+
+    def ngram_rows(self, ids, prev1, prev2):
+        """Table rows of the bigram (prev1, id) and the trigram (prev2, prev1, id), a list; absent tokens are -1."""
+        h = (ids * 0x2545F491 + (prev1 + 1) * 0x1B873593) & 0x7FFFFFFF
+        rows = [(h ^ (h >> 15)) % self.cfg.ngram_buckets]
+        if self.cfg.ngram_order == 3:
+            h = (h * 5 + (prev2 + 1) * 0x19D699A5 + 0x3C6EF372) & 0x7FFFFFFF
+            rows.append((h ^ (h >> 15)) % self.cfg.ngram_buckets)
+        return rows
+
+    def forward(self, ids, state, packing, dtype):
+        """ids (B, T) -> x (B, T, D) in `dtype`, and the state behind them."""
+        ids = ids.long()
+        first = ids == self.cfg.bos_id  # begins a document: sees nothing before it
+        if packing is not None:
+            first = first | (packing.position == 0)
+        prev1 = torch.where(first, -1, shifted(ids, state.ids, 1, None))
+        x = F.embedding(ids, self.weight).to(dtype)
+        if self.cfg.ngram_buckets:
+            # The token two back counts only if the one before was not itself the first of its document.
+            starts = F.pad(first[:, :-1], (1, 0))
+            starts[:, 0] = state.ids[:, 1] == self.cfg.bos_id
+            prev2 = torch.where(first | starts, -1, shifted(ids, state.ids, 2, None))
+            rows = self.ngram_rows(ids, prev1, prev2)
+            x = x + linear(sum(F.embedding(r, self.ngram_table) for r in rows).to(dtype), self.ngram_proj)
+        x = rms_norm(x)
+        after = EmbedState(last_tokens(state.ids, ids, 2), x[:, -1:])
+        if self.cfg.smear:
+            before = shifted(x, state.x.to(dtype), 1, None)
+            gate = torch.sigmoid(self.smear_gate).to(dtype) * (prev1 >= 0).to(dtype).unsqueeze(-1)
+            x = x + gate * (before - x)
+        return x, after
+
+    def logits(self, x):
+        """x (B, T, D) -> softcapped float32 logits (B, T, vocab)."""
+        cap = self.cfg.logit_softcap
+        return cap * torch.tanh(linear(x, self.weight).float() / cap)
+
+
+class EmbedState(NamedTuple):
+    """`ids` (B, 2) int64 and `x` (B, 1, D): what an Embedding needs of the text before."""
+    ids: Tensor
+    x: Tensor
+
+
+class GDNState(NamedTuple):
+    """`conv` (B, taps - 1, channels) inputs of the convolution and `S` (B, HV, K, V) float32."""
+    conv: Tensor
+    S: Tensor
+
+
+class KVState(NamedTuple):
+    """Normalised, unrotated keys and values (B, up to window - 1, Hk, d) of the tokens before."""
+    k: Tensor
+    v: Tensor
+
+
+def short_convolution(x, weight, tail, packing):
+    """Causal depthwise convolution, then SiLU: x (B, T, C), weight (C, taps), tail (B, taps - 1, C) before it."""
+    taps = weight.shape[1]
+    w = weight.to(x.dtype)
+    y = x * w[:, taps - 1]
+    for by in range(1, taps):
+        y = y + shifted(x, tail, by, packing) * w[:, taps - 1 - by]
+    return F.silu(y)
+
+
+class GatedDeltaNet(nn.Module):
+    """Gated DeltaNet mixer [1]: short convolutions on q, k, v, l2-normalised q and k, gated delta rule, gated norm.
+
+    Weights are separate per role, so that Muon orthogonalises each as a whole; the forward stacks them for one product.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.H, self.HV, self.K = cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads, cfg.gdn_head_dim
+        D, qk, v = cfg.model_dim, self.H * self.K, self.HV * self.K
+        self.q_proj, self.k_proj = nn.Parameter(torch.empty(qk, D)), nn.Parameter(torch.empty(qk, D))
+        self.v_proj, self.g_proj = nn.Parameter(torch.empty(v, D)), nn.Parameter(torch.empty(v, D))
+        self.a_proj, self.b_proj = nn.Parameter(torch.empty(self.HV, D)), nn.Parameter(torch.empty(self.HV, D))
+        self.o_proj = nn.Parameter(torch.empty(D, v))
+        self.conv_weight = nn.Parameter(torch.empty(2 * qk + v, cfg.gdn_conv))
+        self.A_log, self.dt_bias = nn.Parameter(torch.empty(self.HV)), nn.Parameter(torch.empty(self.HV))
+        self.o_norm = nn.Parameter(torch.empty(self.K))
+
+    num_gains = 0
+
+    def forward(self, x, gain, state, packing):
+        """x (B, T, D) -> (B, T, D) and the GDNState behind it; `gain` is unused."""
+        B, T, _ = x.shape
+        H, HV, K = self.H, self.HV, self.K
+        qkv, gate, a, b = linear(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj).split(
+            [(2 * H + HV) * K, HV * K, HV, HV], -1)
+        taps = self.cfg.gdn_conv
+        tail = x.new_zeros(B, taps - 1, qkv.shape[-1]) if state is None else state.conv.to(x.dtype)
+        q, k, v = short_convolution(qkv, self.conv_weight, tail, packing).split([H * K, H * K, HV * K], -1)
+        q = F.normalize(q.float().unflatten(-1, (H, K)), dim=-1, eps=1e-6).to(x.dtype)
+        k = F.normalize(k.float().unflatten(-1, (H, K)), dim=-1, eps=1e-6).to(x.dtype)
+        g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
+        beta = torch.sigmoid(b.float()) * (2.0 if self.cfg.gdn_neg_eigval else 1.0)
+        o, S = gated_delta_rule(q=q, k=k, v=v.unflatten(-1, (HV, K)), g=g, beta=beta,
+                                state=None if state is None else state.S,
+                                cu_seqlens=None if packing is None else packing.cu_seqlens, kernel=self.cfg.kernel)
+        o = rms_norm(o) * self.o_norm.to(x.dtype) * F.silu(gate.unflatten(-1, (HV, K)))
+        return linear(o.flatten(2), self.o_proj), GDNState(last_tokens(tail, qkv, taps - 1).detach(), S.detach())
+
+
+def rotary(x, first, base, dims):
+    """Rotate `dims` channels of each head of x (B, T, H, d) by its position first, first + 1, ... [3]."""
+    d = dims or x.shape[-1]
+    position = torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)
+    angle = position[:, None] * base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
+    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)  # (T, 1, d / 2)
+    x1, x2, rest = x.split([d // 2, d // 2, x.shape[-1] - d], -1)
+    return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], -1)
+
+
+class Attention(nn.Module):
+    """Windowed softmax attention: grouped key/value heads, normalised q and k, rotary positions, a gain per head."""
+
+    def __init__(self, cfg, window):
+        super().__init__()
+        self.cfg, self.window = cfg, window
+        D, kv = cfg.model_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
+        self.q_proj, self.k_proj = nn.Parameter(torch.empty(D, D)), nn.Parameter(torch.empty(kv, D))
+        self.v_proj, self.o_proj = nn.Parameter(torch.empty(kv, D)), nn.Parameter(torch.empty(D, D))
+        self.num_gains = cfg.num_heads
+
+    def forward(self, x, gain, state, packing):
+        """x (B, T, D), gain (H,) -> (B, T, D) and the KVState behind it.
+
+        Positions count from the oldest carried key: only differences matter, and small numbers stay exact.
+        """
+        cfg, d = self.cfg, self.cfg.model_dim // self.cfg.num_heads
+        q, k, v = linear(x, self.q_proj, self.k_proj, self.v_proj).split(
+            [self.q_proj.shape[0], self.k_proj.shape[0], self.v_proj.shape[0]], -1)
+        q, k, v = (y.unflatten(-1, (-1, d)) for y in (q, k, v))
+        q, k = rms_norm(q), rms_norm(k)
+        if state is not None:
+            k, v = torch.cat([state.k.to(x.dtype), k], 1), torch.cat([state.v.to(x.dtype), v], 1)
+        S = k.shape[1]
+        q = rotary(q, S - x.shape[1], cfg.rope_base, cfg.rope_dims) * gain.to(x.dtype)[:, None]
+        o = windowed_attention(q, rotary(k, 0, cfg.rope_base, cfg.rope_dims), v, self.window,
+                               None if packing is None else packing.cu_seqlens, cfg.attn_kernel)
+        keep = S - min(self.window - 1, S)
+        return linear(o.flatten(2), self.o_proj), KVState(k[:, keep:].detach(), v[:, keep:].detach())
+
+
+def make_mixer(cfg, kind):
+    """The mixer that a STACK entry of this kind names."""
+    if kind == "gdn":
+        return GatedDeltaNet(cfg)
+    return Attention(cfg, cfg.swa_window if kind == "swa" else cfg.train_seq_len)
+
+
+class MLP(nn.Module):
+    """Two matrices around a squared activation."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        width = int(cfg.mlp_mult * cfg.model_dim)
+        self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+        self.up_proj = nn.Parameter(torch.empty(width, cfg.model_dim))
+        self.down_proj = nn.Parameter(torch.empty(cfg.model_dim, width))
+
+    def forward(self, x):
+        """x (..., D) -> (..., D)."""
+        return linear(F.leaky_relu(linear(x, self.up_proj), self.slope).square(), self.down_proj)
+
+
+class Block(nn.Module):
+    """Residual mix with the embedding, then mixer and MLP, each normalised before and scaled after.
+
+    Layers of one tag share `mixer` (and `mlp` with SHARE_MLP); the vectors are each layer's own.
+    """
+
+    def __init__(self, cfg, mixer, mlp):
+        super().__init__()
+        self.mixer, self.mlp = mixer, mlp
+        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
+        self.mixer_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        self.qk_gain = nn.Parameter(torch.empty(mixer.num_gains)) if mixer.num_gains else None
+
+    def forward(self, x, x0, state, packing):
+        """x, x0 (B, T, D), x0 the embedding -> x and the mixer's state."""
+        mix = self.resid_mix.to(x.dtype)
+        x = mix[0] * x + mix[1] * x0
+        y, state = self.mixer(rms_norm(x), self.qk_gain, state, packing)
+        x = x + self.mixer_scale.to(x.dtype) * y
+        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x)), state
+
+
+class StreamState(NamedTuple):
+    """Everything that a forward needs of the text before: EmbedState and one mixer state per layer."""
+    embed: EmbedState
+    layers: tuple
+
+
+class LM(nn.Module):
+    """The language model that `cfg` describes: Embedding, Blocks by STACK, tied softcapped head."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        self.cfg = cfg
+        self.embed = Embedding(cfg)
+        mixers, mlps, blocks = {}, {}, []
+        for i, layer in enumerate(parse_stack(cfg.stack)):
+            tag = layer.tag or f"#{i}"
+            mixer = mixers.setdefault(tag, None) or make_mixer(cfg, layer.kind)
+            mlp = (mlps.get(tag) if cfg.share_mlp else None) or MLP(cfg)
+            mixers[tag], mlps[tag] = mixer, mlp
+            blocks.append(Block(cfg, mixer, mlp))
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, ids, state=None, cu_seqlens=None):
+        """Logits of the token after each position, and the state behind the last.
+
+        ids: (B, T) integer.   state: StreamState that an earlier forward returned for the text before, or None.
+        cu_seqlens: (N + 1,) with B = 1: the row holds N documents, none of which sees another; then no state goes in
+        or comes out (None).   Returns logits (B, T, vocab) float32 after the softcap, and the StreamState, detached.
+        Raises ValueError for cu_seqlens with a state or with B > 1.
+        """
+        packing = None
+        if cu_seqlens is not None:
+            if state is not None or ids.shape[0] != 1:
+                raise ValueError(f"cu_seqlens needs one row and no state, got {ids.shape[0]} rows and a state of type "
+                                 f"{type(state).__name__}")
+            t = torch.arange(ids.shape[1], device=ids.device)
+            packing = Packing(cu_seqlens, t - cu_seqlens[torch.searchsorted(cu_seqlens, t, right=True) - 1])
+        dtype = torch.bfloat16 if ids.device.type == "cuda" else self.embed.weight.dtype
+        fresh = self.embed.fresh_state(ids.shape[0], ids.device, dtype)
+        before = state or StreamState(fresh, (None,) * len(self.blocks))
+        x, embed_state = self.embed(ids, before.embed, packing, dtype)
+        x0, layers = x, []
+        for block, layer_state in zip(self.blocks, before.layers):
+            x, layer_state = block(x, x0, layer_state, packing)
+            layers.append(layer_state)
+        after = StreamState(EmbedState(*(t.detach() for t in embed_state)), tuple(layers))
+        return self.embed.logits(rms_norm(x)), (after if packing is None else None)
+
+
+def init_weights(model, seed):
+    """Initial values, drawn on the CPU from `seed`, so that every device and rank starts equal.
+
+    | parameter                         | value                                                        |
+    |-----------------------------------|--------------------------------------------------------------|
+    | embed.weight                      | normal, std TIED_EMBED_INIT_STD                              |
+    | *.o_proj, *.down_proj, ngram_table| 0: every block and n-gram starts as the identity             |
+    | other matrices (R, C)             | uniform, std 1 / sqrt(3 C)                                   |
+    | conv_weight                       | uniform in +-1 / sqrt(taps)                                  |
+    | A_log, dt_bias                    | log U(0, 16); softplus^-1 of log-uniform in [0.001, 0.1] [1] |
+    | resid_mix                         | (1, 0)                                                       |
+    | mixer_scale, mlp_scale, o_norm    | 1                                                            |
+    | qk_gain, smear_gate               | QK_GAIN_INIT; -2                                             |
+    """
+    rng = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        kind = name.rsplit(".", 1)[-1]
+        if kind in ("o_proj", "down_proj", "ngram_table"):
+            value = torch.zeros(p.shape)
+        elif kind == "weight":
+            value = torch.randn(p.shape, generator=rng) * model.cfg.tied_embed_init_std
+        elif kind == "resid_mix":
+            value = torch.tensor([1.0, 0.0])[:, None].expand(p.shape)
+        elif kind == "A_log":
+            value = (torch.rand(p.shape, generator=rng) * 16).clamp_min(1e-3).log()
+        elif kind == "dt_bias":
+            dt = torch.exp(torch.rand(p.shape, generator=rng) * math.log(0.1 / 0.001) + math.log(0.001))
+            value = dt + torch.log(-torch.expm1(-dt))
+        elif kind in ("qk_gain", "smear_gate", "mixer_scale", "mlp_scale", "o_norm"):
+            value = torch.full(p.shape, {"qk_gain": model.cfg.qk_gain_init, "smear_gate": -2.0}.get(kind, 1.0))
+        else:  # uniform in +-1 / sqrt(C) has std 1 / sqrt(3 C); a convolution's C is its taps
+            value = (torch.rand(p.shape, generator=rng) * 2 - 1) * p.shape[1] ** -0.5
+        with torch.no_grad():
+            p.copy_(value)
+    return model
+
+
+# ----------------------------------------------------------------------------------------------------
+# 6. Optimizer
+# ----------------------------------------------------------------------------------------------------
+# One table says how every parameter is trained and stored.  Muon orthogonalises whole matrices, batched by
+# shape and shared out over ranks; AdamW takes the rest.  Gradients live in one flat buffer: one reduction,
+# one norm.  One rank and N ranks do the same up to the order of sums.
+
+
+class Route(NamedTuple):
+    """How parameters whose name matches `pattern` are trained and stored; lr, decay, bits, clip name Config fields."""
+    pattern: str
+    optimizer: str
+    lr: str
+    decay: str
+    bits: str
+    clip: str
+    role: str
+
+
+# The first match counts.  Empty bits: stored as float16 or float32; empty decay: none.
+ROUTES = (
+    Route(r"embed\.(weight|ngram_table)$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits",
+          "embed_clip_sigmas", "embed"),
+    Route(r"\.[ab]_proj$", "adamw", "scalar_lr", "", "gate_bits", "embed_clip_sigmas", "gate"),
+    Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mlp"),
+    Route(r"_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mixer"),
+    Route(r"\.(resid_mix|mixer_scale|mlp_scale|qk_gain|o_norm|A_log|dt_bias|conv_weight|smear_gate)$",
+          "adamw", "scalar_lr", "", "", "", "control"),
+)
+
+
+def route(name):
+    """The Route of a parameter; raises KeyError if the table has none."""
+    for entry in ROUTES:
+        if re.search(entry.pattern, name):
+            return entry
+    raise KeyError(f"parameter {name} matches no row of ROUTES")
+
+
+def newton_schulz(G, steps):
+    """Approximately orthogonalise each matrix of G (n, R, C): singular values go to about 1 (0.7 to 1.2) [2].
+
+    Works in bfloat16 on CUDA and in float32 on the CPU.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315  # quintic of steepest slope at zero that keeps [0, 1] near 1 [2]
+    X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
+    wide = X.shape[-2] > X.shape[-1]
+    X = X.mT if wide else X
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        A = X @ X.mT
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.mT if wide else X
+
+
+def muon_update(grad, momentum_buffer, momentum, steps):
+    """Muon's direction for a stack of matrices (n, R, C): Nesterov momentum, then `newton_schulz`.
+
+    Updates momentum_buffer in place.  The direction's RMS fits a learning rate per unit of spectral norm; tall
+    matrices are scaled by sqrt(R / C) [2].
+    """
+    momentum_buffer.lerp_(grad, 1 - momentum)
+    direction = newton_schulz(grad.lerp(momentum_buffer, momentum), steps)
+    return direction * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
+
+
+class Optimizer:
+    """Muon and AdamW over one flat gradient buffer, for one rank or many."""
+
+    def __init__(self, model, cfg, run):
+        self.cfg, self.run, self.steps_done = cfg, run, 0
+        params = dict(model.named_parameters())
+        self.flat_grad = torch.zeros(sum(p.numel() for p in params.values()), device=run.device)
+        for p, part in zip(params.values(), self.flat_grad.split([p.numel() for p in params.values()])):
+            p.grad = part.view_as(p)
+        self.matrices, adamw = {}, {}
+        for name, p in params.items():
+            r = route(name)
+            if r.optimizer == "muon":
+                self.matrices.setdefault((r, tuple(p.shape)), []).append(p)
+            else:
+                adamw.setdefault(r, []).append(p)
+        self.buffers = {key: torch.zeros(len(ps), *key[1], device=run.device) for key, ps in self.matrices.items()}
+        self.adamw = torch.optim.AdamW(
+            [dict(params=ps, lr=getattr(cfg, r.lr), base_lr=getattr(cfg, r.lr),
+                  weight_decay=getattr(cfg, r.decay) if r.decay else 0.0) for r, ps in adamw.items()],
+            betas=(cfg.beta1, cfg.beta2), eps=1e-10, fused=True)
+
+    def momentum(self):
+        """Muon's momentum at this step: a linear warm-up."""
+        cfg = self.cfg
+        part = min(1.0, self.steps_done / max(1, cfg.muon_momentum_warmup_steps))
+        return cfg.muon_momentum_warmup_start * (1 - part) + cfg.muon_momentum * part
+
+    @torch.no_grad()
+    def step(self, lr_mul):
+        """Reduce, clip and apply the gradients at lr_mul times the full learning rates; zero them.
+
+        Returns the gradient norm before clipping, a tensor on the device.
+        """
+        self.run.all_sum(self.flat_grad)
+        if self.run.world_size > 1:
+            self.flat_grad.div_(self.run.world_size)
+        norm = self.flat_grad.norm()
+        if self.cfg.grad_clip_norm:
+            self.flat_grad.mul_((self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        for (r, shape), params in self.matrices.items():
+            self._muon_step(params, self.buffers[r, shape], r, lr_mul)
+        for parameters in self.adamw.param_groups:
+            parameters["lr"] = parameters["base_lr"] * lr_mul
+        self.adamw.step()
+        self.flat_grad.zero_()
+        self.steps_done += 1
+        return norm
+
+    def _muon_step(self, params, buffer, r, lr_mul):
+        """One shape: each rank orthogonalises its share of whole matrices, all apply all."""
+        n, world = len(params), self.run.world_size
+        share = -(-n // world)
+        first = min(n, share * self.run.rank)
+        last = min(n, first + share)
+        grads = torch.stack([p.grad for p in params])
+        momentum = self.momentum()
+        if world == 1:
+            updates = muon_update(grads, buffer, momentum, self.cfg.muon_backend_steps)
+        else:
+            mine = grads.new_zeros(share, *grads.shape[1:], dtype=torch.bfloat16 if grads.is_cuda else torch.float32)
+            if last > first:  # buffer rows of other ranks stay zero: a rank keeps the momentum of its share
+                mine[:last - first] = muon_update(grads[first:last], buffer[first:last], momentum,
+                                                  self.cfg.muon_backend_steps)
+            updates = self.run.all_gather_rows(mine)[:n]
+        lr = getattr(self.cfg, r.lr) * lr_mul
+        torch._foreach_mul_(params, 1 - lr * getattr(self.cfg, r.decay))
+        torch._foreach_add_(params, list(updates.float().unbind()), alpha=-lr)
+
+
+class Average:
+    """Exponential moving average of the weights, float32; `copy_to` puts it into the model."""
+
+    def __init__(self, model, decay):
+        self.decay, self.count = decay, 0
+        self.params = list(model.parameters())
+        self.mean = [p.detach().clone() for p in self.params] if decay else []
+
+    @torch.no_grad()
+    def update(self):
+        """Take in the current weights; the decay is warmed up so that a short run forgets its start."""
+        if self.decay:
+            self.count += 1
+            decay = min(self.decay, (1 + self.count) / (10 + self.count))
+            torch._foreach_lerp_(self.mean, self.params, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self):
+        """Replace the model's weights by their average."""
+        if self.decay and self.count:
+            torch._foreach_copy_(self.params, self.mean)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 7. Quantization and the artifact
+# ----------------------------------------------------------------------------------------------------
+# Matrices become integers with one float16 scale per row; small tensors stay float16 or float32; a shared
+# tensor is stored once.  The file is a fixed head (magic, version, lengths, SHA-256), a JSON header (model
+# settings, tensor table) and compressed streams.  Nothing in it is executed; every length is checked.
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GDNSWA\r\n", 1
+ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")  # magic, version, header bytes packed, unpacked, payload bytes, SHA-256
+MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 22, 1 << 30
+STREAM_BYTES = 1 << 22  # large roles are cut into streams of this size, compressed on all cores
+
+
+def quantize(W, bits, clip_sigmas):
+    """Round each row of W (R, C) to integers of `bits` bits at a step of clip_sigmas * std(row) / qmax (SDClip).
+
+    Returns Q int8 (R, C) in [-qmax, qmax], qmax = 2^(bits-1) - 1, and scale float16 (R,): W ~ Q * scale.
+    A row of zeros gets scale 1.   Source: README, "Clipping".
+    """
+    qmax = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas * W.float().std(1, correction=0) / qmax).to(torch.float16)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    Q = (W.float() / scale.float()[:, None]).round().clamp(-qmax, qmax)
+    return Q.to(torch.int8), scale
+
+
+def dequantize(Q, scale):
+    """The float32 weight that (Q, scale) stands for."""
+    return Q.float() * scale.float()[:, None]
+
+
+def compress(data, codec):
+    """bytes -> bytes by brotli (quality 11, window 24), lzma or zstd (22)."""
+    if codec == "brotli":
+        import brotli
+        return brotli.compress(data, quality=11, lgwin=24)
+    if codec == "zstd":
+        import zstandard
+        return zstandard.ZstdCompressor(level=22).compress(data)
+    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+
+
+def decompress(data, codec, size):
+    """The inverse of `compress`, bounded: raises ArtifactError unless the data makes exactly `size` bytes."""
+    try:
+        if codec == "brotli":
+            import brotli
+            decoder, out = brotli.Decompressor(), b""
+            out = decoder.process(data, output_buffer_limit=size + 1)
+            while len(out) < size and not decoder.is_finished():
+                more = decoder.process(b"", output_buffer_limit=size + 1 - len(out))
+                if not more:
+                    break
+                out += more
+        elif codec == "zstd":
+            import zstandard
+            out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+        else:
+            out = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(data, max_length=size + 1)
+    except (ValueError, EOFError, lzma.LZMAError, RuntimeError) as error:
+        raise ArtifactError(f"a stream cannot be decompressed ({codec}: {error})") from None
+    except Exception as error:  # brotli.error and ZstdError derive from Exception alone
+        if type(error).__module__.split(".")[0] not in ("brotli", "_brotli", "zstandard", "zstd"):
+            raise
+        raise ArtifactError(f"a stream cannot be decompressed ({codec}: {error})") from None
+    if len(out) != size:
+        found = f"more than {size}" if len(out) > size else len(out)
+        raise ArtifactError(f"a stream decompresses to {found} bytes, expected {size}")
+    return out
+
+
+def pack_tensor(name, p, cfg):
+    """One parameter as (table entry, list of (role, bytes)), by its Route."""
+    r = route(name)
+    if r.bits:
+        bits = getattr(cfg, r.bits)
+        Q, scale = quantize(p.detach().float().cpu(), bits, getattr(cfg, r.clip))
+        entry = dict(name=name, shape=list(p.shape), bits=bits, coding="rows", role=r.role)
+        return entry, [(r.role, Q.numpy().tobytes()), ("scale", scale.numpy().tobytes())]
+    coding = "f32" if p.numel() <= 64 else "f16"  # the smallest tensors (decay rates, gains) keep every bit
+    data = p.detach().float().cpu().numpy().astype("<f4" if coding == "f32" else "<f2").tobytes()
+    return dict(name=name, shape=list(p.shape), bits=int(coding[1:]), coding=coding, role=coding), [(coding, data)]
+
+
+def byte_planes(data, width):
+    """Little-endian items of `width` bytes with first all low bytes, then the next: easier to compress."""
+    return np.frombuffer(data, np.uint8).reshape(-1, width).T.tobytes()
+
+
+PLANES = {"scale": 2, "f16": 2, "f32": 4}  # roles stored as byte planes, with their item widths
+
+
+def save_artifact(path, model, cfg):
+    """Quantize, compress and write the model; returns the bytes written.  The file appears whole or not at all.
+
+    Tensors are stored in named_parameters() order, shared ones once; each role's bytes form its streams.
+    """
+    table, roles = [], {}
+    for name, p in model.named_parameters():
+        entry, parts = pack_tensor(name, p, cfg)
+        for key, (role, data) in zip(("offset", "scale_offset"), parts):
+            stream = roles.setdefault(role, bytearray())
+            entry[key] = len(stream)
+            stream.extend(data)
+        table.append(entry)
+    pieces = []
+    for role, data in roles.items():
+        data = byte_planes(bytes(data), PLANES[role]) if role in PLANES else bytes(data)
+        pieces += [(role, data[i:i + STREAM_BYTES]) for i in range(0, len(data), STREAM_BYTES)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        packed = list(pool.map(lambda piece: compress(piece[1], cfg.compressor), pieces))
+    header = dict(config={name: getattr(cfg, name) for name in MODEL_FIELDS}, compressor=cfg.compressor, tensors=table,
+                  streams=[[role, len(raw), len(out)] for (role, raw), out in zip(pieces, packed)])
+    text = json.dumps(header, separators=(",", ":")).encode()
+    head, payload = zlib.compress(text, 9), b"".join(packed)
+    digest = hashlib.sha256(head + payload).digest()
+    blob = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(text), len(payload), digest)
+    blob += head + payload
+    write_whole(path, lambda f: f.write(blob))
+    return len(blob)
+
+
+def write_whole(path, write):
+    """Call write(file) on a neighbour of `path`, then rename it: a reader never sees a part."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_header(blob):
+    """Check an artifact's head and checksum; returns its header (dict) and payload.  Raises ArtifactError."""
+    if len(blob) < ARTIFACT_HEAD.size:
+        raise ArtifactError(f"{len(blob)} bytes, shorter than the head of an artifact ({ARTIFACT_HEAD.size})")
+    magic, version, packed, unpacked, payload, digest = ARTIFACT_HEAD.unpack_from(blob)
+    if magic != ARTIFACT_MAGIC:
+        raise ArtifactError(f"it begins with {magic!r}, not {ARTIFACT_MAGIC!r}: not an artifact of this script")
+    if version != ARTIFACT_VERSION:
+        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}: use the writer's")
+    body = blob[ARTIFACT_HEAD.size:]
+    if len(body) != packed + payload:
+        raise ArtifactError(f"{len(body)} bytes follow the head, which promises {packed + payload}: truncated")
+    if hashlib.sha256(body).digest() != digest:
+        raise ArtifactError("the checksum does not match: altered")
+    if unpacked > MAX_HEADER_BYTES:
+        raise ArtifactError(f"its header claims {unpacked} bytes, at most {MAX_HEADER_BYTES} are read")
+    try:
+        text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
+        header = json.loads(text)
+        header["config"], header["tensors"], header["streams"], header["compressor"]
+    except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"its header cannot be read ({type(error).__name__})") from None
+    return header, body[packed:]
+
+
+def read_streams(header, payload):
+    """Decompress an artifact's streams: dict of role to bytes.  Raises ArtifactError before allocating too much."""
+    sizes = [(str(role), int(raw), int(packed)) for role, raw, packed in header["streams"]]
+    total = sum(raw for _, raw, _ in sizes)
+    if min((min(raw, packed) for _, raw, packed in sizes), default=0) < 0 or total > MAX_RAW_BYTES:
+        raise ArtifactError(f"its streams claim {total} bytes, at most {MAX_RAW_BYTES} are read")
+    if sum(packed for _, _, packed in sizes) != len(payload):
+        raise ArtifactError(f"its streams claim {sum(p for _, _, p in sizes)} bytes of {len(payload)}")
+    cuts = np.cumsum([0] + [packed for _, _, packed in sizes])
+    parts = [bytes(payload[a:b]) for a, b in zip(cuts, cuts[1:])]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        raws = list(pool.map(lambda part, size: decompress(part, header["compressor"], size[1]), parts, sizes))
+    roles = {}
+    for (role, _, _), raw in zip(sizes, raws):
+        roles.setdefault(role, bytearray()).extend(raw)
+    for role in roles.keys() & PLANES.keys():
+        width = PLANES[role]
+        if len(roles[role]) % width:
+            raise ArtifactError(f"its {role} stream has {len(roles[role])} bytes, not a multiple of {width}")
+        roles[role] = byte_planes(bytes(roles[role]), len(roles[role]) // width) if roles[role] else b""
+    return roles
+
+
+def load_artifact(path, device="cpu", base=None):
+    """Build the model that an artifact file holds, from that file alone, in evaluation mode.
+
+    path: file name, or the file's bytes.   base: Config that supplies what the file does not fix (kernels,
+    evaluation); default: the defaults.   Raises ArtifactError naming the file and the fault.
+    """
+    try:
+        blob = path if isinstance(path, bytes) else Path(path).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"ARTIFACT={path}: cannot be read ({error.strerror})") from None
+    name = "the artifact" if isinstance(path, bytes) else str(path)
+    try:
+        header, payload = read_header(memoryview(blob))
+        if not isinstance(header["config"], dict) or set(header["config"]) != set(MODEL_FIELDS):
+            raise ArtifactError("its model settings are not those that this script knows")
+        kinds = {f.name: type(f.default) for f in fields(Config)}
+        for key, value in header["config"].items():
+            if type(value) is not kinds[key]:
+                raise ArtifactError(f"its setting {key} is {value!r}, expected {kinds[key].__name__}")
+        cfg = replace(base or Config(), **header["config"])
+        with torch.device("meta"):
+            model = LM(cfg)
+        params = dict(model.named_parameters())
+        listed = [(t["name"], tuple(t["shape"])) for t in header["tensors"]]
+        if listed != [(n, tuple(p.shape)) for n, p in params.items()]:
+            raise ArtifactError("its tensors are not those of the model that it describes")
+        roles = read_streams(header, payload)
+        weights = {t["name"]: unpack_tensor(t, roles) for t in header["tensors"]}
+    except (ArtifactError, SettingError) as error:
+        raise ArtifactError(f"{name}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(f"{name}: its header is malformed ({type(error).__name__}: {error})") from None
+    model = model.to_empty(device=device)
+    with torch.no_grad():
+        for key, p in model.named_parameters():
+            p.copy_(weights[key])
+    return model
+
+
+def unpack_tensor(entry, roles):
+    """One float32 weight from its table entry and the roles' bytes; row scales are read in table order."""
+    shape, coding = entry["shape"], entry["coding"]
+    count = math.prod(shape)
+
+    def take(role, dtype, offset, n):
+        width = np.dtype(dtype).itemsize
+        data = roles[role][offset:offset + n * width]
+        if not isinstance(offset, int) or offset < 0 or len(data) != n * width:
+            raise ArtifactError(f"its tensor {entry['name']} lies outside its stream")
+        return torch.from_numpy(np.frombuffer(bytes(data), dtype).copy())
+
+    if coding == "rows":
+        scale = take("scale", "<f2", entry["scale_offset"], shape[0])
+        return dequantize(take(entry["role"], np.int8, entry["offset"], count).view(shape), scale)
+    if coding not in ("f16", "f32"):
+        raise ArtifactError(f"its tensor {entry['name']} has the unknown coding {coding!r}")
+    return take(coding, "<f2" if coding == "f16" else "<f4", entry["offset"], count).float().view(shape)
+
+
+def estimate_artifact_bytes(model, cfg):
+    """Expected bytes of the artifact: Gaussian entropy of the quantized rows, raw size of the rest."""
+    total = 4096.0  # head and compressed header, measured
+    for name, p in model.named_parameters():
+        r = route(name)
+        if r.bits:
+            step = getattr(cfg, r.clip) / (2 ** (getattr(cfg, r.bits) - 1) - 1)  # in standard deviations
+            total += p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step)) + 2 * p.shape[0]
+        else:
+            total += p.numel() * (4 if p.numel() <= 64 else 2)
+    return int(total)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 8. Evaluation
+# ----------------------------------------------------------------------------------------------------
+# Targets are tokens 1 .. n-1 of the concatenated split, numbered 0 .. n-2: target j is token j + 1, predicted
+# from tokens up to j.  Every target is scored exactly once, in order: Ledger.add refuses anything else.
+# score_rows() is the only place where a model meets targets, Ledger.bpb the only place where bits are made.
+
+
+class Ledger:
+    """Running sums over the targets first .. `next_target` - 1, each entered exactly once and in order."""
+
+    def __init__(self, first=0, tokens=0, nats=0.0, num_bytes=0):
+        self.first, self.tokens, self.nats, self.bytes = int(first), int(tokens), float(nats), int(num_bytes)
+
+    @property
+    def next_target(self):
+        """The only target that may be entered next."""
+        return self.first + self.tokens
+
+    def add(self, first, nll, num_bytes):
+        """Enter targets first .. first + len - 1: nll (len,) nats and num_bytes (len,) int.
+
+        Raises RuntimeError on a gap, an overlap, a repeat, unequal lengths, or a score that is not finite.
+        """
+        if first != self.next_target:
+            raise RuntimeError(f"ledger: targets from {first} offered, {self.next_target} is next: a gap or a repeat")
+        if nll.shape != num_bytes.shape or nll.dim() != 1:
+            raise RuntimeError(f"ledger: {tuple(nll.shape)} scores for {tuple(num_bytes.shape)} byte counts")
+        nats = float(nll.double().sum())
+        if not math.isfinite(nats) or bool((nll < 0).any()):
+            raise RuntimeError(f"ledger: scores from target {first} are negative or not finite")
+        self.nats += nats
+        self.tokens += nll.numel()
+        self.bytes += int(num_bytes.sum())
+
+    def join(self, other):
+        """Append a ledger that begins where this one ends; raises RuntimeError otherwise."""
+        if other.first != self.next_target:
+            raise RuntimeError(f"ledger: a part from {other.first} offered, {self.next_target} is next: gap or repeat")
+        return Ledger(self.first, self.tokens + other.tokens, self.nats + other.nats, self.bytes + other.bytes)
+
+    @property
+    def val_loss(self):
+        """Mean nats per token."""
+        return self.nats / self.tokens
+
+    @property
+    def bpb(self):
+        """Bits per byte of text."""
+        return self.nats / math.log(2) / self.bytes
+
+    def as_log(self, digits=8):
+        """The key-value pairs of a final line."""
+        return dict(val_loss=f"{self.val_loss:.{digits}f}", val_bpb=f"{self.bpb:.{digits}f}", tokens=self.tokens,
+                    bytes=self.bytes)
+
+
+def windows(num_targets, seq_len, stride):
+    """Yield (start, end, score_from) of the windows over num_targets targets, all absolute target indexes.
+
+    A window reads tokens start .. end - 1 and scores targets score_from .. end - 1.  The first scores all of its
+    targets, every later one its last `stride` or what is left of them; so each target is scored exactly once.
+    """
+    start = 0
+    while start == 0 or start + seq_len - stride < num_targets:
+        yield start, min(start + seq_len, num_targets), start + seq_len - stride if start else 0
+        start += stride
+
+
+def score_rows(model, ids, targets, state=None):
+    """Nats of each target (B, T) float32, given the tokens up to it, and the state behind the row."""
+    logits, state = model(ids, state)
+    return token_nll(logits, targets), state
+
+
+@cache
+def compiled(function, enabled):
+    """`function` under torch.compile (one graph, static shapes) if enabled is '1'; one wrapper per function."""
+    torch._dynamo.config.cache_size_limit = 64  # shapes per function: validation, exact with and without state, ...
+    return torch.compile(function, fullgraph=True, dynamic=False) if enabled == "1" else function
+
+
+class Rows(NamedTuple):
+    """A batch to score on the device: ids, targets (B, T), `wanted` (B, T) marks the targets that count."""
+    ids: Tensor
+    targets: Tensor
+    wanted: Tensor
+
+
+def make_rows(tokens, starts, score_from, score_to, T, device):
+    """Rows of T tokens from absolute starts (B,), of which row i scores targets score_from[i] .. score_to[i] - 1.
+
+    tokens: np.uint16 (n,).  Positions outside the text repeat its ends and never count.
+    """
+    index = np.asarray(starts)[:, None] + np.arange(T)
+    wanted = (index >= np.asarray(score_from)[:, None]) & (index < np.asarray(score_to)[:, None])
+    last = len(tokens) - 1
+    ids, targets = (tokens[np.clip(i, 0, last)].astype(np.int32) for i in (index, index + 1))
+    return Rows(*(torch.from_numpy(x).to(device, non_blocking=True) for x in (ids, targets, wanted)))
+
+
+def score_windows(model, tokens, table, spans, seq_len, ledger, run):
+    """Score consecutive windows [(start, end, score_from), ...] into `ledger`, in batches of fixed shape."""
+    score = compiled(score_rows, model.cfg.compile)
+    batch = max(1, model.cfg.eval_batch_tokens // seq_len)
+    for i in range(0, len(spans), batch):
+        part = spans[i:i + batch]
+        starts, ends, froms = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
+        rows = make_rows(tokens, starts, froms, ends, seq_len, run.device)
+        nll, _ = score(model, rows.ids, rows.targets)
+        num_bytes = count_bytes(table, rows.ids, rows.targets)
+        ledger.add(part[0][2], nll[rows.wanted].cpu(), num_bytes[rows.wanted].cpu())
+
+
+def score_streams(model, tokens, table, spans, run):
+    """Score spans [(first, last), ...] of targets with carried state, side by side; returns one Ledger per span.
+
+    Each row begins EVAL_WARMUP_TOKENS before its span, unscored, and goes through it segment by segment; the state
+    goes from one segment to the next, so that a token is predicted from all the text since its row's beginning.
+    """
+    cfg, score = model.cfg, compiled(score_rows, model.cfg.compile)
+    ledgers = [Ledger(first) for first, _ in spans]
+    rows_at_once = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+    for i in range(0, len(spans), rows_at_once):
+        part, books = spans[i:i + rows_at_once], ledgers[i:i + rows_at_once]
+        starts = np.array([max(0, first - cfg.eval_warmup_tokens) for first, _ in part])
+        longest = int(max(last - start for (_, last), start in zip(part, starts)))
+        T, state = segment_length(longest, len(part), cfg), None
+        for done in range(0, longest, T):
+            rows = make_rows(tokens, starts + done, *zip(*part), T, run.device)
+            nll, state = score(model, rows.ids, rows.targets, state)
+            num_bytes, wanted = count_bytes(table, rows.ids, rows.targets).cpu(), rows.wanted.cpu()
+            nll = nll.cpu()
+            for row, book in enumerate(books):
+                mask = wanted[row]
+                if mask.any():
+                    book.add(max(part[row][0], int(starts[row]) + done), nll[row][mask], num_bytes[row][mask])
+    return ledgers
+
+
+def segment_length(longest, rows, cfg):
+    """Tokens of one segment: equal parts, a multiple of the kernels' chunk, EVAL_BATCH_TOKENS over the rows at most."""
+    most = max(GDN_CHUNK, cfg.eval_batch_tokens // rows // GDN_CHUNK * GDN_CHUNK)
+    parts = -(-longest // most)
+    return -(-longest // parts // GDN_CHUNK) * GDN_CHUNK
+
+
+def cut(first, last, parts):
+    """[first, last) in `parts` contiguous parts of nearly equal size, empty ones left out."""
+    edges = [first + (last - first) * i // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+
+
+def score_parts(model, tokens, table, parts, run, streams):
+    """Score `parts`, consecutive spans (streams) or windows, shared over ranks; every rank gets the whole Ledger."""
+    a, b = run.share(len(parts))
+    mine, most = [], -(-len(parts) // run.world_size) if streams else 1
+    if b > a and streams:
+        mine = score_streams(model, tokens, table, parts[a:b], run)
+    elif b > a:
+        mine = [Ledger(parts[a][2])]
+        score_windows(model, tokens, table, parts[a:b], model.cfg.train_seq_len, mine[0], run)
+    flat = [v for book in mine for v in (book.first, book.tokens, book.nats, book.bytes)]
+    ledger = Ledger(parts[0][0 if streams else 2])
+    for values in run.gather(flat + [-1.0] * 4 * (most - len(mine))):
+        for at in range(0, len(values), 4):
+            if values[at] >= 0:
+                ledger = ledger.join(Ledger(*values[at:at + 4]))
+    return ledger
+
+
+@torch.inference_mode()
+def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
+    """Score every target of `tokens` exactly once; the only scorer of this script.
+
+    model: LM; its cfg holds the evaluation settings.   tokens: np.uint16 (n,).   table: ByteTable.
+    method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact (state carried).
+    adapt: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the tokens scored so
+    far, np.uint16 up to and including the last scored target: it cannot see what is yet to be scored.
+    Returns the Ledger over all n - 1 targets, equal on all ranks; raises RuntimeError if any is missing.
+    """
+    run, cfg, total = run or Run(device=next(model.parameters()).device), model.cfg, len(tokens) - 1
+    table, ledger = table.to(run.device), Ledger()
+    stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len, "exact": None}[method]
+    pending = deque(windows(total, cfg.train_seq_len, stride)) if stride else None
+    chunk = cfg.ttt_chunk_tokens if adapt else total
+    for first in range(0, total, chunk):
+        last = min(first + chunk, total)
+        if stride:  # a window belongs to the chunk of its first scored target
+            parts = []
+            while pending and pending[0][2] < last:
+                parts.append(pending.popleft())
+        else:
+            parts = cut(first, last, cfg.eval_spans)
+        if parts:
+            ledger = ledger.join(score_parts(model, tokens, table, parts, run, streams=not stride))
+        if adapt and ledger.next_target < total:
+            adapt(tokens[:ledger.next_target + 1])
+    if ledger.first != 0 or ledger.next_target != total:
+        raise RuntimeError(f"evaluation scored targets {ledger.first} .. {ledger.next_target - 1} of 0 .. {total - 1}")
+    return ledger
+
+
+@torch.inference_mode()
+def probe_causality(model, tokens, run):
+    """Largest change of a target's nats when only later tokens change, over a batch of windows, through score_rows."""
+    cfg, score = model.cfg, compiled(score_rows, model.cfg.compile)
+    T, batch = cfg.train_seq_len, max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+    starts = np.linspace(0, max(0, len(tokens) - T - 1), batch).astype(np.int64)
+    rows = make_rows(tokens, starts, starts, starts + T, T, run.device)
+    cuts = torch.linspace(1, T - 1, batch).long()
+    later = torch.arange(T) >= cuts[:, None]
+    noise = torch.randint(cfg.vocab_size, (batch, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    changed = torch.where(later, noise, rows.ids.cpu()).to(run.device)
+    nll, _ = score(model, rows.ids, rows.targets)
+    other, _ = score(model, changed, rows.targets)
+    return float((nll - other).abs().cpu()[~later].max())
+
+
+@torch.inference_mode()
+def probe_normalization(model, tokens, run, positions=16):
+    """Largest distance from 1 of the probabilities that token_nll gives to the whole vocabulary, at some positions."""
+    T = min(model.cfg.train_seq_len, len(tokens) - 1)
+    ids = torch.from_numpy(tokens[:T].astype(np.int32)).to(run.device)[None]
+    logits, _ = model(ids)
+    picked = logits[0, torch.linspace(0, T - 1, min(positions, T), device=run.device).long()]  # (positions, vocab)
+    every = torch.arange(model.cfg.vocab_size, device=run.device).expand(len(picked), -1)
+    nll = token_nll(picked[:, None].expand(-1, every.shape[1], -1), every)
+    return float((nll.double().neg().exp().sum(-1) - 1).abs().max())
+
+
+# ----------------------------------------------------------------------------------------------------
+# 9. Training
+# ----------------------------------------------------------------------------------------------------
+# One step, the schedule, the loop.  The clock runs from the first step to the last and stands still only
+# while validating; compiling and throw-away steps on synthetic tokens come before it and leave no trace in
+# weights, optimizer or data order.  Schedule position and stop are rank 0's, broadcast.
+
+
+def mean_nll(model, ids, targets):
+    """Training loss: mean nats per token of (B, T) targets."""
+    logits, _ = model(ids)
+    return token_nll(logits, targets).mean()
+
+
+def activation_bytes_per_token(cfg):
+    """Memory that one token's forward keeps for the backward pass [bytes], counted from the layers."""
+    width = 2 if cfg.kernel != "reference" or cfg.device == "cuda" else 4
+    D, total = cfg.model_dim, 0.0
+    for layer in parse_stack(cfg.stack):
+        qk, v = cfg.gdn_heads * cfg.gdn_head_dim, (cfg.gdn_v_heads or cfg.gdn_heads) * cfg.gdn_head_dim
+        total += 5 * qk + 7 * v if layer.kind == "gdn" else 6 * D  # projections, convolutions, norms, outputs
+        total += 5 * D + 2 * cfg.mlp_mult * D  # residual, two norms, mixer output; MLP before and after activation
+    return total * width + 12 * cfg.vocab_size
+
+
+def micro_batch_rows(cfg, run):
+    """Rows of one forward pass on one rank: a divisor of the rank's rows of a step.
+
+    Raises SettingError, naming the nearest batch, if the ranks cannot share the step's rows evenly.
+    """
+    rows = cfg.train_batch_tokens // cfg.train_seq_len
+    if rows % run.world_size:
+        near = max(1, round(rows / run.world_size)) * run.world_size
+        raise SettingError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {rows} rows of TRAIN_SEQ_LEN="
+                           f"{cfg.train_seq_len} cannot be shared by {run.world_size} ranks; set TRAIN_BATCH_TOKENS="
+                           f"{near * cfg.train_seq_len}")
+    if cfg.micro_batch_tokens:
+        most = cfg.micro_batch_tokens
+    elif run.device.type == "cuda":
+        most = 0.4 * torch.cuda.get_device_properties(run.device).total_memory / activation_bytes_per_token(cfg)
+    else:
+        most = 2048  # larger ones fall out of a CPU's caches
+    rows //= run.world_size
+    return max(d for d in range(1, rows + 1) if rows % d == 0 and (d == 1 or d * cfg.train_seq_len <= most))
+
+
+def train_step(model, optimizer, batch, micro_rows, lr_mul):
+    """One optimizer step on batch (rows, T + 1); returns the mean loss on this rank, a tensor on the device."""
+    loss_of = compiled(mean_nll, model.cfg.compile)
+    parts, total = batch.split(micro_rows), 0.0
+    for part in parts:
+        loss = loss_of(model, part[:, :-1].contiguous(), part[:, 1:].contiguous()) / len(parts)
+        loss.backward()
+        total = total + loss.detach()
+    optimizer.step(lr_mul)
+    return total
+
+
+def learning_rate(progress, cfg):
+    """The multiple of the full learning rates at `progress` in [0, 1]: flat, then linear down to MIN_LR."""
+    left = (1.0 - min(progress, 1.0)) / max(cfg.warmdown_frac, 1e-9)
+    return min(1.0, cfg.min_lr + (1.0 - cfg.min_lr) * left)
+
+
+def warm_up(model, cfg, run, micro_rows):
+    """Compile and autotune everything before the clock starts, on synthetic tokens; the weights are put back."""
+    saved = [p.detach().clone() for p in model.parameters()]
+    rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
+    rng = torch.Generator().manual_seed(cfg.seed)
+    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg.ema_decay)
+    for _ in range(cfg.warmup_steps):
+        batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng, dtype=torch.int32)
+        train_step(model, optimizer, batch.to(run.device), micro_rows, 1.0)
+        average.update()
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), saved)
+    for p in model.parameters():
+        p.grad = None
+
+
+def warm_up_scoring(model, run, num_targets):
+    """Compile what `evaluate` will call on num_targets targets, on synthetic tokens, with the shapes it will have."""
+    cfg = model.cfg
+    if cfg.compile != "1":
+        return
+    score, rows = compiled(score_rows, cfg.compile), max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+    with torch.inference_mode():
+        ids = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int32, device=run.device)
+        score(model, ids, ids)
+        if cfg.final_score == "exact" or cfg.eval_diagnostics:
+            spans = cut(0, num_targets, cfg.eval_spans)
+            a, b = run.share(len(spans))
+            starts = [max(0, first - cfg.eval_warmup_tokens) for first, _ in spans[a:b][:rows]]
+            longest = max((last - start for (_, last), start in zip(spans[a:b], starts)), default=0)
+            if longest:
+                T = segment_length(longest, len(starts), cfg)
+                ids = torch.zeros(len(starts), T, dtype=torch.int32, device=run.device)
+                _, state = score(model, ids, ids)
+                score(model, ids, ids, state)
+    run.synchronize()
+
+
+class StopWatch(NamedTuple):
+    """What ended training: steps done, seconds on the training clock."""
+    steps: int
+    train_s: float
+
+
+def train(model, data, cfg, run):
+    """Train until ITERATIONS or the clock ends it; leaves the averaged weights in the model.  Returns StopWatch."""
+    began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
+    warm_up(model, cfg, run, micro_rows)
+    warm_up_scoring(model, run, len(data.val) - 1)
+    run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile == "1" else "eager",
+            micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
+    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg.ema_decay)
+    loader, clock, pace = Loader(data.train, cfg, run), Clock(run), Pace(cfg, run)
+    budget = cfg.max_wallclock_seconds or math.inf
+    step = 0
+    clock.resume()
+    try:
+        while True:
+            elapsed = run.broadcast(clock.elapsed())
+            out_of_time = step > 0 and elapsed + pace.step_s > budget
+            last = step >= cfg.iterations or out_of_time
+            if cfg.val_loss_every and (step % cfg.val_loss_every == 0 or last):
+                train_ms = 1000 * clock.pause()
+                ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
+                run.log("", step=f"{step}/{cfg.iterations}", **ledger.as_log(4), train_time=f"{train_ms:.0f}ms",
+                        step_avg=f"{train_ms / max(1, step):.2f}ms")
+                clock.resume()
+            if last:
+                break
+            lr_mul = learning_rate(max(elapsed / budget, step / max(1, cfg.iterations)), cfg)
+            loss = train_step(model, optimizer, next(loader), micro_rows, lr_mul)
+            average.update()
+            step += 1
+            pace.tick(step, clock, loss, lr_mul)
+    finally:
+        loader.close()
+    train_s = clock.pause()
+    if out_of_time:
+        run.log("stopping_early: wallclock_cap", train_time=f"{1000 * train_s:.0f}ms", step=f"{step}/{cfg.iterations}")
+    average.copy_to()
+    return StopWatch(step, train_s)
+
+
+class Pace:
+    """Keeps the host at most one step ahead of the device, estimates seconds per step, prints progress lines."""
+
+    def __init__(self, cfg, run):
+        self.cfg, self.run, self.step_s = cfg, run, 0.0
+        self.fence, self.durations, self.last_tick, self.last_line = None, deque(maxlen=20), 0.0, 0.0
+
+    def tick(self, step, clock, loss, lr_mul):
+        """After a step was issued: wait for the one before, so that the clock means something; log when due."""
+        if self.run.device.type == "cuda":
+            if self.fence is not None:
+                self.fence.synchronize()
+            self.fence = torch.cuda.Event()
+            self.fence.record()
+        now = clock.elapsed()
+        self.durations.append(now - self.last_tick)
+        self.step_s, self.last_tick = float(np.median(self.durations)), now
+        due = step <= 3 or step % self.cfg.train_log_every == 0 or now - self.last_line > 8.0
+        if not self.run.broadcast(due):
+            return
+        mean_loss = self.run.gather([float(loss)])
+        self.last_line = now = clock.elapsed()
+        if not all(math.isfinite(value) for value, in mean_loss):
+            raise GolfError(f"step {step}: the training loss is not finite; lower MATRIX_LR, TIED_EMBED_LR, SCALAR_LR")
+        left = min((self.cfg.max_wallclock_seconds or math.inf) - now, (self.cfg.iterations - step) * self.step_s)
+        self.run.log("", step=f"{step}/{self.cfg.iterations}", train_loss=float(np.mean(mean_loss)),
+                     lr_mul=f"{lr_mul:.3f}", train_time=f"{1000 * now:.0f}ms", step_avg=f"{1000 * now / step:.2f}ms",
+                     tok_s=f"{self.cfg.train_batch_tokens / max(self.step_s, 1e-9):.0f}", eta=f"{max(0.0, left):.0f}s",
+                     peak_mem_mb=self.run.peak_memory_mib())
+
+
+# ----------------------------------------------------------------------------------------------------
+# 10. main
+# ----------------------------------------------------------------------------------------------------
+# Data, model, train, export, reload from the file alone, evaluate, report.  Every final number comes from the
+# reloaded model; FINAL_SCORE, set beforehand, names the one that counts.
+
+
+def code_bytes():
+    """Bytes of this script, which count toward the cap."""
+    return Path(__file__).read_bytes()
+
+
+def timed_evaluation(event, model, data, method, run, **facts):
+    """Evaluate by `method` and print the event's line; returns the Ledger and the seconds it took."""
+    run.synchronize()
+    began = time.perf_counter()
+    ledger = evaluate(model, data.val, data.table, method, run=run)
+    run.synchronize()
+    seconds = run.broadcast(time.perf_counter() - began)
+    run.log(event, **ledger.as_log(), eval_time=f"{1000 * seconds:.0f}ms", **facts)
+    return ledger, seconds
+
+
+FINAL_EVENTS = {"roundtrip": "final_int6_roundtrip", "exact": "final_int6_exact",
+                "sliding": "final_int6_sliding_window"}
+
+
+def evaluate_artifact(blob, data, cfg, run):
+    """Reload the artifact from its bytes, score it, print the final lines; returns model, Ledger and eval seconds."""
+    began = time.perf_counter()
+    model = load_artifact(blob, run.device, cfg)
+    reload_s = time.perf_counter() - began
+    facts = {"roundtrip": {}, "exact": dict(spans=cfg.eval_spans, warmup_tokens=cfg.eval_warmup_tokens),
+             "sliding": dict(stride=cfg.eval_stride)}
+    results = {}
+    for method, event in FINAL_EVENTS.items():
+        if method == cfg.final_score or cfg.eval_diagnostics:
+            results[method] = timed_evaluation(event, model, data, method, run, bits=cfg.matrix_bits, **facts[method])
+    ledger, seconds = results[cfg.final_score]
+    run.log("final", method=cfg.final_score, **ledger.as_log())
+    return model, ledger, seconds + reload_s
+
+
+def report(model, ledger, artifact_bytes, stop, eval_s, data, cfg, run):
+    """Print sizes and the compliance line, each verdict from a check made now; returns whether all hold."""
+    code = code_bytes()
+    total = len(code) + artifact_bytes
+    coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
+    run.write(f"Serialized model {coder}: {artifact_bytes} bytes")
+    run.write(f"Total submission size {coder}: {total} bytes")
+    by_table, by_text = decoded_bytes(data.sp, data.val, cfg.bos_id, 1_000_000)
+    checks = dict(
+        causal=probe_causality(model, data.val, run) <= 1e-5,
+        normalized=probe_normalization(model, data.val, run) <= 1e-5,
+        score_first=True,  # no adapter ran: nothing was trained on what is scored
+        coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
+        bytes=by_table == by_text)
+    limits = dict(train=not stop or not cfg.max_wallclock_seconds or stop.train_s <= cfg.max_wallclock_seconds,
+                  eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes)
+    verdict = run.broadcast(all(checks.values()) and all(limits.values()))
+    run.log("compliance", train_s=f"{stop.train_s:.1f}" if stop else "-", eval_s=f"{eval_s:.1f}", total_bytes=total,
+            cap_bytes=cfg.cap_bytes, bytes_per_token=f"{ledger.bytes / ledger.tokens:.5f}", tokens_scored=ledger.tokens,
+            **{name: "ok" if held else "fail" for name, held in checks.items()}, verdict="ok" if verdict else "fail")
+    for name, held in limits.items():
+        if not held:
+            run.log("over_limit", limit=name, train_s=f"{stop.train_s:.1f}" if stop else "-", eval_s=f"{eval_s:.1f}",
+                    total_bytes=total, cap_bytes=cfg.cap_bytes)
+    return verdict
+
+
+def print_plan(cfg, run):
+    """PLAN=1: parameters, bytes, memory, steps and evaluation seconds as estimated, each on its line."""
+    with torch.device("meta"):
+        model = LM(cfg)
+    params = sum(p.numel() for p in model.parameters())
+    code, artifact = len(code_bytes()), estimate_artifact_bytes(model, cfg)
+    rate = tokens_per_second(params, run)
+    run.log("plan", parameters=params, layers=len(parse_stack(cfg.stack)),
+            matrices=sum(bool(route(n).bits) for n, _ in model.named_parameters()))
+    run.log("plan_size", artifact_bytes=artifact, code_bytes=code, total_bytes=artifact + code, cap_bytes=cfg.cap_bytes)
+    rows = micro_batch_rows(cfg, run)
+    weights = params * 16  # weights, gradients, momentum and average, float32 each
+    memory = weights + rows * cfg.train_seq_len * activation_bytes_per_token(cfg)
+    run.log("plan_memory", micro_batch_tokens=rows * cfg.train_seq_len, peak_mem_mb=int(memory / 2**20))
+    steps = cfg.iterations
+    if cfg.max_wallclock_seconds:
+        steps = min(steps, int(cfg.max_wallclock_seconds * rate * run.world_size / cfg.train_batch_tokens))
+    run.log("plan_time", tok_s=int(rate * run.world_size), steps=steps, train_tokens=steps * cfg.train_batch_tokens,
+            eval_s_per_million_targets=3e6 / rate / 3 / run.world_size, assumed_tok_s_per_device=int(rate))
+    if artifact + code > cfg.cap_bytes:
+        run.log("warning", estimated_total_bytes=artifact + code, cap_bytes=cfg.cap_bytes)
+
+
+def tokens_per_second(params, run):
+    """Training tokens per second of one device, for planning: 6 FLOPs per parameter at the rate this script reaches."""
+    if run.device.type == "cuda":
+        return 140e12 / (6 * params)  # README: measured on one H100 with the default model
+    return 5e10 * torch.get_num_threads() / 2 / (6 * params)  # README: measured on 2 CPU cores with PRESET=sample
+
+
+def continue_prompt(cfg, run):
+    """PROMPT: print a continuation of the text by the model in ARTIFACT, one token at a time from carried state."""
+    sp = open_tokenizer(cfg)
+    model = load_artifact(cfg.artifact, run.device, cfg)
+    if sp.vocab_size() != model.cfg.vocab_size:
+        raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: {sp.vocab_size()} pieces, the artifact's model has "
+                        f"{model.cfg.vocab_size}")
+    rng = torch.Generator().manual_seed(cfg.seed)
+    ids = ([cfg.bos_id] if cfg.bos_id >= 0 else []) + sp.encode(cfg.prompt)
+    text, state = list(ids), None
+    with torch.inference_mode():
+        for _ in range(cfg.prompt_tokens):
+            logits, state = model(torch.tensor([ids], device=run.device), state)
+            logits = logits[0, -1].double().cpu()
+            if cfg.prompt_temperature == 0:
+                ids = [int(logits.argmax())]
+            else:
+                ids = torch.multinomial((logits / cfg.prompt_temperature).softmax(0), 1, generator=rng).tolist()
+            if sp.is_control(ids[0]):
+                break
+            text += ids
+    if run.rank == 0:
+        print(sp.decode([i for i in text if not sp.is_control(i)]))
+
+
+def start_log(cfg, run):
+    """Name the run, refuse to overwrite an earlier one, begin its log with machine and settings; cfg with RUN_ID."""
+    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
+    run_id = run.broadcast(cfg.run_id or f"{stamp}_{cfg.preset.replace(',', '-')}_seed{cfg.seed}")
+    path = Path(cfg.out_dir) / f"{run_id}.txt"
+    fault = ""
+    if run.rank == 0:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("x").close()
+        except FileExistsError:
+            fault = f"RUN_ID={run_id}: {path} exists; set another RUN_ID, or move that run away"
+        except OSError as error:
+            fault = f"OUT_DIR={cfg.out_dir}: cannot be written ({error.strerror}); set OUT_DIR to a folder that can"
+    fault = run.broadcast(fault)
+    if fault:
+        raise SettingError(fault)
+    cfg = replace(cfg, run_id=run_id)
+    run.log_path, code = path, code_bytes()
+    gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.device.type == "cuda" else "none"
+    run.log("run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu, torch=torch.__version__,
+            code_bytes=len(code), code_sha256=hashlib.sha256(code).hexdigest(),
+            max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}")
+    for f in fields(cfg):
+        value, default = getattr(cfg, f.name), f.default
+        if value == default:
+            run.log("config", **{f.name: plain(value)})
+        else:
+            run.log("config_changed", **{f.name: plain(value)}, default=plain(default))
+    return cfg
+
+
+def plain(value):
+    """A setting's value as the environment would spell it."""
+    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def main(env):
+    """The whole run that the environment variables in `env` describe; returns the exit code."""
+    cfg = Config.from_env(env)
+    run = Run.from_env(env, cfg)
+    try:
+        if cfg.plan:
+            return print_plan(cfg, run) or 0
+        cfg = resolve_kernels(cfg, run)
+        if cfg.prompt:
+            return continue_prompt(cfg, run) or 0
+        data = open_data(cfg)
+        blob = load_checked(cfg) if cfg.eval_only else None
+        cfg = start_log(cfg, run)
+        stop = None
+        if not cfg.eval_only:
+            check_kernels(cfg, run)
+            model = init_weights(LM(cfg), cfg.seed).to(run.device)
+            run.log("model", parameters=sum(p.numel() for p in model.parameters()), val_tokens=len(data.val),
+                    train_tokens=sum(len(tokens) for _, tokens in data.train))
+            stop = train(model, data, cfg, run)
+            timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
+            blob = export(model, cfg, run)
+        model, ledger, eval_s = evaluate_artifact(blob, data, cfg, run)
+        return 0 if report(model, ledger, len(blob), stop, eval_s, data, cfg, run) else 1
+    finally:
+        run.close()
+
+
+def load_checked(cfg):
+    """The bytes of ARTIFACT, or an ArtifactError."""
+    try:
+        return Path(cfg.artifact).read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"ARTIFACT={cfg.artifact}: cannot be read ({error.strerror})") from None
+
+
+def export(model, cfg, run):
+    """Rank 0 writes the raw checkpoint and the artifact; every rank gets the artifact's bytes."""
+    blob = None
+    if run.rank == 0:
+        began, stem = time.perf_counter(), Path(cfg.out_dir) / cfg.run_id
+        weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
+        write_whole(Path(f"{stem}.ckpt") / "model.pt", lambda f: torch.save(weights, f))
+        size = save_artifact(f"{stem}.artifact", model, cfg)
+        run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
+                export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+        blob = Path(f"{stem}.artifact").read_bytes()
+    return run.broadcast(blob)
+
+
+def entry():
+    """Run `main` on the process's environment; a fault that the user can mend ends in one line, not a traceback."""
+    if sys.argv[1:] in (["--help"], ["-h"]):
+        print(help_text())
+        return 0
+
+    def stop(number, frame):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun repeats itself; once is enough
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing more was written, the log is kept")
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        if sys.argv[1:]:
+            raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are environment variables")
+        return main(os.environ)
+    except (GolfError, KeyboardInterrupt) as error:
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (SettingError, KeyboardInterrupt)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    except torch.cuda.OutOfMemoryError as error:
+        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); set MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS "
+              "to less", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(entry())
