@@ -178,7 +178,7 @@ class Config:
     min_lr: float = knob(0.1, "learning rate at the end, as a part of the full one", between(0, 1))
     matrix_lr: float = knob(0.025, "Muon learning rate", at_least(0))
     tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", at_least(0))
-    scalar_lr: float = knob(0.025, "AdamW learning rate of vectors and gate projections", at_least(0))
+    scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", at_least(0))
     muon_momentum: float = knob(0.97, "Muon momentum", between(0, 0.9999))
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", between(0, 0.9999))
     muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", at_least(0))
@@ -435,7 +435,7 @@ class Run:
         if self.world_size == 1:
             return tensor
         out = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather_into_tensor(out, tensor.contiguous())
+        dist.all_gather(list(out.chunk(self.world_size)), tensor.contiguous())
         return out
 
     def share(self, n):
@@ -701,6 +701,7 @@ class Loader:
     def __next__(self):
         batch, position = self.queue.get()
         if isinstance(batch, Exception):
+            self.queue.put((batch, position))  # a second call gets it too
             raise batch
         self.taken = position
         return batch.to(self.run.device, non_blocking=True)
@@ -781,7 +782,7 @@ def gated_delta_rule_reference(q, k, v, g, beta, state=None, cu_seqlens=None):
         new = u[:, :, c] - w[:, :, c] @ S
         out.append(q_in[:, :, c] @ S + attn[:, :, c] @ new)
         S = S * G[:, :, c, -1, None, None].exp() + k_out[:, :, c].mT @ new
-    o = torch.stack(out, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)  # (B, T, HV, V)
+    o = torch.cat([u[:, :, :0].flatten(2, 3), *out], 2)[:, :, :T].transpose(1, 2)  # (B, T, HV, V), T may be 0
     return o.to(out_dtype), S
 
 
@@ -1045,6 +1046,8 @@ def resolve_kernels(cfg, run):
         kernel, attn = "reference", "sdpa"
     else:
         attn = pick_attention_kernel(attn)
+        if attn == "flex" and (cfg.compile == "0" or cfg.compile == "auto" and kernel == "reference"):
+            raise KernelError("ATTN_KERNEL=flex: FlexAttention is fast only when compiled; set COMPILE=1")
         if kernel != "reference":
             try:
                 kernel = pick_gdn_kernel(kernel, cfg.gdn_head_dim, cfg.gdn_head_dim)
@@ -1496,7 +1499,7 @@ class Route(NamedTuple):
 ROUTES = (
     Route(r"embed\.(weight|ngram_table)$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits",
           "embed_clip_sigmas", "embed"),
-    Route(r"\.[ab]_proj$", "adamw", "scalar_lr", "", "gate_bits", "embed_clip_sigmas", "gate"),
+    Route(r"\.[ab]_proj$", "muon", "matrix_lr", "muon_weight_decay", "gate_bits", "embed_clip_sigmas", "gate"),
     Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mlp"),
     Route(r"_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mixer"),
     Route(r"\.(resid_mix|mixer_scale|mlp_scale|qk_gain|o_norm|A_log|dt_bias|conv_weight|smear_gate)$",
@@ -1519,13 +1522,13 @@ def newton_schulz(G, steps):
     """
     a, b, c = 3.4445, -4.7750, 2.0315  # quintic of steepest slope at zero that keeps [0, 1] near 1 [2]
     X = G.to(torch.bfloat16 if G.is_cuda else torch.float32)
-    wide = X.shape[-2] > X.shape[-1]
-    X = X.mT if wide else X
+    tall = X.shape[-2] > X.shape[-1]
+    X = X.mT if tall else X
     X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         A = X @ X.mT
         X = a * X + (b * A + c * A @ A) @ X
-    return X.mT if wide else X
+    return X.mT if tall else X
 
 
 def muon_update(grad, momentum_buffer, momentum, steps):
@@ -2207,8 +2210,9 @@ def warm_up_scoring(model, run, num_targets):
         return
     score, rows = compiled(score_rows, cfg.compile), max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
     with torch.inference_mode():
-        ids = torch.zeros(rows, cfg.train_seq_len, dtype=torch.int32, device=run.device)
-        score(model, ids, ids)
+        # Two tensors: one passed twice would compile a graph for aliased inputs, which no evaluation has.
+        ids, targets = torch.zeros(2, rows, cfg.train_seq_len, dtype=torch.int32, device=run.device).unbind()
+        score(model, ids, targets)
         if cfg.final_score == "exact" or cfg.eval_diagnostics:
             spans = cut(0, num_targets, cfg.eval_spans)
             a, b = run.share(len(spans))
@@ -2216,9 +2220,9 @@ def warm_up_scoring(model, run, num_targets):
             longest = max((last - start for (_, last), start in zip(spans[a:b], starts)), default=0)
             if longest:
                 T = segment_length(longest, len(starts), cfg)
-                ids = torch.zeros(len(starts), T, dtype=torch.int32, device=run.device)
-                _, state = score(model, ids, ids)
-                score(model, ids, ids, state)
+                ids, targets = torch.zeros(2, len(starts), T, dtype=torch.int32, device=run.device).unbind()
+                _, state = score(model, ids, targets)
+                score(model, ids, targets, state)
     run.synchronize()
 
 
@@ -2242,8 +2246,9 @@ def train(model, data, cfg, run):
     clock.resume()
     try:
         while True:
-            elapsed = run.broadcast(clock.elapsed())
-            out_of_time = step > 0 and elapsed + pace.step_s > budget
+            elapsed, step_s = run.broadcast((clock.elapsed(), pace.step_s))
+            # On CUDA one step is still in flight, so the next one ends two steps from now.
+            out_of_time = step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
             last = step >= cfg.iterations or out_of_time
             if cfg.val_loss_every and (step % cfg.val_loss_every == 0 or last):
                 train_ms = 1000 * clock.pause()
