@@ -200,8 +200,13 @@ class Config:
     matrix_bits: int = group("export", 6, "bits of a matrix weight", between(2, 8))
     embed_bits: int = knob(8, "bits of a token embedding or n-gram table weight", between(2, 8))
     gate_bits: int = knob(8, "bits of a GDN gate projection weight", between(2, 8))
-    matrix_clip_sigmas: float = knob(12.85, "row clip of matrices [standard deviations of the row]", at_least(1))
+    matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [standard deviations of the row]; 0 = the least that "
+                                     "fits CAP_BYTES", Rule("0 or at least 1", lambda v: v == 0 or v >= 1))
     embed_clip_sigmas: float = knob(20.0, "row clip of embedding tables and gate projections [likewise]", at_least(1))
+    gptq_enabled: bool = knob(True, "1: round by GPTQ, with Hessians from training text; 0: round to nearest")
+    gptq_calibration_batches: int = knob(64, "batches of 8 rows of TRAIN_SEQ_LEN for the Hessians", at_least(1))
+    gptq_reserve_seconds: float = knob(4.0, "part of the training clock kept for the Hessians [s]", at_least(0))
+    gptq_damp: float = knob(0.01, "added to a Hessian's diagonal, as a part of its mean", at_least(1e-6))
     compressor: str = knob("brotli", "brotli (11), lzma or zstd (22)", one_of("brotli", "lzma", "zstd"))
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", at_least(1))
 
@@ -219,6 +224,8 @@ class Config:
         """Raise SettingError for the first value that breaks its rule or contradicts another."""
         for f in fields(self):
             value, rule = getattr(self, f.name), f.metadata["rule"]
+            if type(f.default) is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
             if isinstance(value, float) and not math.isfinite(value):
                 raise SettingError(f"{f.name.upper()}={value}: must be a finite number")
             if rule and not rule.holds(value):
@@ -240,10 +247,17 @@ class Config:
              f"NUM_HEADS={self.num_heads}: MODEL_DIM={self.model_dim} must be a multiple of twice that"),
             (not has & {"swa", "attn"} or self.num_heads % self.num_kv_heads == 0,
              f"NUM_KV_HEADS={self.num_kv_heads}: must divide NUM_HEADS={self.num_heads}"),
+            (not (self.gptq_enabled and 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds),
+             f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below "
+             f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
+            (self.bos_id < self.vocab_size,
+             f"BOS_ID={self.bos_id}: must be below VOCAB_SIZE={self.vocab_size}"),
             (self.rope_dims % 2 == 0 and self.rope_dims * self.num_heads <= self.model_dim,
              f"ROPE_DIMS={self.rope_dims}: must be even and at most MODEL_DIM / NUM_HEADS"),
             (bool(self.artifact) or not (self.eval_only or self.prompt),
              "ARTIFACT is empty: EVAL_ONLY and PROMPT need ARTIFACT=path of an artifact file"),
+            (not self.artifact or self.eval_only or bool(self.prompt),
+             f"ARTIFACT={self.artifact}: only EVAL_ONLY=1 or PROMPT=text reads it; unset it to train"),
         ]
         for holds, message in cross:
             if not holds:
@@ -282,10 +296,18 @@ def parse_value(name, text, kind):
         raise SettingError(f"{name}={text!r}: must be {expected}") from None
 
 
+# Names that other scripts of the challenge use for what is set otherwise here.
+ELSEWHERE = {"NUM_LAYERS": "STACK", "WARMDOWN_ITERS": "WARMDOWN_FRAC", "EMBED_LR": "TIED_EMBED_LR",
+             "HEAD_LR": "TIED_EMBED_LR", "GRAD_CLIP": "GRAD_CLIP_NORM", "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS",
+             "BIGRAM_VOCAB_SIZE": "NGRAM_BUCKETS", "BIGRAM_DIM": "NGRAM_DIM", "ROPE_THETA": "ROPE_BASE"}
+
+
 def reject_strays(env, known):
     """Raise SettingError for a variable that is no setting but resembles one or carries one of our words."""
     ours = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
     for name in sorted(set(env) - set(known)):
+        if name in ELSEWHERE:
+            raise SettingError(f"{name}: not a setting of this script; {ELSEWHERE[name]} takes its place")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.86)
         if near or ours & set(name.split("_")):
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -296,6 +318,9 @@ class Layer(NamedTuple):
     """One entry of STACK: mixer kind and weight-sharing tag ('' = its own weights)."""
     kind: str
     tag: str
+
+
+MAX_LAYERS = 256
 
 
 def parse_stack(text):
@@ -310,6 +335,8 @@ def parse_stack(text):
     for layer in layers:
         if layer.tag and kinds.setdefault(layer.tag, layer.kind) != layer.kind:
             raise SettingError(f"STACK={text!r}: tag {layer.tag!r} names both {kinds[layer.tag]} and {layer.kind}")
+    if len(layers) > MAX_LAYERS:
+        raise SettingError(f"STACK names {len(layers)} layers, at most {MAX_LAYERS}")
     if not layers:
         raise SettingError("STACK is empty: it must name at least one layer, such as 'gdn*5 swa:a'")
     return layers
@@ -324,7 +351,8 @@ PRESETS = {
         tokenizer_path=str(Path(__file__).resolve().parent / "data" / "sample" / "corpus_1024_bpe.model"),
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
         gdn_heads=4, gdn_head_dim=32, ngram_buckets=1024, ngram_dim=32,
-        train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=150.0, warmup_steps=1,
+        train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=160.0, warmup_steps=1,
+        gptq_calibration_batches=32, gptq_reserve_seconds=8.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20,
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True),
 }
@@ -395,7 +423,7 @@ class Run:
         parts = [event] if event else []
         for key, value in values.items():
             value = f"{value:.4f}" if isinstance(value, float) else str(value)
-            parts.append(f"{key}:{re.sub(r'[ ]+', ',', value.strip()) or '-'}")
+            parts.append(f"{key}:{','.join(value.split()) or '-'}")
         self.write(" ".join(parts))
 
     def write(self, line):
@@ -489,7 +517,11 @@ SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
 
 def open_shard(path):
     """Memory-map one shard: np.uint16 (tokens,).  Raises DataError naming the file and its fault."""
-    size = path.stat().st_size
+    try:
+        with path.open("rb") as f:
+            size = os.fstat(f.fileno()).st_size
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if size < 4 * HEADER_INTS:
         raise DataError(f"{path}: {size} bytes, shorter than the {4 * HEADER_INTS}-byte header of a token shard")
     magic, version, tokens = (int(v) for v in np.fromfile(path, dtype="<i4", count=3))
@@ -616,13 +648,17 @@ def decoded_bytes(sp, tokens, bos_id, limit):
     starts = np.flatnonzero(tokens == bos_id)
     if len(starts) > 1:  # whole documents only: a cut could split a character that is spelt in byte pieces
         tokens = tokens[starts[0]:starts[-1]]
+    else:
+        while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
+            tokens = tokens[:-1]
     ids = torch.from_numpy(tokens)
     table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
     by_table = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
     is_text = ~table.boundary.numpy()[tokens]
     runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
-    texts = sp.decode([run.tolist() for run in runs if not table.boundary[int(run[0])]])
-    return by_table, sum(len(text.removeprefix(" ").encode()) for text in texts)
+    runs = [run.tolist() for run in runs if not table.boundary[int(run[0])]]
+    firsts, texts = sp.decode([run[:1] for run in runs]), sp.decode(runs)  # some tokenizers drop the first space
+    return by_table, sum(len(text.encode()) - first.startswith(" ") for first, text in zip(firsts, texts))
 
 
 class Loader:
@@ -885,6 +921,7 @@ def _(q, k, v, G, beta, A, state, cu_seqlens, do, dstate, kernel):
 
 
 def _gdn_save(ctx, inputs, output):
+    """Keep for the backward pass what `_gdn_backward` needs."""
     q, k, v, _, beta, state, cu_seqlens, kernel = inputs
     ctx.save_for_backward(q, k, v, output[2], beta, output[3], state, cu_seqlens)
     ctx.kernel = kernel
@@ -892,6 +929,7 @@ def _gdn_save(ctx, inputs, output):
 
 
 def _gdn_grad(ctx, do, dstate, _dG, _dA):
+    """Gradients of `_gdn_forward`'s inputs."""
     q, k, v, G, beta, A, state, cu_seqlens = ctx.saved_tensors
     do = torch.zeros_like(v) if do is None else do
     dq, dk, dv, dg, db, dh0 = _gdn_backward(q, k, v, G, beta, A, state, cu_seqlens, do, dstate, ctx.kernel)
@@ -1144,8 +1182,13 @@ def rms_norm(x):
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+OBSERVERS = []  # functions (x, weights) that see every matrix product of a forward; Hessians uses one
+
+
 def linear(x, *weights):
     """x (..., C) times the transpose of the stacked weights (R_i, C) in one product: (..., sum of R_i)."""
+    for observe in OBSERVERS:
+        observe(x, weights)
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
     return F.linear(x, w.to(x.dtype))
 
@@ -1648,22 +1691,139 @@ MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 22, 1 << 30
 STREAM_BYTES = 1 << 22  # large roles are cut into streams of this size, compressed on all cores
 
 
+def row_scale(W, bits, clip_sigmas):
+    """The step of each row of W (..., R, C): clip_sigmas * std(row) / qmax (SDClip), 1 for zero rows; float16."""
+    W = W.float()
+    spread = clip_sigmas * W.std(-1, correction=0)
+    spread = torch.where(spread > 0, spread, W.abs().amax(-1))  # a constant row: one step per qmax of its value
+    scale = (spread / (2 ** (bits - 1) - 1)).to(torch.float16)
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
 def quantize(W, bits, clip_sigmas):
-    """Round each row of W (R, C) to integers of `bits` bits at a step of clip_sigmas * std(row) / qmax (SDClip).
+    """Round each row of W (R, C) to the nearest integers of `bits` bits.
 
     Returns Q int8 (R, C) in [-qmax, qmax], qmax = 2^(bits-1) - 1, and scale float16 (R,): W ~ Q * scale.
-    A row of zeros gets scale 1.   Source: README, "Clipping".
+    Source: README, "Clipping".
     """
-    qmax = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas * W.float().std(1, correction=0) / qmax).to(torch.float16)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    Q = (W.float() / scale.float()[:, None]).round().clamp(-qmax, qmax)
+    qmax, scale = 2 ** (bits - 1) - 1, row_scale(W, bits, clip_sigmas)
+    Q = (W.float() / scale.float().unsqueeze(-1)).round().clamp(-qmax, qmax)
     return Q.to(torch.int8), scale
+
+
+def gptq(W, H, bits, clip_sigmas, damp=0.01, block=128):
+    """Quantize so that the layer's output error is least: column by column, later columns making up for earlier ones.
+
+    W: (..., R, C) float32, rows are outputs.   H: (..., C, C) float32, sum or mean of x x^T over calibration tokens.
+    bits: 2..8.   clip_sigmas: row clip in standard deviations of that row.   damp: added to H's diagonal, as a part of
+    its mean; raised tenfold, with its value returned, until H is positive definite.
+    Returns Q int8 (..., R, C), scale float16 (..., R) as `quantize`, and the damping used (float).
+    A column that no token reaches is rounded to nearest.   Source: Frantar et al., arXiv:2210.17323, Algorithm 1.
+    """
+    if H.shape[-2:] != (W.shape[-1],) * 2:
+        raise ValueError(f"H is {tuple(H.shape)}, expected {W.shape[-1]} x {W.shape[-1]} for W {tuple(W.shape)}")
+    qmax, scale = 2 ** (bits - 1) - 1, row_scale(W, bits, clip_sigmas)
+    step, W, C = scale.float(), W.float().clone(), W.shape[-1]
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    dead = diagonal <= 0
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    while True:
+        padded = H.float() + torch.diag_embed(torch.where(dead, mean, damp * mean))
+        L, fault = torch.linalg.cholesky_ex(padded)
+        if not bool(fault.any()):
+            break
+        damp *= 10
+    U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)  # row i: how columns i.. answer an error in i
+    Q = torch.empty_like(W)
+    for start in range(0, C, block):
+        end = min(start + block, C)
+        errors = torch.empty_like(W[..., start:end])
+        for i in range(start, end):
+            q = (W[..., i] / step).round().clamp(-qmax, qmax)
+            error = (W[..., i] - q * step) / U[..., i, i, None]
+            W[..., i:end] -= error.unsqueeze(-1) * U[..., i, None, i:end]
+            Q[..., i], errors[..., i - start] = q, error
+        W[..., end:] -= errors @ U[..., start:end, end:]
+    return Q.to(torch.int8), scale, damp
+
+
+class Hessians:
+    """Sums of x x^T over calibration tokens for every matrix that a forward multiplies by, float32 (C, C) by name."""
+
+    def __init__(self, model):
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.sums, self.tokens = {}, 0
+
+    def observe(self, x, weights):
+        """See one product: weights that share an input share one sum."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        key = tuple(self.names[id(w)] for w in weights)
+        product = x.mT @ x
+        self.sums[key] = self.sums[key].add_(product) if key in self.sums else product
+
+    @torch.no_grad()
+    def collect(self, model, batches, run):
+        """Run `batches`, an iterable of ids (B, T), forward and sum over all ranks; returns {name: H (C, C)}."""
+        OBSERVERS.append(self.observe)
+        try:
+            for ids in batches:
+                model(ids)
+        finally:
+            OBSERVERS.remove(self.observe)
+        for product in self.sums.values():
+            run.all_sum(product)
+        return {name: product for key, product in self.sums.items() for name in key}
+
+
+class Quantized(NamedTuple):
+    """One stored matrix: Q int8 (R, C), scale float16 (R,), its bits, and its error ||dW H dW^T|| / ||W H W^T||."""
+    Q: Tensor
+    scale: Tensor
+    bits: int
+    rel_error: float
+
+
+@torch.no_grad()
+def quantize_model(model, hessians, cfg, matrix_clip):
+    """Quantize every matrix by its Route: {name: Quantized}.  Matrices of one shape go through `gptq` together.
+
+    hessians: {name: H}; a matrix without one (a lookup table) is rounded to nearest.   matrix_clip: the clip of the
+    Routes that use MATRIX_CLIP_SIGMAS.
+    """
+    groups, out = {}, {}
+    for name, p in model.named_parameters():
+        r = route(name)
+        if r.bits:
+            clip = matrix_clip if r.clip == "matrix_clip_sigmas" else getattr(cfg, r.clip)
+            key = (tuple(p.shape), getattr(cfg, r.bits), clip, name in hessians)
+            groups.setdefault(key, []).append((name, p))
+    for (_, bits, clip, has_hessian), members in groups.items():
+        W = torch.stack([p.detach() for _, p in members])
+        if has_hessian:
+            H = torch.stack([hessians[name] for name, _ in members])
+            Q, scale, _ = gptq(W, H, bits, clip, cfg.gptq_damp)
+        else:
+            H = torch.eye(W.shape[-1], device=W.device).expand(len(members), -1, -1)
+            Q, scale = (torch.stack(x) for x in zip(*(quantize(w, bits, clip) for w in W)))
+        dW = W - dequantize(Q, scale)
+        errors = ((dW @ H) * dW).sum((-2, -1)) / ((W @ H) * W).sum((-2, -1)).clamp_min(1e-30)
+        for (name, _), *parts, error in zip(members, Q.cpu(), scale.cpu(), errors.tolist()):
+            out[name] = Quantized(*parts, bits, error)
+    return out
+
+
+def entropy_bytes(quantized):
+    """Order-0 entropy of all symbols, tensor by tensor [bytes]: what an ideal coder without context would need."""
+    total = 0.0
+    for q in quantized.values():
+        counts = torch.bincount(q.Q.flatten().int() + 128, minlength=256).double()
+        total -= float((counts * (counts / counts.sum()).clamp_min(1e-12).log2()).sum()) / 8
+    return total
 
 
 def dequantize(Q, scale):
     """The float32 weight that (Q, scale) stands for."""
-    return Q.float() * scale.float()[:, None]
+    return Q.float() * scale.float().unsqueeze(-1)
 
 
 def compress(data, codec):
@@ -1693,7 +1853,8 @@ def decompress(data, codec, size):
             import zstandard
             out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
         else:
-            out = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE).decompress(data, max_length=size + 1)
+            decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
+            out = decoder.decompress(data, max_length=size + 1)
     except (ValueError, EOFError, lzma.LZMAError, RuntimeError) as error:
         raise ArtifactError(f"a stream cannot be decompressed ({codec}: {error})") from None
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
@@ -1706,14 +1867,12 @@ def decompress(data, codec, size):
     return out
 
 
-def pack_tensor(name, p, cfg):
+def pack_tensor(name, p, quantized):
     """One parameter as (table entry, list of (role, bytes)), by its Route."""
-    r = route(name)
-    if r.bits:
-        bits = getattr(cfg, r.bits)
-        Q, scale = quantize(p.detach().float().cpu(), bits, getattr(cfg, r.clip))
-        entry = dict(name=name, shape=list(p.shape), bits=bits, coding="rows", role=r.role)
-        return entry, [(r.role, Q.numpy().tobytes()), ("scale", scale.numpy().tobytes())]
+    if name in quantized:
+        q, role = quantized[name], route(name).role
+        entry = dict(name=name, shape=list(p.shape), bits=q.bits, coding="rows", role=role)
+        return entry, [(role, q.Q.numpy().tobytes()), ("scale", q.scale.numpy().tobytes())]
     coding = "f32" if p.numel() <= 64 else "f16"  # the smallest tensors (decay rates, gains) keep every bit
     data = p.detach().float().cpu().numpy().astype("<f4" if coding == "f32" else "<f2").tobytes()
     return dict(name=name, shape=list(p.shape), bits=int(coding[1:]), coding=coding, role=coding), [(coding, data)]
@@ -1727,14 +1886,11 @@ def byte_planes(data, width):
 PLANES = {"scale": 2, "f16": 2, "f32": 4}  # roles stored as byte planes, with their item widths
 
 
-def save_artifact(path, model, cfg):
-    """Quantize, compress and write the model; returns the bytes written.  The file appears whole or not at all.
-
-    Tensors are stored in named_parameters() order, shared ones once; each role's bytes form its streams.
-    """
+def pack_artifact(model, cfg, quantized):
+    """The artifact's bytes: tensors in named_parameters() order, shared ones once; each role's bytes in streams."""
     table, roles = [], {}
     for name, p in model.named_parameters():
-        entry, parts = pack_tensor(name, p, cfg)
+        entry, parts = pack_tensor(name, p, quantized)
         for key, (role, data) in zip(("offset", "scale_offset"), parts):
             stream = roles.setdefault(role, bytearray())
             entry[key] = len(stream)
@@ -1751,10 +1907,65 @@ def save_artifact(path, model, cfg):
     text = json.dumps(header, separators=(",", ":")).encode()
     head, payload = zlib.compress(text, 9), b"".join(packed)
     digest = hashlib.sha256(head + payload).digest()
-    blob = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(text), len(payload), digest)
-    blob += head + payload
+    fixed = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(text), len(payload), digest)
+    return fixed + head + payload
+
+
+def save_artifact(path, model, cfg, hessians=None, log=lambda *event, **values: None):
+    """Quantize, compress and write the model; returns the bytes written.  The file appears whole or not at all.
+
+    hessians: {name: H (C, C)} for `gptq`; without, matrices are rounded to nearest.   log: called as Run.log.
+    """
+    clip, quantized, blob = fill_cap(model, cfg, hessians or {}, log)
+    for name, q in quantized.items():
+        log("gptq", name=name, bits=q.bits, rows=q.Q.shape[0], clip_sigmas=f"{clip:.3f}", rel_err=f"{q.rel_error:.6f}")
     write_whole(path, lambda f: f.write(blob))
     return len(blob)
+
+
+LEAST_CLIP, MOST_CLIP = 4.0, 64.0  # below 4 sigmas a 6-bit grid clips more than it refines; 64 is 1 bit per weight
+FILL_SLACK = 16_000  # bytes under the cap that end the search
+
+
+def fill_cap(model, cfg, hessians, log):
+    """Find the least matrix clip (finest grid) whose total fits CAP_BYTES; returns clip, {name: Quantized}, artifact.
+
+    Sizes fall steadily with the clip.  Order-0 entropy at nearest rounding gives the first guess; each round then
+    quantizes, compresses, and corrects the guess by the size found.  At most 5 rounds; a model that never fits is
+    returned at the smallest size found, and the report fails its verdict.
+    """
+    most, ratio, best = cfg.cap_bytes - len(code_bytes()), 1.02, None
+    if cfg.matrix_clip_sigmas:
+        quantized = quantize_model(model, hessians, cfg, cfg.matrix_clip_sigmas)
+        return cfg.matrix_clip_sigmas, quantized, pack_artifact(model, cfg, quantized)
+
+    @cache
+    def nearest_entropy(clip):
+        return entropy_bytes(quantize_model(model, {}, cfg, clip))
+
+    def guess(target):  # clip at which nearest rounding's entropy, times the ratio seen so far, is the target
+        low, high = LEAST_CLIP, MOST_CLIP
+        if nearest_entropy(low) * ratio <= target:
+            return low
+        for _ in range(12):
+            clip = math.sqrt(low * high)
+            low, high = (clip, high) if nearest_entropy(clip) * ratio > target else (low, clip)
+        return high
+
+    target = most - FILL_SLACK / 2
+    for _ in range(5):
+        clip = guess(target)
+        quantized = quantize_model(model, hessians, cfg, clip)
+        blob = pack_artifact(model, cfg, quantized)
+        log("fill_cap", clip_sigmas=clip, model_bytes=len(blob), most_bytes=most,
+            bits_per_symbol_entropy=8 * entropy_bytes(quantized) / sum(q.Q.numel() for q in quantized.values()))
+        fits = len(blob) <= most
+        if best is None or (fits, -clip if fits else clip) > (len(best[2]) <= most, -best[0] if fits else best[0]):
+            best = clip, quantized, blob
+        if fits and (most - len(blob) <= FILL_SLACK or clip <= LEAST_CLIP):
+            break
+        ratio = len(blob) / nearest_entropy(clip)
+    return best
 
 
 def write_whole(path, write):
@@ -1790,6 +2001,8 @@ def read_header(blob):
         raise ArtifactError(f"its header claims {unpacked} bytes, at most {MAX_HEADER_BYTES} are read")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
+        if len(text) != unpacked:
+            raise ArtifactError(f"its header has {len(text)} bytes, the head promises {unpacked}: altered")
         header = json.loads(text)
         header["config"], header["tensors"], header["streams"], header["compressor"]
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -1797,12 +2010,13 @@ def read_header(blob):
     return header, body[packed:]
 
 
-def read_streams(header, payload):
+def read_streams(header, payload, most=MAX_RAW_BYTES):
     """Decompress an artifact's streams: dict of role to bytes.  Raises ArtifactError before allocating too much."""
     sizes = [(str(role), int(raw), int(packed)) for role, raw, packed in header["streams"]]
     total = sum(raw for _, raw, _ in sizes)
-    if min((min(raw, packed) for _, raw, packed in sizes), default=0) < 0 or total > MAX_RAW_BYTES:
-        raise ArtifactError(f"its streams claim {total} bytes, at most {MAX_RAW_BYTES} are read")
+    if min((min(raw, packed) for _, raw, packed in sizes), default=1) < 1 or total > min(most, MAX_RAW_BYTES):
+        raise ArtifactError(f"its streams claim {total} bytes, at most {min(most, MAX_RAW_BYTES)} "
+                            "and none that is empty are read")
     if sum(packed for _, _, packed in sizes) != len(payload):
         raise ArtifactError(f"its streams claim {sum(p for _, _, p in sizes)} bytes of {len(payload)}")
     cuts = np.cumsum([0] + [packed for _, _, packed in sizes])
@@ -1821,10 +2035,11 @@ def read_streams(header, payload):
 
 
 def load_artifact(path, device="cpu", base=None):
-    """Build the model that an artifact file holds, from that file alone, in evaluation mode.
+    """Build the model that an artifact file holds, from that file alone.
 
     path: file name, or the file's bytes.   base: Config that supplies what the file does not fix (kernels,
-    evaluation); default: the defaults.   Raises ArtifactError naming the file and the fault.
+    evaluation); default: the defaults.
+    The model's cfg says the file's own bits and compressor.   Raises ArtifactError naming the file and the fault.
     """
     try:
         blob = path if isinstance(path, bytes) else Path(path).read_bytes()
@@ -1839,18 +2054,21 @@ def load_artifact(path, device="cpu", base=None):
         for key, value in header["config"].items():
             if type(value) is not kinds[key]:
                 raise ArtifactError(f"its setting {key} is {value!r}, expected {kinds[key].__name__}")
-        cfg = replace(base or Config(), **header["config"])
+        row = header["config"]["train_seq_len"]  # training settings of `base` need not fit another row length
+        bits = [t["bits"] for t in header["tensors"] if t["role"] in ("mixer", "mlp")]
+        cfg = replace(base or Config(), **header["config"], train_batch_tokens=max(64, row), micro_batch_tokens=0,
+                      compressor=header["compressor"], matrix_bits=max(bits, key=bits.count))
         with torch.device("meta"):
             model = LM(cfg)
         params = dict(model.named_parameters())
         listed = [(t["name"], tuple(t["shape"])) for t in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in params.items()]:
             raise ArtifactError("its tensors are not those of the model that it describes")
-        roles = read_streams(header, payload)
+        roles = read_streams(header, payload, 4 * sum(p.numel() for p in params.values()))
         weights = {t["name"]: unpack_tensor(t, roles) for t in header["tensors"]}
     except (ArtifactError, SettingError) as error:
         raise ArtifactError(f"{name}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
         raise ArtifactError(f"{name}: its header is malformed ({type(error).__name__}: {error})") from None
     model = model.to_empty(device=device)
     with torch.no_grad():
@@ -1871,11 +2089,11 @@ def unpack_tensor(entry, roles):
             raise ArtifactError(f"its tensor {entry['name']} lies outside its stream")
         return torch.from_numpy(np.frombuffer(bytes(data), dtype).copy())
 
-    if coding == "rows":
+    if coding == "rows" and len(shape) == 2:
         scale = take("scale", "<f2", entry["scale_offset"], shape[0])
         return dequantize(take(entry["role"], np.int8, entry["offset"], count).view(shape), scale)
     if coding not in ("f16", "f32"):
-        raise ArtifactError(f"its tensor {entry['name']} has the unknown coding {coding!r}")
+        raise ArtifactError(f"its tensor {entry['name']} of shape {shape} has the coding {coding!r}")
     return take(coding, "<f2" if coding == "f16" else "<f4", entry["offset"], count).float().view(shape)
 
 
@@ -1885,7 +2103,8 @@ def estimate_artifact_bytes(model, cfg):
     for name, p in model.named_parameters():
         r = route(name)
         if r.bits:
-            step = getattr(cfg, r.clip) / (2 ** (getattr(cfg, r.bits) - 1) - 1)  # in standard deviations
+            clip = getattr(cfg, r.clip) or 12.85  # a searched clip fills the cap; 12.85 is the challenge's usual one
+            step = clip / (2 ** (getattr(cfg, r.bits) - 1) - 1)  # in standard deviations
             total += p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step)) + 2 * p.shape[0]
         else:
             total += p.numel() * (4 if p.numel() <= 64 else 2)
@@ -2086,10 +2305,12 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
                 parts.append(pending.popleft())
         else:
             parts = cut(first, last, cfg.eval_spans)
-        if parts:
-            ledger = ledger.join(score_parts(model, tokens, table, parts, run, streams=not stride))
+        if not parts:
+            continue
+        ledger = ledger.join(score_parts(model, tokens, table, parts, run, streams=not stride))
         if adapt and ledger.next_target < total:
-            adapt(tokens[:ledger.next_target + 1])
+            with torch.inference_mode(False), torch.enable_grad():
+                adapt(tokens[:ledger.next_target + 1])
     if ledger.first != 0 or ledger.next_target != total:
         raise RuntimeError(f"evaluation scored targets {ledger.first} .. {ledger.next_target - 1} of 0 .. {total - 1}")
     return ledger
@@ -2102,7 +2323,7 @@ def probe_causality(model, tokens, run):
     T, batch = cfg.train_seq_len, max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
     starts = np.linspace(0, max(0, len(tokens) - T - 1), batch).astype(np.int64)
     rows = make_rows(tokens, starts, starts, starts + T, T, run.device)
-    cuts = torch.linspace(1, T - 1, batch).long()
+    cuts = torch.linspace(1, T - 1, batch + 2)[1:-1].long()
     later = torch.arange(T) >= cuts[:, None]
     noise = torch.randint(cfg.vocab_size, (batch, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     changed = torch.where(later, noise, rows.ids.cpu()).to(run.device)
@@ -2193,10 +2414,13 @@ def warm_up(model, cfg, run, micro_rows):
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     rng = torch.Generator().manual_seed(cfg.seed)
     optimizer, average = Optimizer(model, cfg, run), Average(model, cfg.ema_decay)
+    batch = torch.zeros(CALIBRATION_ROWS, cfg.train_seq_len + 1, dtype=torch.int32)
     for _ in range(cfg.warmup_steps):
         batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng, dtype=torch.int32)
         train_step(model, optimizer, batch.to(run.device), micro_rows, 1.0)
         average.update()
+    if cfg.gptq_enabled:
+        Hessians(model).collect(model, [batch[:CALIBRATION_ROWS, :-1].to(run.device)], run)
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), saved)
     for p in model.parameters():
@@ -2227,9 +2451,10 @@ def warm_up_scoring(model, run, num_targets):
 
 
 class StopWatch(NamedTuple):
-    """What ended training: steps done, seconds on the training clock."""
+    """What training left: steps done, seconds on the training clock, {name: Hessian}."""
     steps: int
     train_s: float
+    hessians: dict
 
 
 def train(model, data, cfg, run):
@@ -2242,11 +2467,12 @@ def train(model, data, cfg, run):
     optimizer, average = Optimizer(model, cfg, run), Average(model, cfg.ema_decay)
     loader, clock, pace = Loader(data.train, cfg, run), Clock(run), Pace(cfg, run)
     budget = cfg.max_wallclock_seconds or math.inf
+    budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     step = 0
     clock.resume()
     try:
         while True:
-            elapsed, step_s = run.broadcast((clock.elapsed(), pace.step_s))
+            elapsed, step_s = run.broadcast((clock.elapsed(), 1.05 * max(pace.durations, default=0.0)))
             # On CUDA one step is still in flight, so the next one ends two steps from now.
             out_of_time = step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
             last = step >= cfg.iterations or out_of_time
@@ -2263,13 +2489,40 @@ def train(model, data, cfg, run):
             average.update()
             step += 1
             pace.tick(step, clock, loss, lr_mul)
+        if out_of_time:
+            run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
+                    step=f"{step}/{cfg.iterations}")
+        average.copy_to()
+        hessians = calibrate(model, loader, cfg, run, clock)
     finally:
         loader.close()
-    train_s = clock.pause()
-    if out_of_time:
-        run.log("stopping_early: wallclock_cap", train_time=f"{1000 * train_s:.0f}ms", step=f"{step}/{cfg.iterations}")
-    average.copy_to()
-    return StopWatch(step, train_s)
+    return StopWatch(step, clock.pause(), hessians)
+
+
+CALIBRATION_ROWS = 8  # rows of one calibration batch
+
+
+def calibrate(model, loader, cfg, run, clock):
+    """Hessians from the next training rows, inside the training clock, shared over ranks: {name: H}."""
+    if not cfg.gptq_enabled:
+        return {}
+    run.synchronize()
+    loop_end_s = clock.elapsed()
+    rows = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size)
+
+    def batches():
+        left = rows
+        while left > 0:
+            for part in next(loader)[:left, :-1].split(CALIBRATION_ROWS):
+                left -= len(part)
+                yield part.contiguous()
+    hessians = Hessians(model).collect(model, batches(), run)
+    run.synchronize()
+    run.log("hessians", matrices=len(hessians), tokens=rows * run.world_size * cfg.train_seq_len,
+            loop_end_s=f"{loop_end_s:.1f}", hessian_end_s=f"{clock.elapsed():.1f}")
+    return hessians
+
+
 
 
 class Pace:
@@ -2310,8 +2563,9 @@ class Pace:
 # reloaded model; FINAL_SCORE, set beforehand, names the one that counts.
 
 
+@cache
 def code_bytes():
-    """Bytes of this script, which count toward the cap."""
+    """The bytes of this script as they were when first asked for, at the start: they count toward the cap."""
     return Path(__file__).read_bytes()
 
 
@@ -2331,9 +2585,16 @@ FINAL_EVENTS = {"roundtrip": "final_int6_roundtrip", "exact": "final_int6_exact"
 
 
 def evaluate_artifact(blob, data, cfg, run):
-    """Reload the artifact from its bytes, score it, print the final lines; returns model, Ledger and eval seconds."""
+    """Reload the artifact from its bytes, score it, print the final lines.
+
+    Returns the model, the Ledger that counts, its seconds, and whether the weights stayed as they were.
+    """
     began = time.perf_counter()
     model = load_artifact(blob, run.device, cfg)
+    if model.cfg.vocab_size != cfg.vocab_size:
+        raise ArtifactError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, but the tokenizer "
+                            f"has VOCAB_SIZE={cfg.vocab_size}")
+    cfg, before = model.cfg, fingerprint(model)
     reload_s = time.perf_counter() - began
     facts = {"roundtrip": {}, "exact": dict(spans=cfg.eval_spans, warmup_tokens=cfg.eval_warmup_tokens),
              "sliding": dict(stride=cfg.eval_stride)}
@@ -2343,12 +2604,17 @@ def evaluate_artifact(blob, data, cfg, run):
             results[method] = timed_evaluation(event, model, data, method, run, bits=cfg.matrix_bits, **facts[method])
     ledger, seconds = results[cfg.final_score]
     run.log("final", method=cfg.final_score, **ledger.as_log())
-    return model, ledger, seconds + reload_s
+    return model, ledger, seconds + reload_s, fingerprint(model) == before
 
 
-def report(model, ledger, artifact_bytes, stop, eval_s, data, cfg, run):
+def fingerprint(model):
+    """A number that changes when any weight does."""
+    return sum(float(p.detach().double().abs().sum()) for p in model.parameters())
+
+
+def report(model, ledger, artifact_bytes, stop, eval_s, untouched, data, run):
     """Print sizes and the compliance line, each verdict from a check made now; returns whether all hold."""
-    code = code_bytes()
+    cfg, code = model.cfg, code_bytes()
     total = len(code) + artifact_bytes
     coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
     run.write(f"Serialized model {coder}: {artifact_bytes} bytes")
@@ -2357,7 +2623,7 @@ def report(model, ledger, artifact_bytes, stop, eval_s, data, cfg, run):
     checks = dict(
         causal=probe_causality(model, data.val, run) <= 1e-5,
         normalized=probe_normalization(model, data.val, run) <= 1e-5,
-        score_first=True,  # no adapter ran: nothing was trained on what is scored
+        score_first=untouched,  # no adapter ran, and no weight changed while scoring
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
         bytes=by_table == by_text)
     limits = dict(train=not stop or not cfg.max_wallclock_seconds or stop.train_s <= cfg.max_wallclock_seconds,
@@ -2411,7 +2677,8 @@ def continue_prompt(cfg, run):
         raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: {sp.vocab_size()} pieces, the artifact's model has "
                         f"{model.cfg.vocab_size}")
     rng = torch.Generator().manual_seed(cfg.seed)
-    ids = ([cfg.bos_id] if cfg.bos_id >= 0 else []) + sp.encode(cfg.prompt)
+    bos = model.cfg.bos_id
+    ids = ([bos] if bos >= 0 else []) + sp.encode(cfg.prompt)
     text, state = list(ids), None
     with torch.inference_mode():
         for _ in range(cfg.prompt_tokens):
@@ -2486,9 +2753,9 @@ def main(env):
                     train_tokens=sum(len(tokens) for _, tokens in data.train))
             stop = train(model, data, cfg, run)
             timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
-            blob = export(model, cfg, run)
-        model, ledger, eval_s = evaluate_artifact(blob, data, cfg, run)
-        return 0 if report(model, ledger, len(blob), stop, eval_s, data, cfg, run) else 1
+            blob = export(model, stop.hessians, cfg, run)
+        model, ledger, eval_s, untouched = evaluate_artifact(blob, data, cfg, run)
+        return 0 if report(model, ledger, len(blob), stop, eval_s, untouched, data, run) else 1
     finally:
         run.close()
 
@@ -2501,14 +2768,14 @@ def load_checked(cfg):
         raise ArtifactError(f"ARTIFACT={cfg.artifact}: cannot be read ({error.strerror})") from None
 
 
-def export(model, cfg, run):
+def export(model, hessians, cfg, run):
     """Rank 0 writes the raw checkpoint and the artifact; every rank gets the artifact's bytes."""
     blob = None
     if run.rank == 0:
         began, stem = time.perf_counter(), Path(cfg.out_dir) / cfg.run_id
         weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
         write_whole(Path(f"{stem}.ckpt") / "model.pt", lambda f: torch.save(weights, f))
-        size = save_artifact(f"{stem}.artifact", model, cfg)
+        size = save_artifact(f"{stem}.artifact", model, cfg, hessians, run.log)
         run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
                 export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
         blob = Path(f"{stem}.artifact").read_bytes()
@@ -2517,16 +2784,15 @@ def export(model, cfg, run):
 
 def entry():
     """Run `main` on the process's environment; a fault that the user can mend ends in one line, not a traceback."""
-    if sys.argv[1:] in (["--help"], ["-h"]):
-        print(help_text())
-        return 0
-
     def stop(number, frame):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun repeats itself; once is enough
         raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing more was written, the log is kept")
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     try:
+        if sys.argv[1:] in (["--help"], ["-h"]):
+            print(help_text(), flush=True)
+            return 0
         if sys.argv[1:]:
             raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are environment variables")
         return main(os.environ)
@@ -2534,6 +2800,9 @@ def entry():
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, (SettingError, KeyboardInterrupt)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
+    except BrokenPipeError:  # whatever read our output has gone, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except torch.cuda.OutOfMemoryError as error:
         print(f"error: out of GPU memory ({str(error).split('. ')[0]}); set MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS "
               "to less", file=sys.stderr, flush=True)

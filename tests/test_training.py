@@ -72,7 +72,7 @@ ROLES = {"embed.weight": "embed", "embed.ngram_table": "embed", "embed.ngram_pro
 def test_route_gives_the_role(name):
     entry = t.route(name)
     assert entry.role == ROLES[name]
-    assert entry.optimizer == ("muon" if entry.role in ("mlp", "mixer") else "adamw")
+    assert entry.optimizer == ("muon" if entry.role in ("mlp", "mixer", "gate") else "adamw")
 
 
 def test_every_row_of_routes_is_used():
@@ -88,7 +88,7 @@ def test_muon_takes_matrices_only(tiny_config):
     model = t.LM(tiny_config(gdn_v_heads=4))
     optimizer = t.Optimizer(model, model.cfg, t.Run())
     assert {len(shape) for _, shape in optimizer.matrices} == {2}
-    assert all(min(shape) >= 16 for _, shape in optimizer.matrices)
+    assert all(min(shape) >= 4 for _, shape in optimizer.matrices)  # the smallest: gates, one row per value head
 
 
 # ---- optimizers -------------------------------------------------------------------------------------
@@ -470,9 +470,9 @@ def run_with_a_slow_rank(run, folder):
     class Slow(t.Pace):
         def tick(self, *step):
             super().tick(*step)
-            self.step_s += 3600 * run.rank
+            self.durations.append(3600.0 * run.rank)
 
-    cfg = build_config(iterations=100000, max_wallclock_seconds=1.5)
+    cfg = build_config(iterations=100000, max_wallclock_seconds=1.5, gptq_enabled=False)
     with mock.patch.object(t, "Pace", Slow):
         stop = t.train(build_model(cfg), fixed_data(cfg), cfg, run)
     torch.save(stop.steps, f"{folder}/rank{run.rank}.pt")
@@ -583,7 +583,7 @@ def test_training_leaves_the_averaged_weights(tiny_config, tiny_model):
 
 
 def test_training_stops_by_the_clock(tiny_config, tiny_model):
-    cfg = tiny_config(iterations=100000, max_wallclock_seconds=0.5)
+    cfg = tiny_config(iterations=100000, max_wallclock_seconds=0.5, gptq_enabled=False)
     stop = t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run())
     assert 0 < stop.steps < 1000 and stop.train_s < 5.0
 
