@@ -39,6 +39,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache
@@ -124,7 +125,7 @@ def group(title, default, help, rule=None):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Every setting of a run.  Build it with `Config.from_env`; fields marked in MODEL_FIELDS go into the artifact."""
-    preset: str = group("run", "record", "comma list of presets, later wins: record, pr1749, sample")
+    preset: str = group("run", "record", "comma list of presets, later wins: record, pr1749, pr1698, pr456, sample")
     run_id: str = knob("", "name of the run's files; empty = UTC time, preset and seed",
                        Rule("letters, digits, '.', '_' and '-' alone", lambda v: re.fullmatch(r"[\w.-]*", v)))
     seed: int = knob(1337, "seed of the weights and of the data order", at_least(0))
@@ -156,10 +157,17 @@ class Config:
     gdn_v_heads: int = knob(0, "GDN value heads, a multiple of GDN_HEADS; 0 = GDN_HEADS", at_least(0))
     gdn_head_dim: int = knob(128, "width K = V of a GDN head", multiple_of(8))
     gdn_conv: int = knob(4, "taps of the short convolution on q, k, v [tokens]", between(1, 16))
+    kv_share: int = knob(1, "neighbours of one kind that share key and value projections and convolutions; 1 = none",
+                         at_least(1))
     gdn_neg_eigval: bool = knob(False, "1: beta in (0, 2), so that the state may also reflect")
     mlp_mult: float = knob(3.0, "MLP width over D", at_least(0.25))
     mlp_act: str = knob("relu2", "MLP activation; leaky_relu2 has slope 0.5 below zero", one_of("relu2", "leaky_relu2"))
     share_mlp: bool = knob(False, "1: layers of one tag share their MLP too")
+    unique_layers: int = knob(0, "depth recurrence: layer i runs the matrices of layer i mod N; 0 = each its own",
+                              at_least(0))
+    unet: bool = knob(False, "1: U-Net skips, the first half of the layers added to the second with learned weights")
+    xsa_layers: int = knob(0, "last attention layers whose output loses its component along the token's own value",
+                           at_least(0))
     ngram_buckets: int = knob(3072, "rows of the hashed bigram/trigram table; 0 = none", at_least(0))
     ngram_dim: int = knob(112, "columns of that table", at_least(1))
     ngram_order: int = knob(3, "3: trigrams too, in the same table", between(2, 3))
@@ -190,6 +198,10 @@ class Config:
     grad_clip_norm: float = knob(0.3, "global gradient norm, clipped after the reduction; 0 = off", at_least(0))
     ema_decay: float = knob(0.997, "decay of the averaged weights, warmed up as (1+t)/(10+t); 0 = off",
                             between(0, 0.99999))
+    average_every: int = knob(0, "in the warm-down, average the weights of every Nth step instead of EMA; 0 = EMA",
+                              at_least(0))
+    qat_frac: float = knob(0.0, "last part of the run that sees weights rounded as in the export (straight-through)",
+                           between(0, 1))
     val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", at_least(0))
     train_log_every: int = knob(50, "steps between progress lines (one at least every 10 s)", at_least(1))
 
@@ -198,6 +210,8 @@ class Config:
     compile: str = knob("auto", "torch.compile; auto = on CUDA", one_of("auto", "0", "1"))
 
     matrix_bits: int = group("export", 6, "bits of a matrix weight", between(2, 8))
+    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", Rule("0 or between 2 and 8",
+                                                                         lambda v: v == 0 or 2 <= v <= 8))
     embed_bits: int = knob(8, "bits of a token embedding or n-gram table weight", between(2, 8))
     gate_bits: int = knob(8, "bits of a GDN gate projection weight", between(2, 8))
     matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [standard deviations of the row]; 0 = the least that "
@@ -272,11 +286,13 @@ class Config:
         """
         known = {f.name.upper(): f for f in fields(cls)}
         reject_strays(env, known)
-        values = {}
-        for preset in filter(None, env.get("PRESET", "record").replace(" ", "").split(",")):
+        values, presets = {}, [name for name in env.get("PRESET", "record").replace(" ", "").split(",") if name]
+        for preset in presets:
             if preset not in PRESETS:
                 raise SettingError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
             values |= PRESETS[preset]
+        if "sample" in presets:  # the architecture stays that of the other preset, with fewer layers
+            values["stack"] = next((SAMPLE_STACKS[name] for name in presets if name in SAMPLE_STACKS), values["stack"])
         for name, f in known.items():
             if name in env:
                 values[f.name] = parse_value(name, env[name], type(f.default))
@@ -346,6 +362,12 @@ PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
     "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, muon_momentum_warmup_steps=1500),
+    # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
+    "pr1698": dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
+                   muon_momentum=0.95, average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd"),
+    # Ten attention layers with U-Net skips, XSA in the last three, int5 MLPs; UNIQUE_LAYERS=5 loops them.
+    "pr456": dict(stack="attn*10", unet=True, xsa_layers=3, ngram_buckets=10240, ngram_order=2, mlp_bits=5,
+                  average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd"),
     "sample": dict(
         data_path=str(Path(__file__).resolve().parent / "data" / "sample"),
         tokenizer_path=str(Path(__file__).resolve().parent / "data" / "sample" / "corpus_1024_bpe.model"),
@@ -357,11 +379,15 @@ PRESETS = {
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True),
 }
 
+# STACK of PRESET=NAME,sample where it is not the sample's own: the same kinds of layers, fewer of them.
+SAMPLE_STACKS = {"pr1698": "gdn*4", "pr456": "attn*6"}
+
 # What the artifact stores of the Config, so that it can be evaluated from its file alone.
 MODEL_FIELDS = (
     "vocab_size stack model_dim num_heads num_kv_heads swa_window rope_base rope_dims qk_gain_init gdn_heads "
-    "gdn_v_heads gdn_head_dim gdn_conv gdn_neg_eigval mlp_mult mlp_act share_mlp ngram_buckets ngram_dim ngram_order "
-    "smear bos_id logit_softcap tied_embed_init_std train_seq_len").split()
+    "gdn_v_heads gdn_head_dim gdn_conv gdn_neg_eigval kv_share mlp_mult mlp_act share_mlp unique_layers "
+    "unet xsa_layers ngram_buckets ngram_dim ngram_order smear bos_id logit_softcap tied_embed_init_std "
+    "train_seq_len").split()
 
 
 def help_text():
@@ -1306,22 +1332,31 @@ def short_convolution(x, weight, tail, packing):
     return F.silu(y)
 
 
+class KeyValue(nn.Module):
+    """Key and value projections of one mixer, or with KV_SHARE of several, and for GDN their convolutions."""
+
+    def __init__(self, D, k_rows, v_rows, taps=0):
+        super().__init__()
+        self.k_proj, self.v_proj = nn.Parameter(torch.empty(k_rows, D)), nn.Parameter(torch.empty(v_rows, D))
+        if taps:
+            self.k_conv, self.v_conv = nn.Parameter(torch.empty(k_rows, taps)), nn.Parameter(torch.empty(v_rows, taps))
+
+
 class GatedDeltaNet(nn.Module):
     """Gated DeltaNet mixer [1]: short convolutions on q, k, v, l2-normalised q and k, gated delta rule, gated norm.
 
     Weights are separate per role, so that Muon orthogonalises each as a whole; the forward stacks them for one product.
     """
 
-    def __init__(self, cfg):
+    def __init__(self, cfg, kv):
         super().__init__()
-        self.cfg = cfg
+        self.cfg, self.kv = cfg, kv
         self.H, self.HV, self.K = cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads, cfg.gdn_head_dim
         D, qk, v = cfg.model_dim, self.H * self.K, self.HV * self.K
-        self.q_proj, self.k_proj = nn.Parameter(torch.empty(qk, D)), nn.Parameter(torch.empty(qk, D))
-        self.v_proj, self.g_proj = nn.Parameter(torch.empty(v, D)), nn.Parameter(torch.empty(v, D))
+        self.q_proj, self.g_proj = nn.Parameter(torch.empty(qk, D)), nn.Parameter(torch.empty(v, D))
         self.a_proj, self.b_proj = nn.Parameter(torch.empty(self.HV, D)), nn.Parameter(torch.empty(self.HV, D))
         self.o_proj = nn.Parameter(torch.empty(D, v))
-        self.conv_weight = nn.Parameter(torch.empty(2 * qk + v, cfg.gdn_conv))
+        self.q_conv = nn.Parameter(torch.empty(qk, cfg.gdn_conv))
         self.A_log, self.dt_bias = nn.Parameter(torch.empty(self.HV)), nn.Parameter(torch.empty(self.HV))
         self.o_norm = nn.Parameter(torch.empty(self.K))
 
@@ -1331,11 +1366,13 @@ class GatedDeltaNet(nn.Module):
         """x (B, T, D) -> (B, T, D) and the GDNState behind it; `gain` is unused."""
         B, T, _ = x.shape
         H, HV, K = self.H, self.HV, self.K
-        qkv, gate, a, b = linear(x, self.q_proj, self.k_proj, self.v_proj, self.g_proj, self.a_proj, self.b_proj).split(
+        kv = self.kv
+        qkv, gate, a, b = linear(x, self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj, self.b_proj).split(
             [(2 * H + HV) * K, HV * K, HV, HV], -1)
         taps = self.cfg.gdn_conv
         tail = x.new_zeros(B, taps - 1, qkv.shape[-1]) if state is None else state.conv.to(x.dtype)
-        q, k, v = short_convolution(qkv, self.conv_weight, tail, packing).split([H * K, H * K, HV * K], -1)
+        q, k, v = short_convolution(qkv, torch.cat([self.q_conv, kv.k_conv, kv.v_conv]), tail, packing).split(
+            [H * K, H * K, HV * K], -1)
         q = F.normalize(q.float().unflatten(-1, (H, K)), dim=-1, eps=1e-6).to(x.dtype)
         k = F.normalize(k.float().unflatten(-1, (H, K)), dim=-1, eps=1e-6).to(x.dtype)
         g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
@@ -1360,12 +1397,11 @@ def rotary(x, first, base, dims):
 class Attention(nn.Module):
     """Windowed softmax attention: grouped key/value heads, normalised q and k, rotary positions, a gain per head."""
 
-    def __init__(self, cfg, window):
+    def __init__(self, cfg, kv, window, xsa):
         super().__init__()
-        self.cfg, self.window = cfg, window
-        D, kv = cfg.model_dim, cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
-        self.q_proj, self.k_proj = nn.Parameter(torch.empty(D, D)), nn.Parameter(torch.empty(kv, D))
-        self.v_proj, self.o_proj = nn.Parameter(torch.empty(kv, D)), nn.Parameter(torch.empty(D, D))
+        self.cfg, self.kv, self.window, self.xsa = cfg, kv, window, xsa
+        D = cfg.model_dim
+        self.q_proj, self.o_proj = nn.Parameter(torch.empty(D, D)), nn.Parameter(torch.empty(D, D))
         self.num_gains = cfg.num_heads
 
     def forward(self, x, gain, state, packing):
@@ -1374,8 +1410,8 @@ class Attention(nn.Module):
         Positions count from the oldest carried key: only differences matter, and small numbers stay exact.
         """
         cfg, d = self.cfg, self.cfg.model_dim // self.cfg.num_heads
-        q, k, v = linear(x, self.q_proj, self.k_proj, self.v_proj).split(
-            [self.q_proj.shape[0], self.k_proj.shape[0], self.v_proj.shape[0]], -1)
+        kv_rows = d * cfg.num_kv_heads
+        q, k, v = linear(x, self.q_proj, self.kv.k_proj, self.kv.v_proj).split([cfg.model_dim, kv_rows, kv_rows], -1)
         q, k, v = (y.unflatten(-1, (-1, d)) for y in (q, k, v))
         q, k = rms_norm(q), rms_norm(k)
         if state is not None:
@@ -1384,15 +1420,33 @@ class Attention(nn.Module):
         q = rotary(q, S - x.shape[1], cfg.rope_base, cfg.rope_dims) * gain.to(x.dtype)[:, None]
         o = windowed_attention(q, rotary(k, 0, cfg.rope_base, cfg.rope_dims), v, self.window,
                                None if packing is None else packing.cu_seqlens, cfg.attn_kernel)
+        if self.xsa:
+            o = without_own_value(o, v[:, S - x.shape[1]:])
         keep = S - min(self.window - 1, S)
         return linear(o.flatten(2), self.o_proj), KVState(k[:, keep:].detach(), v[:, keep:].detach())
 
 
-def make_mixer(cfg, kind):
-    """The mixer that a STACK entry of this kind names."""
+def without_own_value(o, v):
+    """Exclusive self attention: o (B, T, H, d) less its component along the token's own value v (B, T, Hk, d)."""
+    unit = F.normalize(v.float(), dim=-1, eps=1e-6).to(o.dtype).unsqueeze(3)  # (B, T, Hk, 1, d)
+    grouped = o.unflatten(2, (v.shape[2], -1))
+    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).flatten(2, 3)
+
+
+def make_key_value(cfg, kind):
+    """The KeyValue that a mixer of this kind needs."""
     if kind == "gdn":
-        return GatedDeltaNet(cfg)
-    return Attention(cfg, cfg.swa_window if kind == "swa" else cfg.train_seq_len)
+        v_heads = cfg.gdn_v_heads or cfg.gdn_heads
+        return KeyValue(cfg.model_dim, cfg.gdn_heads * cfg.gdn_head_dim, v_heads * cfg.gdn_head_dim, cfg.gdn_conv)
+    rows = cfg.model_dim // cfg.num_heads * cfg.num_kv_heads
+    return KeyValue(cfg.model_dim, rows, rows)
+
+
+def make_mixer(cfg, kind, kv, xsa):
+    """The mixer that a STACK entry of this kind names, around its KeyValue."""
+    if kind == "gdn":
+        return GatedDeltaNet(cfg, kv)
+    return Attention(cfg, kv, cfg.swa_window if kind == "swa" else cfg.train_seq_len, xsa)
 
 
 class MLP(nn.Module):
@@ -1446,14 +1500,25 @@ class LM(nn.Module):
         super().__init__()
         self.cfg = cfg
         self.embed = Embedding(cfg)
-        mixers, mlps, blocks = {}, {}, []
-        for i, layer in enumerate(parse_stack(cfg.stack)):
-            tag = layer.tag or f"#{i}"
-            mixer = mixers.setdefault(tag, None) or make_mixer(cfg, layer.kind)
-            mlp = (mlps.get(tag) if cfg.share_mlp else None) or MLP(cfg)
-            mixers[tag], mlps[tag] = mixer, mlp
-            blocks.append(Block(cfg, mixer, mlp))
+        layers = parse_stack(cfg.stack)
+        attention = [i for i, layer in enumerate(layers) if layer.kind != "gdn"]
+        xsa = set(attention[len(attention) - cfg.xsa_layers:] if cfg.xsa_layers else [])
+        mixers, mlps, key_values, made, blocks = {}, {}, {}, {}, []
+        for i, layer in enumerate(layers):
+            loop = i % cfg.unique_layers if cfg.unique_layers else i
+            tag = layer.tag or f"#{loop}"
+            if tag not in mixers:
+                turn = made[layer.kind] = made.get(layer.kind, -1) + 1  # the how-manieth mixer of its kind
+                group = layer.kind, turn // cfg.kv_share
+                if group not in key_values:
+                    key_values[group] = make_key_value(cfg, layer.kind)
+                mixers[tag] = make_mixer(cfg, layer.kind, key_values[group], i in xsa)
+            mlp_tag = tag if cfg.share_mlp or cfg.unique_layers and not layer.tag else f"#{i}"
+            if mlp_tag not in mlps:
+                mlps[mlp_tag] = MLP(cfg)
+            blocks.append(Block(cfg, mixers[tag], mlps[mlp_tag]))
         self.blocks = nn.ModuleList(blocks)
+        self.skip_scale = nn.Parameter(torch.empty(len(blocks) // 2, cfg.model_dim)) if cfg.unet else None
 
     def forward(self, ids, state=None, cu_seqlens=None):
         """Logits of the token after each position, and the state behind the last.
@@ -1474,10 +1539,14 @@ class LM(nn.Module):
         fresh = self.embed.fresh_state(ids.shape[0], ids.device, dtype)
         before = state or StreamState(fresh, (None,) * len(self.blocks))
         x, embed_state = self.embed(ids, before.embed, packing, dtype)
-        x0, layers = x, []
-        for block, layer_state in zip(self.blocks, before.layers):
+        x0, layers, skips, half = x, [], [], len(self.blocks) // 2
+        for i, (block, layer_state) in enumerate(zip(self.blocks, before.layers)):
+            if self.skip_scale is not None and i >= len(self.blocks) - half:  # the last layer meets the first
+                x = x + self.skip_scale[i - len(self.blocks) + half].to(x.dtype) * skips.pop()
             x, layer_state = block(x, x0, layer_state, packing)
             layers.append(layer_state)
+            if self.skip_scale is not None and i < half:
+                skips.append(x)
         after = StreamState(EmbedState(*(t.detach() for t in embed_state)), tuple(layers))
         return self.embed.logits(rms_norm(x)), (after if packing is None else None)
 
@@ -1490,10 +1559,10 @@ def init_weights(model, seed):
     | embed.weight                      | normal, std TIED_EMBED_INIT_STD                              |
     | *.o_proj, *.down_proj, ngram_table| 0: every block and n-gram starts as the identity             |
     | other matrices (R, C)             | uniform, std 1 / sqrt(3 C)                                   |
-    | conv_weight                       | uniform in +-1 / sqrt(taps)                                  |
+    | q_conv, k_conv, v_conv            | uniform in +-1 / sqrt(taps)                                  |
     | A_log, dt_bias                    | log U(0, 16); softplus^-1 of log-uniform in [0.001, 0.1] [1] |
     | resid_mix                         | (1, 0)                                                       |
-    | mixer_scale, mlp_scale, o_norm    | 1                                                            |
+    | *_scale, o_norm                   | 1                                                            |
     | qk_gain, smear_gate               | QK_GAIN_INIT; -2                                             |
     """
     rng = torch.Generator().manual_seed(seed)
@@ -1510,7 +1579,7 @@ def init_weights(model, seed):
         elif kind == "dt_bias":
             dt = torch.exp(torch.rand(p.shape, generator=rng) * math.log(0.1 / 0.001) + math.log(0.001))
             value = dt + torch.log(-torch.expm1(-dt))
-        elif kind in ("qk_gain", "smear_gate", "mixer_scale", "mlp_scale", "o_norm"):
+        elif kind in ("qk_gain", "smear_gate", "mixer_scale", "mlp_scale", "skip_scale", "o_norm"):
             value = torch.full(p.shape, {"qk_gain": model.cfg.qk_gain_init, "smear_gate": -2.0}.get(kind, 1.0))
         else:  # uniform in +-1 / sqrt(C) has std 1 / sqrt(3 C); a convolution's C is its taps
             value = (torch.rand(p.shape, generator=rng) * 2 - 1) * p.shape[1] ** -0.5
@@ -1543,9 +1612,9 @@ ROUTES = (
     Route(r"embed\.(weight|ngram_table)$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits",
           "embed_clip_sigmas", "embed"),
     Route(r"\.[ab]_proj$", "muon", "matrix_lr", "muon_weight_decay", "gate_bits", "embed_clip_sigmas", "gate"),
-    Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mlp"),
+    Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "mlp_bits", "matrix_clip_sigmas", "mlp"),
     Route(r"_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mixer"),
-    Route(r"\.(resid_mix|mixer_scale|mlp_scale|qk_gain|o_norm|A_log|dt_bias|conv_weight|smear_gate)$",
+    Route(r"(^|\.)(resid_mix|\w+_scale|qk_gain|o_norm|A_log|dt_bias|[qkv]_conv|smear_gate)$",
           "adamw", "scalar_lr", "", "", "", "control"),
 )
 
@@ -1556,6 +1625,11 @@ def route(name):
         if re.search(entry.pattern, name):
             return entry
     raise KeyError(f"parameter {name} matches no row of ROUTES")
+
+
+def stored_bits(r, cfg):
+    """Bits of the weights that Route r stores as integers; 0 if it stores floats."""
+    return (getattr(cfg, r.bits) or cfg.matrix_bits) if r.bits else 0
 
 
 def newton_schulz(G, steps):
@@ -1656,25 +1730,31 @@ class Optimizer:
 
 
 class Average:
-    """Exponential moving average of the weights, float32; `copy_to` puts it into the model."""
+    """Averaged weights, float32: exponential (EMA_DECAY), or with AVERAGE_EVERY the mean of steps in the warm-down."""
 
-    def __init__(self, model, decay):
-        self.decay, self.count = decay, 0
+    def __init__(self, model, cfg):
+        self.cfg, self.count = cfg, 0
         self.params = list(model.parameters())
-        self.mean = [p.detach().clone() for p in self.params] if decay else []
+        self.mean = [p.detach().clone() for p in self.params] if cfg.ema_decay or cfg.average_every else []
 
     @torch.no_grad()
-    def update(self):
-        """Take in the current weights; the decay is warmed up so that a short run forgets its start."""
-        if self.decay:
-            self.count += 1
-            decay = min(self.decay, (1 + self.count) / (10 + self.count))
-            torch._foreach_lerp_(self.mean, self.params, 1 - decay)
+    def update(self, step, lr_mul):
+        """Take in the weights after `step`; an EMA's decay is warmed up so that a short run forgets its start."""
+        if self.cfg.average_every:
+            if lr_mul >= 1.0 or step % self.cfg.average_every:
+                return
+            weight = 1 / (1 + self.count)
+        elif self.cfg.ema_decay:
+            weight = 1 - min(self.cfg.ema_decay, (2 + self.count) / (11 + self.count))
+        else:
+            return
+        self.count += 1
+        torch._foreach_lerp_(self.mean, self.params, weight)
 
     @torch.no_grad()
     def copy_to(self):
-        """Replace the model's weights by their average."""
-        if self.decay and self.count:
+        """Replace the model's weights by their average, if there is one."""
+        if self.count:
             torch._foreach_copy_(self.params, self.mean)
 
 
@@ -1795,7 +1875,7 @@ def quantize_model(model, hessians, cfg, matrix_clip):
         r = route(name)
         if r.bits:
             clip = matrix_clip if r.clip == "matrix_clip_sigmas" else getattr(cfg, r.clip)
-            key = (tuple(p.shape), getattr(cfg, r.bits), clip, name in hessians)
+            key = (tuple(p.shape), stored_bits(r, cfg), clip, name in hessians)
             groups.setdefault(key, []).append((name, p))
     for (_, bits, clip, has_hessian), members in groups.items():
         W = torch.stack([p.detach() for _, p in members])
@@ -1923,6 +2003,7 @@ def save_artifact(path, model, cfg, hessians=None, log=lambda *event, **values: 
     return len(blob)
 
 
+USUAL_CLIP = 12.85  # what the challenge's entries use; assumed where the searched clip is not known yet
 LEAST_CLIP, MOST_CLIP = 4.0, 64.0  # below 4 sigmas a 6-bit grid clips more than it refines; 64 is 1 bit per weight
 FILL_SLACK = 16_000  # bytes under the cap that end the search
 
@@ -2103,8 +2184,8 @@ def estimate_artifact_bytes(model, cfg):
     for name, p in model.named_parameters():
         r = route(name)
         if r.bits:
-            clip = getattr(cfg, r.clip) or 12.85  # a searched clip fills the cap; 12.85 is the challenge's usual one
-            step = clip / (2 ** (getattr(cfg, r.bits) - 1) - 1)  # in standard deviations
+            clip = getattr(cfg, r.clip) or USUAL_CLIP
+            step = clip / (2 ** (stored_bits(r, cfg) - 1) - 1)  # in standard deviations
             total += p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step)) + 2 * p.shape[0]
         else:
             total += p.numel() * (4 if p.numel() <= 64 else 2)
@@ -2390,14 +2471,36 @@ def micro_batch_rows(cfg, run):
     return max(d for d in range(1, rows + 1) if rows % d == 0 and (d == 1 or d * cfg.train_seq_len <= most))
 
 
-def train_step(model, optimizer, batch, micro_rows, lr_mul):
-    """One optimizer step on batch (rows, T + 1); returns the mean loss on this rank, a tensor on the device."""
+@contextmanager
+def on_export_grid(model, enabled):
+    """Inside, every stored matrix is rounded to nearest as the export would; afterwards it is as before.
+
+    Gradients taken inside and applied afterwards are straight-through estimates (late QAT).
+    """
+    saved = []
+    with torch.no_grad():
+        for name, p in model.named_parameters() if enabled else ():
+            r = route(name)
+            if r.bits:
+                saved.append((p, p.detach().clone()))
+                p.copy_(dequantize(*quantize(p, stored_bits(r, model.cfg), getattr(model.cfg, r.clip) or USUAL_CLIP)))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for p, value in saved:
+                p.copy_(value)
+
+
+def train_step(model, optimizer, batch, micro_rows, lr_mul, qat=False):
+    """One optimizer step on batch (rows, T + 1), with qat at rounded weights; this rank's mean loss, a tensor."""
     loss_of = compiled(mean_nll, model.cfg.compile)
     parts, total = batch.split(micro_rows), 0.0
-    for part in parts:
-        loss = loss_of(model, part[:, :-1].contiguous(), part[:, 1:].contiguous()) / len(parts)
-        loss.backward()
-        total = total + loss.detach()
+    with on_export_grid(model, qat):
+        for part in parts:
+            loss = loss_of(model, part[:, :-1].contiguous(), part[:, 1:].contiguous()) / len(parts)
+            loss.backward()
+            total = total + loss.detach()
     optimizer.step(lr_mul)
     return total
 
@@ -2413,12 +2516,12 @@ def warm_up(model, cfg, run, micro_rows):
     saved = [p.detach().clone() for p in model.parameters()]
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     rng = torch.Generator().manual_seed(cfg.seed)
-    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg.ema_decay)
+    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg)
     batch = torch.zeros(CALIBRATION_ROWS, cfg.train_seq_len + 1, dtype=torch.int32)
     for _ in range(cfg.warmup_steps):
         batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng, dtype=torch.int32)
         train_step(model, optimizer, batch.to(run.device), micro_rows, 1.0)
-        average.update()
+        average.update(0, 0.0)
     if cfg.gptq_enabled:
         Hessians(model).collect(model, [batch[:CALIBRATION_ROWS, :-1].to(run.device)], run)
     with torch.no_grad():
@@ -2464,7 +2567,7 @@ def train(model, data, cfg, run):
     warm_up_scoring(model, run, len(data.val) - 1)
     run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile == "1" else "eager",
             micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
-    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg.ema_decay)
+    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg)
     loader, clock, pace = Loader(data.train, cfg, run), Clock(run), Pace(cfg, run)
     budget = cfg.max_wallclock_seconds or math.inf
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
@@ -2484,10 +2587,11 @@ def train(model, data, cfg, run):
                 clock.resume()
             if last:
                 break
-            lr_mul = learning_rate(max(elapsed / budget, step / max(1, cfg.iterations)), cfg)
-            loss = train_step(model, optimizer, next(loader), micro_rows, lr_mul)
-            average.update()
+            progress = max(elapsed / budget, step / max(1, cfg.iterations))
+            lr_mul = learning_rate(progress, cfg)
+            loss = train_step(model, optimizer, next(loader), micro_rows, lr_mul, qat=progress > 1 - cfg.qat_frac)
             step += 1
+            average.update(step, lr_mul)
             pace.tick(step, clock, loss, lr_mul)
         if out_of_time:
             run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",

@@ -187,7 +187,7 @@ def stored(model, cfg):
     for name, p in model.named_parameters():
         r = t.route(name)
         if r.bits:
-            weights[name] = t.dequantize(*t.quantize(p.detach(), getattr(cfg, r.bits), getattr(cfg, r.clip)))
+            weights[name] = t.dequantize(*t.quantize(p.detach(), t.stored_bits(r, cfg), getattr(cfg, r.clip)))
         else:
             weights[name] = p.detach() if p.numel() <= 64 else p.detach().half().float()
     return weights
@@ -656,7 +656,8 @@ def test_random_header_behind_a_right_checksum_is_an_artifact_error(noise):
 
 def test_row_scales_survive_the_byte_planes(model, blob):
     """Scales are read back exactly: one wrong byte order would scale rows by 256."""
-    expected = [t.quantize(p.detach(), getattr(model.cfg, t.route(n).bits), getattr(model.cfg, t.route(n).clip))[1]
+    cfg = model.cfg
+    expected = [t.quantize(p.detach(), t.stored_bits(t.route(n), cfg), getattr(cfg, t.route(n).clip))[1]
                 for n, p in model.named_parameters() if t.route(n).bits]
     header, payload = opened(blob)
     scales = np.frombuffer(t.read_streams(header, payload)["scale"], "<f2")

@@ -295,7 +295,7 @@ class SimulatedDevice:
     def __init__(self, seed, queued):
         self.rng, self.queued, self.now, self.done = np.random.default_rng(seed), queued, 0.0, 0.0
 
-    def train_step(self, *arguments):
+    def train_step(self, *arguments, qat=False):
         self.done = max(self.now, self.done) + self.rng.uniform(0.9, 1.1)
         self.now = self.now + 0.01 if self.queued else self.done
         return torch.tensor(1.0)

@@ -22,8 +22,8 @@ TREE = ast.parse(SOURCE)
 
 # A value that each rule refuses, and what the message must say.
 REFUSED = [
-    ("PRESET", "recrod", "a comma list of record, pr1749, sample"),
-    ("PRESET", "sample,nothing", "a comma list of record, pr1749, sample"),
+    ("PRESET", "recrod", "a comma list of record, pr1749, pr1698, pr456, sample"),
+    ("PRESET", "sample,nothing", "a comma list of record, pr1749, pr1698, pr456, sample"),
     ("RUN_ID", "a/b", "letters, digits, '.', '_' and '-' alone"),
     ("RUN_ID", "a b", "letters, digits, '.', '_' and '-' alone"),
     ("SEED", "-1", "at least 0"),
@@ -79,6 +79,12 @@ REFUSED = [
     ("BETA2", "1", "between 0 and 0.99999"),
     ("GRAD_CLIP_NORM", "-1", "at least 0"),
     ("EMA_DECAY", "1", "between 0 and 0.99999"),
+    ("AVERAGE_EVERY", "-1", "at least 0"),
+    ("QAT_FRAC", "1.5", "between 0 and 1"),
+    ("KV_SHARE", "0", "at least 1"),
+    ("UNIQUE_LAYERS", "-2", "at least 0"),
+    ("XSA_LAYERS", "-1", "at least 0"),
+    ("MLP_BITS", "1", "0 or between 2 and 8"),
     ("VAL_LOSS_EVERY", "-1", "at least 0"),
     ("TRAIN_LOG_EVERY", "0", "at least 1"),
     ("KERNEL", "triton", "one of auto, flashqla, fla, reference"),
@@ -496,3 +502,14 @@ def test_import_loads_no_kernel_and_no_optional_package(imported):
 
 def test_import_takes_seconds(imported):
     assert imported[1]["seconds"] < 15
+
+
+@pytest.mark.parametrize("preset, stack, kept", [
+    ("sample", "gdn*2 swa:a gdn swa:a", {}), ("pr1749,sample", "gdn*2 swa:a gdn swa:a", {}),
+    ("pr1698,sample", "gdn*4", dict(kv_share=2, gptq_enabled=False, compressor="zstd", average_every=50)),
+    ("sample,pr1698", "gdn*4", dict(kv_share=2)),
+    ("pr456,sample", "attn*6", dict(unet=True, xsa_layers=3, mlp_bits=5, ngram_order=2, qat_frac=0.15))])
+def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, kept):
+    cfg = t.Config.from_env({"PRESET": preset})
+    assert cfg.stack == stack
+    assert {name: getattr(cfg, name) for name in kept} == kept

@@ -74,9 +74,9 @@ def test_logits_are_capped_products_with_the_embedding(tiny_config, tiny_model, 
 
 def test_gdn_mixer_equals_its_formula(tiny_config, tiny_model):
     mixer, x = tiny_model(tiny_config(stack="gdn", gdn_v_heads=4)).blocks[0].mixer, random_x(2, 70)
-    weights = mixer.q_proj, mixer.k_proj, mixer.v_proj
     q, k, v = (F.silu(F.conv1d(F.pad((x @ w.T).mT, (3, 0)), c[:, None], groups=len(w)).mT).unflatten(-1, (-1, 16))
-               for w, c in zip(weights, mixer.conv_weight.split([len(w) for w in weights]), strict=True))
+               for w, c in ((mixer.q_proj, mixer.q_conv), (mixer.kv.k_proj, mixer.kv.k_conv),
+                            (mixer.kv.v_proj, mixer.kv.v_conv)))
     o, S = t.gated_delta_rule_reference(
         q=q / q.norm(dim=-1, keepdim=True), k=k / k.norm(dim=-1, keepdim=True), v=v,
         g=-mixer.A_log.exp() * F.softplus(x @ mixer.a_proj.T + mixer.dt_bias), beta=(x @ mixer.b_proj.T).sigmoid())
@@ -90,7 +90,7 @@ def test_gdn_mixer_equals_its_formula(tiny_config, tiny_model):
 def test_attention_mixer_equals_its_formula(tiny_config, tiny_model):
     block, x = tiny_model(tiny_config(stack="swa")).blocks[0], random_x(2, 40)
     mixer, at = block.mixer, torch.arange(40)
-    q, k, v = ((x @ w.T).unflatten(-1, (-1, 16)) for w in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k, v = ((x @ w.T).unflatten(-1, (-1, 16)) for w in (mixer.q_proj, mixer.kv.k_proj, mixer.kv.v_proj))
     q, k = (t.rotary(F.rms_norm(y, (16,), eps=1e-6), 100, 10000.0, 0) for y in (q, k))  # only distances matter
     k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
     scores = torch.einsum("bthd,bshd->bhts", q * block.qk_gain[:, None], k) / 4
@@ -390,8 +390,9 @@ def test_matrices_start_uniform(record_model, kind):
         assert float(p.abs().max()) <= p.shape[1] ** -0.5
 
 
-def test_convolution_starts_uniform(record_model):
-    for p in every(record_model, "conv_weight"):
+@pytest.mark.parametrize("kind", ["q_conv", "k_conv", "v_conv"])
+def test_convolution_starts_uniform(record_model, kind):
+    for p in every(record_model, kind):
         assert float(p.std()) == pytest.approx(0.5 / 3**0.5, rel=0.03)
         assert 0.49 < float(p.abs().max()) <= 0.5
 
@@ -478,7 +479,7 @@ def test_gdn_v_heads_sets_the_state(tiny_config, tiny_model):
 
 @pytest.mark.parametrize("kind, window", [("swa", 16), ("attn", 64)])
 def test_window_of_each_attention_kind(tiny_config, kind, window):
-    assert t.make_mixer(tiny_config(), kind).window == window
+    assert t.make_mixer(tiny_config(), kind, None, False).window == window
 
 
 @pytest.mark.parametrize("overrides, absent", [(dict(ngram_buckets=0), "ngram"), (dict(smear=False), "smear")],
@@ -492,7 +493,7 @@ def test_qk_gain_sharpens_attention(tiny_config, tiny_model, gain):
     mixer, x = tiny_model(tiny_config(stack="swa")).blocks[0].mixer, random_x(1, 8)
     y, _ = mixer(x, torch.full((4,), gain), None, None)
     mean = x.cumsum(1) / torch.arange(1, 9)[:, None]
-    flat = (mean @ mixer.v_proj.T).unflatten(-1, (2, 16)).repeat_interleave(2, 2).flatten(2) @ mixer.o_proj.T
+    flat = (mean @ mixer.kv.v_proj.T).unflatten(-1, (2, 16)).repeat_interleave(2, 2).flatten(2) @ mixer.o_proj.T
     assert torch.allclose(y, flat, atol=1e-4) == (gain == 0.0)
 
 
@@ -503,3 +504,81 @@ def test_model_fields_rebuild_the_model(tiny_config, tiny_model):
     other = t.LM(dataclasses.replace(tiny_config(), **kept))
     other.load_state_dict(model.state_dict())
     assert torch.equal(model(ids)[0], other(ids)[0])
+
+
+# ---- what the ancestors bring -----------------------------------------------------------------------
+
+
+def test_kv_share_gives_neighbours_of_one_kind_one_key_value(tiny_config):
+    model = t.LM(tiny_config(stack="gdn*2 swa gdn*2 swa gdn", kv_share=2))
+    kv = [block.mixer.kv for block in model.blocks]
+    gdn = [kv[i] for i in (0, 1, 3, 4, 6)]
+    assert gdn[0] is gdn[1] and gdn[2] is gdn[3] and kv[2] is kv[5]
+    assert len({id(x) for x in kv}) == 4  # three groups of GDN layers, one of attention
+    assert sum("k_proj" in name for name, _ in model.named_parameters()) == 4  # stored once each
+
+
+def test_kv_share_leaves_queries_and_gates_apart(tiny_config):
+    a, b = (block.mixer for block in t.LM(tiny_config(stack="gdn*2", kv_share=2)).blocks)
+    assert a is not b and a.q_proj is not b.q_proj and a.q_conv is not b.q_conv and a.g_proj is not b.g_proj
+
+
+def test_unique_layers_loop_over_the_matrices_with_vectors_of_their_own(tiny_config):
+    blocks = t.LM(tiny_config(stack="attn*6", unique_layers=3)).blocks
+    for i in range(3):
+        assert blocks[i].mixer is blocks[i + 3].mixer and blocks[i].mlp is blocks[i + 3].mlp
+        assert blocks[i].mixer_scale is not blocks[i + 3].mixer_scale
+    assert blocks[0].mixer is not blocks[1].mixer
+
+
+def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tiny_model):
+    model = tiny_model(tiny_config(stack="gdn swa gdn", unet=True))  # one skip, from the first layer to the last
+    ids = torch.arange(20)[None] % 64
+    x, _ = model.embed(ids, model.embed.fresh_state(1, "cpu", torch.float32), None, torch.float32)
+    first, _ = model.blocks[0](x, x, None, None)
+    second, _ = model.blocks[1](first, x, None, None)
+    third, _ = model.blocks[2](second + model.skip_scale[0] * first, x, None, None)
+    torch.testing.assert_close(model(ids)[0], model.embed.logits(t.rms_norm(third)), rtol=1e-5, atol=1e-5)
+
+
+def test_unet_pairs_the_second_layer_with_the_last_but_one(tiny_config, tiny_model):
+    model, ids = tiny_model(tiny_config(stack="gdn*4", unet=True)), torch.arange(20)[None] % 64
+    assert model.skip_scale.shape[0] == 2
+    seen = []
+    for block in model.blocks:
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        block.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    with torch.no_grad():
+        model(ids)
+    torch.testing.assert_close(seen[4], seen[3] + model.skip_scale[0] * seen[3])  # into layer 2: out of 1, twice over
+    torch.testing.assert_close(seen[6], seen[5] + model.skip_scale[1] * seen[1])  # into layer 3: layer 0's output
+
+
+def test_xsa_output_is_orthogonal_to_the_tokens_own_value():
+    rng = torch.Generator().manual_seed(0)
+    o, v = torch.randn(2, 5, 4, 8, generator=rng), torch.randn(2, 5, 2, 8, generator=rng)
+    own = v.repeat_interleave(2, 2)
+    want = o - (o * own).sum(-1, keepdim=True) / own.square().sum(-1, keepdim=True) * own
+    got = t.without_own_value(o, v)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert float((got * own).sum(-1).abs().max()) < 1e-4
+
+
+def test_xsa_is_on_in_the_last_attention_layers_only(tiny_config):
+    blocks = t.LM(tiny_config(stack="swa gdn swa swa gdn", xsa_layers=2)).blocks
+    assert [block.mixer.xsa for block in blocks if block.qk_gain is not None] == [False, True, True]
+
+
+@pytest.mark.parametrize("overrides", [dict(kv_share=2), dict(unet=True), dict(xsa_layers=2), dict(unique_layers=2)],
+                         ids=["kv_share", "unet", "xsa", "unique_layers"])
+def test_a_feature_keeps_causality_and_carried_state(tiny_config, tiny_model, overrides):
+    model = tiny_model(tiny_config(stack="gdn swa gdn swa", **overrides))
+    ids = torch.randint(64, (1, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        whole, _ = model(ids)
+        changed = ids.clone()
+        changed[0, 30] = (ids[0, 30] + 1) % 64
+        assert torch.equal(model(changed)[0][:, :30], whole[:, :30])
+        head, state = model(ids[:, :23])
+        tail, _ = model(ids[:, 23:], state)
+    torch.testing.assert_close(torch.cat([head, tail], 1), whole, rtol=1e-4, atol=1e-4)

@@ -63,7 +63,7 @@ ROLES = {"embed.weight": "embed", "embed.ngram_table": "embed", "embed.ngram_pro
          "embed.smear_gate": "control",
          "blocks.0.mixer.q_proj": "mixer", "blocks.0.mixer.g_proj": "mixer", "blocks.0.mixer.a_proj": "gate",
          "blocks.0.mixer.b_proj": "gate", "blocks.0.mixer.o_proj": "mixer", "blocks.0.mixer.o_norm": "control",
-         "blocks.0.mixer.conv_weight": "control", "blocks.0.mlp.up_proj": "mlp", "blocks.0.mlp.down_proj": "mlp",
+         "blocks.0.mixer.q_conv": "control", "blocks.0.mlp.up_proj": "mlp", "blocks.0.mlp.down_proj": "mlp",
          "blocks.0.mixer.A_log": "control", "blocks.0.mixer.dt_bias": "control", "blocks.1.qk_gain": "control",
          "blocks.0.resid_mix": "control", "blocks.0.mixer_scale": "control", "blocks.0.mlp_scale": "control"}
 
@@ -206,14 +206,14 @@ def walk(model, average, steps):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn(p.shape, generator=rng))
-        average.update()
+        average.update(len(path), 1.0)
         path.append(weights_of(model))
     return path
 
 
 def test_average_equals_torchs_where_its_warm_up_is_over(tiny_config, tiny_model):
     model = tiny_model(tiny_config(stack="gdn"))
-    average = t.Average(model, 0.15)  # below the warm-up's first decay, 2 / 11
+    average = t.Average(model, tiny_config(ema_decay=0.15))  # below the warm-up's first decay, 2 / 11
     first, *path = walk(model, average, 5)
     ema = get_ema_multi_avg_fn(0.15)
     for weights in path:
@@ -224,7 +224,7 @@ def test_average_equals_torchs_where_its_warm_up_is_over(tiny_config, tiny_model
 
 def test_average_warms_up(tiny_config, tiny_model):
     model = tiny_model(tiny_config(stack="gdn"))
-    average = t.Average(model, 0.3)
+    average = t.Average(model, tiny_config(ema_decay=0.3))
     mean, *path = walk(model, average, 4)
     for weights, decay in zip(path, (2 / 11, 3 / 12, 0.3, 0.3), strict=True):
         mean = {name: decay * mean[name] + (1 - decay) * weights[name] for name in mean}
@@ -234,10 +234,63 @@ def test_average_warms_up(tiny_config, tiny_model):
 
 def test_average_off_leaves_the_weights(tiny_config, tiny_model):
     model = tiny_model(tiny_config(stack="gdn"))
-    average = t.Average(model, 0.0)
+    average = t.Average(model, tiny_config(ema_decay=0.0))
     last = walk(model, average, 2)[-1]
     average.copy_to()
     assert_same_weights(weights_of(model), last, rtol=0, atol=0)
+
+
+def test_average_of_the_warm_down_is_the_mean_of_every_nth_step(tiny_config, tiny_model):
+    model = tiny_model(tiny_config(stack="gdn"))
+    average, kept = t.Average(model, tiny_config(average_every=3)), []
+    for step in range(1, 13):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(step)
+        lr_mul = 1.0 if step <= 5 else 0.5
+        average.update(step, lr_mul)
+        if step in (6, 9, 12):
+            kept.append(weights_of(model))
+    average.copy_to()
+    mean = {name: sum(w[name] for w in kept) / 3 for name in kept[0]}
+    assert_same_weights(weights_of(model), mean, rtol=1e-5, atol=1e-4)
+
+
+# ---- late QAT ---------------------------------------------------------------------------------------
+
+
+def test_qat_sees_the_exports_grid_and_leaves_the_weights(tiny_config, tiny_model):
+    cfg = tiny_config(matrix_clip_sigmas=9.0, mlp_bits=5)
+    model = tiny_model(cfg)
+    before = weights_of(model)
+    with t.on_export_grid(model, True):
+        inside = weights_of(model)
+    assert_same_weights(weights_of(model), before, rtol=0, atol=0)
+    for name, q in t.quantize_model(model, {}, cfg, 9.0).items():
+        assert torch.equal(inside[name], t.dequantize(q.Q, q.scale)), name
+        assert q.bits == (5 if ".mlp." in name else 8 if t.route(name).role in ("embed", "gate") else 6)
+    assert all(torch.equal(inside[n], before[n]) for n in before if not t.route(n).bits)
+
+
+def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
+    cfg = tiny_config(matrix_bits=3)
+    batch, model = fixed_batch(cfg, seed=0), tiny_model(cfg)
+    with t.on_export_grid(model, True):
+        t.mean_nll(model, batch[:, :-1], batch[:, 1:]).backward()
+    rounded = tiny_model(cfg)
+    with torch.no_grad():
+        for name, q in t.quantize_model(rounded, {}, cfg, t.USUAL_CLIP).items():
+            rounded.get_parameter(name).copy_(t.dequantize(q.Q, q.scale))
+    t.mean_nll(rounded, batch[:, :-1], batch[:, 1:]).backward()
+    for p, q in zip(model.parameters(), rounded.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_late_qat_really_starts(tiny_config, tiny_model, monkeypatch):
+    cfg, seen, step = tiny_config(iterations=10, qat_frac=0.35), [], t.train_step
+    monkeypatch.setattr(t, "train_step", lambda *args, qat=False: seen.append(qat) or step(*args, qat=qat))
+    t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run())
+    assert seen == [False] * 7 + [True] * 3
 
 
 # ---- schedule and batches ---------------------------------------------------------------------------
