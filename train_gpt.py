@@ -2819,7 +2819,8 @@ def start_log(cfg, run):
     cfg = replace(cfg, run_id=run_id)
     run.log_path, code = path, code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.device.type == "cuda" else "none"
-    run.log("run", date=f"{datetime.now(timezone.utc):%Y-%m-%d}", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu, torch=torch.__version__,
+    run.log("run", date=f"{datetime.now(timezone.utc):%Y-%m-%d}", preset=cfg.preset, seed=cfg.seed,
+            world_size=run.world_size, gpu=gpu, torch=torch.__version__,
             code_bytes=len(code), code_sha256=hashlib.sha256(code).hexdigest(),
             max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}")
     for f in fields(cfg):
