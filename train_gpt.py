@@ -1843,13 +1843,19 @@ class Hessians:
 
     @torch.no_grad()
     def collect(self, model, batches, run):
-        """Run `batches`, an iterable of ids (B, T), forward and sum over all ranks; returns {name: H (C, C)}."""
+        """Run `batches`, an iterable of ids (B, T), forward and sum over all ranks; returns {name: H (C, C)}.
+
+        TF32 is allowed meanwhile: it keeps more bits than the bfloat16 activations have, so products stay exact.
+        """
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if run.device.type == "cuda" else precision)
         OBSERVERS.append(self.observe)
         try:
             for ids in batches:
                 model(ids)
         finally:
             OBSERVERS.remove(self.observe)
+            torch.set_float32_matmul_precision(precision)
         for product in self.sums.values():
             run.all_sum(product)
         return {name: product for key, product in self.sums.items() for name in key}
@@ -2819,10 +2825,9 @@ def start_log(cfg, run):
     cfg = replace(cfg, run_id=run_id)
     run.log_path, code = path, code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.device.type == "cuda" else "none"
-    run.log("run", date=f"{datetime.now(timezone.utc):%Y-%m-%d}", preset=cfg.preset, seed=cfg.seed,
-            world_size=run.world_size, gpu=gpu, torch=torch.__version__,
+    run.log("run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu, torch=torch.__version__,
             code_bytes=len(code), code_sha256=hashlib.sha256(code).hexdigest(),
-            max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}")
+            max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}", date=f"{datetime.now(timezone.utc):%Y-%m-%d}")
     for f in fields(cfg):
         value, default = getattr(cfg, f.name), f.default
         if value == default:
