@@ -225,14 +225,24 @@ class Config:
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", at_least(1))
 
     final_score: str = group("evaluation", "exact", "the method whose score is the run's",
-                             one_of("roundtrip", "exact", "sliding"))
+                             one_of("roundtrip", "exact", "sliding", "ttt"))
     eval_diagnostics: bool = knob(False, "1: score by the other methods too, timed apart")
     eval_stride: int = knob(64, "targets that a sliding window scores anew [tokens]", at_least(1))
     eval_spans: int = knob(64, "spans that the exact method cuts the stream into", at_least(1))
     eval_warmup_tokens: int = knob(8192, "text before a span that is run but not scored [tokens]", at_least(0))
     eval_batch_tokens: int = knob(131072, "tokens of one evaluation pass on one rank", at_least(64))
     eval_budget_seconds: float = knob(600.0, "most seconds of evaluation", at_least(1))
-    ttt_chunk_tokens: int = knob(32768, "targets scored before each call of an adapter [tokens]", at_least(1))
+    ttt_enabled: bool = group("test-time training", False, "1: also score while training on what has been scored")
+    ttt_scoring: str = knob("sliding", "how a chunk is scored before it is trained on: sliding windows by EVAL_STRIDE, "
+                            "or exact, one stream with the state carried across chunks", one_of("sliding", "exact"))
+    ttt_optimizer: str = knob("sgd", "sgd with momentum, adamw, or muon for matrices and sgd for the rest",
+                              one_of("sgd", "adamw", "muon"))
+    ttt_lr: float = knob(0.005, "learning rate of the first chunk; falls by a cosine to 0 at the last", at_least(0))
+    ttt_momentum: float = knob(0.9, "momentum of sgd and muon", between(0, 0.9999))
+    ttt_epochs: int = knob(3, "passes over a chunk after it was scored", at_least(0))
+    ttt_chunk_tokens: int = knob(32768, "targets scored before each round of training [tokens]", at_least(1))
+    ttt_freeze_blocks: int = knob(2, "first blocks whose weights stay as they are", at_least(0))
+    ttt_grad_clip: float = knob(1.0, "global gradient norm of a step; 0 = off", at_least(0))
 
     def __post_init__(self):
         """Raise SettingError for the first value that breaks its rule or contradicts another."""
@@ -264,6 +274,10 @@ class Config:
             (not (self.gptq_enabled and 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds),
              f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below "
              f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
+            (self.final_score != "ttt" or self.ttt_enabled, "FINAL_SCORE=ttt: needs TTT_ENABLED=1"),
+            (self.ttt_scoring != "exact" or not self.ttt_enabled or self.ttt_chunk_tokens <= self.eval_batch_tokens,
+             f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}: with TTT_SCORING=exact at most "
+             f"EVAL_BATCH_TOKENS={self.eval_batch_tokens}"),
             (self.bos_id < self.vocab_size,
              f"BOS_ID={self.bos_id}: must be below VOCAB_SIZE={self.vocab_size}"),
             (self.rope_dims % 2 == 0 and self.rope_dims * self.num_heads <= self.model_dim,
@@ -361,13 +375,16 @@ def parse_stack(text):
 PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
-    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, muon_momentum_warmup_steps=1500),
+    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, ttt_enabled=True, final_score="ttt"),
     # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
     "pr1698": dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
-                   muon_momentum=0.95, average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd"),
+                   muon_momentum=0.95, average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd",
+                   ttt_enabled=True, final_score="ttt"),
     # Ten attention layers with U-Net skips, XSA in the last three, int5 MLPs; UNIQUE_LAYERS=5 loops them.
     "pr456": dict(stack="attn*10", unet=True, xsa_layers=3, ngram_buckets=10240, ngram_order=2, mlp_bits=5,
-                  average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd"),
+                  average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd",
+                  ttt_enabled=True, final_score="ttt", ttt_optimizer="adamw", ttt_lr=0.0005, ttt_epochs=1,
+                  ttt_freeze_blocks=0),
     "sample": dict(
         data_path=str(Path(__file__).resolve().parent / "data" / "sample"),
         tokenizer_path=str(Path(__file__).resolve().parent / "data" / "sample" / "corpus_1024_bpe.model"),
@@ -376,7 +393,8 @@ PRESETS = {
         train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=160.0, warmup_steps=1,
         gptq_calibration_batches=32, gptq_reserve_seconds=8.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20,
-        eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True),
+        eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
+        ttt_chunk_tokens=4096),
 }
 
 # STACK of PRESET=NAME,sample where it is not the sample's own: the same kinds of layers, fewer of them.
@@ -2369,12 +2387,26 @@ def score_parts(model, tokens, table, parts, run, streams):
     return ledger
 
 
+def score_carried(model, tokens, table, span, state, run):
+    """Score one span (first, last) as one stream from the state behind target first - 1; returns Ledger and state.
+
+    Every rank does the same.  The last span of a text may be short: then the row is filled up and its state useless.
+    """
+    score, (first, last) = compiled(score_rows, model.cfg.compile), span
+    rows = make_rows(tokens, [first], [first], [last], model.cfg.ttt_chunk_tokens, run.device)
+    nll, state = score(model, rows.ids, rows.targets, state)
+    ledger = Ledger(first)
+    ledger.add(first, nll[rows.wanted].cpu(), count_bytes(table, rows.ids, rows.targets)[rows.wanted].cpu())
+    return ledger, state
+
+
 @torch.inference_mode()
 def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
     """Score every target of `tokens` exactly once; the only scorer of this script.
 
     model: LM; its cfg holds the evaluation settings.   tokens: np.uint16 (n,).   table: ByteTable.
-    method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact (state carried).
+    method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact (state carried; with
+    `adapt` as one stream, its state carried across chunks and changes of weights).
     adapt: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the tokens scored so
     far, np.uint16 up to and including the last scored target: it cannot see what is yet to be scored.
     Returns the Ledger over all n - 1 targets, equal on all ranks; raises RuntimeError if any is missing.
@@ -2383,7 +2415,7 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
     table, ledger = table.to(run.device), Ledger()
     stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len, "exact": None}[method]
     pending = deque(windows(total, cfg.train_seq_len, stride)) if stride else None
-    chunk = cfg.ttt_chunk_tokens if adapt else total
+    chunk, state = cfg.ttt_chunk_tokens if adapt else total, None
     for first in range(0, total, chunk):
         last = min(first + chunk, total)
         if stride:  # a window belongs to the chunk of its first scored target
@@ -2391,16 +2423,91 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
             while pending and pending[0][2] < last:
                 parts.append(pending.popleft())
         else:
-            parts = cut(first, last, cfg.eval_spans)
+            parts = cut(first, last, 1 if adapt else cfg.eval_spans)
         if not parts:
             continue
-        ledger = ledger.join(score_parts(model, tokens, table, parts, run, streams=not stride))
+        if adapt and not stride:
+            scored, state = score_carried(model, tokens, table, parts[0], state, run)
+        else:
+            scored = score_parts(model, tokens, table, parts, run, streams=not stride)
+        ledger = ledger.join(scored)
         if adapt and ledger.next_target < total:
             with torch.inference_mode(False), torch.enable_grad():
                 adapt(tokens[:ledger.next_target + 1])
     if ledger.first != 0 or ledger.next_target != total:
         raise RuntimeError(f"evaluation scored targets {ledger.first} .. {ledger.next_target - 1} of 0 .. {total - 1}")
     return ledger
+
+
+def summed_nll(model, ids, targets, wanted):
+    """Nats of the wanted targets, summed: the loss that an Adapter trains on."""
+    logits, _ = model(ids)
+    return (token_nll(logits, targets) * wanted).sum()
+
+
+class Adapter:
+    """Score-first test-time training: called by `evaluate` with the text scored so far, trains on its newest chunk.
+
+    Rows of TRAIN_SEQ_LEN, split over ranks; each of TTT_EPOCHS passes is one step on the mean of the whole chunk, so
+    that any number of ranks does the same.  `in_order` turns False if weights changed between two calls, that is,
+    while something was being scored.
+    """
+
+    def __init__(self, model, num_targets, run):
+        cfg = model.cfg
+        self.model, self.cfg, self.run = model, cfg, run
+        self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
+        frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks] for p in block.parameters()}
+        self.params = [p.requires_grad_() for p in model.parameters() if id(p) not in frozen]
+        self.flat_grad = torch.zeros(sum(p.numel() for p in self.params), device=run.device)
+        for p, part in zip(self.params, self.flat_grad.split([p.numel() for p in self.params])):
+            p.grad = part.view_as(p)
+        self.optimizers = self._optimizers()
+        self.weights = fingerprint(model)
+
+    def _optimizers(self):
+        """torch.optim optimizers that together hold every trained parameter once."""
+        cfg, matrices = self.cfg, [p for p in self.params if p.dim() == 2]
+        if cfg.ttt_optimizer == "adamw":
+            return [torch.optim.AdamW(self.params, lr=cfg.ttt_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)]
+        if cfg.ttt_optimizer == "sgd":
+            return [torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)]
+        rest = [p for p in self.params if p.dim() != 2]
+        return [torch.optim.Muon(matrices, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum, weight_decay=0.0),
+                torch.optim.SGD(rest, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)]
+
+    def rows(self, tokens, first, last):
+        """This rank's rows of the chunk of targets first .. last - 1; as many on every rank, some perhaps empty."""
+        T = self.cfg.train_seq_len
+        starts = np.arange(first, last, T)
+        count = -(-len(starts) // self.run.world_size)
+        mine = starts[self.run.rank * count:(self.run.rank + 1) * count]
+        starts = np.concatenate([mine, np.full(count - len(mine), last)])  # a row that begins at `last` is empty
+        return make_rows(tokens, starts, starts, np.minimum(starts + T, last), T, self.run.device)
+
+    def __call__(self, scored):
+        """scored: np.uint16, the text up to and including the last scored target."""
+        self.in_order &= fingerprint(self.model) == self.weights
+        first, self.seen = self.seen, len(scored) - 1
+        lr = self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * self.calls / max(1, self.chunks)))
+        loss_of, rows = compiled(summed_nll, self.cfg.compile), self.rows(scored, first, self.seen)
+        for _ in range(self.cfg.ttt_epochs):
+            (loss_of(self.model, *rows) / (self.seen - first)).backward()
+            self.run.all_sum(self.flat_grad)
+            if self.cfg.ttt_grad_clip:
+                self.flat_grad.mul_((self.cfg.ttt_grad_clip / (self.flat_grad.norm() + 1e-6)).clamp(max=1.0))
+            for optimizer in self.optimizers:
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] = lr
+                optimizer.step()
+            self.flat_grad.zero_()
+        self.calls += 1
+        self.weights = fingerprint(self.model)
+
+
+def fingerprint(model):
+    """A number that changes when any weight does."""
+    return float(torch.stack([p.detach().double().abs().sum() for p in model.parameters()]).sum())
 
 
 @torch.inference_mode()
@@ -2556,7 +2663,26 @@ def warm_up_scoring(model, run, num_targets):
                 ids, targets = torch.zeros(2, len(starts), T, dtype=torch.int32, device=run.device).unbind()
                 _, state = score(model, ids, targets)
                 score(model, ids, targets, state)
+    if cfg.ttt_enabled:
+        warm_up_adapter(model, run)
     run.synchronize()
+
+
+def warm_up_adapter(model, run):
+    """Compile an Adapter's loss and its chunk's scoring on synthetic tokens; gradients are dropped."""
+    cfg = model.cfg
+    count = math.ceil(math.ceil(cfg.ttt_chunk_tokens / cfg.train_seq_len) / run.world_size)
+    starts = np.zeros(count, np.int64)
+    rows = make_rows(np.zeros(2, np.uint16), starts, starts, starts, cfg.train_seq_len, run.device)
+    compiled(summed_nll, cfg.compile)(model, *rows).backward()
+    for p in model.parameters():
+        p.grad = None
+    if cfg.ttt_scoring == "exact":
+        with torch.inference_mode():
+            score = compiled(score_rows, cfg.compile)
+            ids, targets = torch.zeros(2, 1, cfg.ttt_chunk_tokens, dtype=torch.int32, device=run.device).unbind()
+            _, state = score(model, ids, targets)
+            score(model, ids, targets, state)
 
 
 class StopWatch(NamedTuple):
@@ -2679,11 +2805,11 @@ def code_bytes():
     return Path(__file__).read_bytes()
 
 
-def timed_evaluation(event, model, data, method, run, **facts):
-    """Evaluate by `method` and print the event's line; returns the Ledger and the seconds it took."""
+def timed_evaluation(event, model, data, method, run, adapt=None, **facts):
+    """Evaluate by `method`, print the event's line; returns the Ledger and the seconds it took."""
     run.synchronize()
     began = time.perf_counter()
-    ledger = evaluate(model, data.val, data.table, method, run=run)
+    ledger = evaluate(model, data.val, data.table, method, adapt, run)
     run.synchronize()
     seconds = run.broadcast(time.perf_counter() - began)
     run.log(event, **ledger.as_log(), eval_time=f"{1000 * seconds:.0f}ms", **facts)
@@ -2692,12 +2818,13 @@ def timed_evaluation(event, model, data, method, run, **facts):
 
 FINAL_EVENTS = {"roundtrip": "final_int6_roundtrip", "exact": "final_int6_exact",
                 "sliding": "final_int6_sliding_window"}
+TTT_EVENT = "final_int6_ttt"
 
 
 def evaluate_artifact(blob, data, cfg, run):
     """Reload the artifact from its bytes, score it, print the final lines.
 
-    Returns the model, the Ledger that counts, its seconds, and whether the weights stayed as they were.
+    Returns the model, the Ledger that counts, its seconds, and whether no weight changed while text was scored.
     """
     began = time.perf_counter()
     model = load_artifact(blob, run.device, cfg)
@@ -2712,17 +2839,18 @@ def evaluate_artifact(blob, data, cfg, run):
     for method, event in FINAL_EVENTS.items():
         if method == cfg.final_score or cfg.eval_diagnostics:
             results[method] = timed_evaluation(event, model, data, method, run, bits=cfg.matrix_bits, **facts[method])
+    in_order = fingerprint(model) == before
+    if cfg.ttt_enabled:  # last, since it changes the weights
+        adapter = Adapter(model, len(data.val) - 1, run)
+        results["ttt"] = timed_evaluation(TTT_EVENT, model, data, cfg.ttt_scoring, run, adapter, bits=cfg.matrix_bits,
+                                          scoring=cfg.ttt_scoring, optimizer=cfg.ttt_optimizer, epochs=cfg.ttt_epochs)
+        in_order &= adapter.in_order
     ledger, seconds = results[cfg.final_score]
     run.log("final", method=cfg.final_score, **ledger.as_log())
-    return model, ledger, seconds + reload_s, fingerprint(model) == before
+    return model, ledger, seconds + reload_s, in_order
 
 
-def fingerprint(model):
-    """A number that changes when any weight does."""
-    return sum(float(p.detach().double().abs().sum()) for p in model.parameters())
-
-
-def report(model, ledger, artifact_bytes, stop, eval_s, untouched, data, run):
+def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
     """Print sizes and the compliance line, each verdict from a check made now; returns whether all hold."""
     cfg, code = model.cfg, code_bytes()
     total = len(code) + artifact_bytes
@@ -2733,7 +2861,7 @@ def report(model, ledger, artifact_bytes, stop, eval_s, untouched, data, run):
     checks = dict(
         causal=probe_causality(model, data.val, run) <= 1e-5,
         normalized=probe_normalization(model, data.val, run) <= 1e-5,
-        score_first=untouched,  # no adapter ran, and no weight changed while scoring
+        score_first=in_order,  # no weight changed while text was scored
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
         bytes=by_table == by_text)
     limits = dict(train=not stop or not cfg.max_wallclock_seconds or stop.train_s <= cfg.max_wallclock_seconds,
@@ -2864,8 +2992,8 @@ def main(env):
             stop = train(model, data, cfg, run)
             timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
             blob = export(model, stop.hessians, cfg, run)
-        model, ledger, eval_s, untouched = evaluate_artifact(blob, data, cfg, run)
-        return 0 if report(model, ledger, len(blob), stop, eval_s, untouched, data, run) else 1
+        model, ledger, eval_s, in_order = evaluate_artifact(blob, data, cfg, run)
+        return 0 if report(model, ledger, len(blob), stop, eval_s, in_order, data, run) else 1
     finally:
         run.close()
 

@@ -513,6 +513,29 @@ def test_two_ranks_give_the_score_of_one(finished, tiny, tmp_path):
     assert two == pytest.approx(one, rel=1e-4)
 
 
+TTT = dict(TTT_ENABLED="1", FINAL_SCORE="ttt", TTT_CHUNK_TOKENS="512", TTT_EPOCHS="2", TTT_LR="0.02",
+           EVAL_DIAGNOSTICS="0")
+
+
+@pytest.mark.parametrize("scoring", ["sliding", "exact"])
+def test_run_scored_by_test_time_training(run, scoring):
+    result = run(TTT_SCORING=scoring, **TTT)
+    assert result.code == 0, result.err
+    found, final, last = (values(result.out, event) for event in ("final_int6_ttt", "final", "compliance"))
+    assert final["method"] == "ttt" and final["val_bpb"] == found["val_bpb"] and found["scoring"] == scoring
+    assert last["score_first"] == last["coverage"] == last["verdict"] == "ok"
+
+
+def test_two_ranks_adapt_as_one(run, tiny, tmp_path):
+    one = run(**TTT)
+    folder = tmp_path / "two"
+    env = process_env(tiny, OUT_DIR=str(folder), RUN_ID="two", **TTT)
+    code, out, err = end(start(torchrun(), env, tmp_path), "", 120)
+    assert (one.code, code) == (0, 0), err
+    one, two = (float(values(text, "final")["val_bpb"]) for text in (one.out, out))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
 def test_interrupted_ranks_leave_no_traceback_of_the_script(tiny, tmp_path):
     """Ctrl-C in a terminal reaches torchrun and every rank at once."""
     env = process_env(tiny, OUT_DIR=str(tmp_path), RUN_ID="cut", ITERATIONS="1000000", VAL_LOSS_EVERY="0")
