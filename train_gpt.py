@@ -1141,7 +1141,7 @@ def resolve_kernels(cfg, run):
     return replace(cfg, kernel=kernel, attn_kernel=attn, compile=compiled)
 
 
-KERNEL_TOLERANCE = 0.02  # relative error that bf16 inputs allow; measured: 0.004 when right, above 0.5 when wrong
+KERNEL_TOLERANCE = 0.02  # relative error that bf16 inputs allow; right kernels measured 0.002 to 0.004 on an H100
 
 
 def relative_error(x, reference):
