@@ -36,10 +36,11 @@ import struct
 import sys
 import threading
 import time
+import zipfile
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache
@@ -69,6 +70,10 @@ class DataError(GolfError, ValueError):
 
 class ArtifactError(GolfError, ValueError):
     """An artifact file is truncated, altered, foreign, or of a newer version."""
+
+
+class FileError(GolfError, RuntimeError):
+    """A file of the run cannot be written, or what it holds is not what this script wrote."""
 
 
 class KernelError(GolfError, RuntimeError):
@@ -547,6 +552,83 @@ class Clock:
     def elapsed(self):
         """Seconds so far, without waiting for the device."""
         return self.total + (time.perf_counter() - self.started if self.started is not None else 0.0)
+
+
+def write_whole(path, write):
+    """Call write(file) on a neighbour of `path`, then rename it: a reader never sees a part.
+
+    Raises FileError naming the file if the disk is full or the folder is read-only; what `path` held stays.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written ({error.strerror or error}); set OUT_DIR to a folder with room; "
+                        "files that were there are intact") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+FACTS = "facts.json"  # the member of a tensor file that holds its JSON
+
+
+def save_tensors(path, tensors, facts):
+    """Write {name: Tensor} and a JSON-able `facts` to one file, whole or not at all; raises FileError.
+
+    The file is numpy's npz: a zip of .npy arrays, each with a checksum, none pickled; bfloat16 is stored as float32.
+    """
+    arrays = {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy() for name, x in
+              tensors.items()} | {FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+
+    def write(f):
+        with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as z:
+            for name, array in arrays.items():
+                with z.open(name, "w", force_zip64=True) as member:
+                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
+    write_whole(path, write)
+
+
+def load_tensors(path):
+    """The ({name: Tensor}, facts) that `save_tensors` wrote.  Executes nothing and allocates no more than the file has.
+
+    Raises FileError naming the file if it is missing, truncated, altered, or not such a file.
+    """
+    try:
+        with zipfile.ZipFile(path) as z:
+            arrays = {info.filename: _read_array(z, info) for info in z.infolist()}
+        facts = json.loads(arrays.pop(FACTS).tobytes())
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror or error})") from None
+    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError,
+            OverflowError, struct.error, RecursionError) as error:
+        raise FileError(f"{path}: not a whole tensor file of this script ({type(error).__name__}: {error})") from None
+
+
+def _read_array(z, info):
+    """One array of a tensor file; its header must claim exactly the bytes that are stored."""
+    with z.open(info) as member:
+        version, fmt = np.lib.format.read_magic(member), np.lib.format
+        if version not in ((1, 0), (2, 0)) or info.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{info.filename} is of another format")
+        read = fmt.read_array_header_1_0 if version == (1, 0) else fmt.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+        left = info.file_size - member.tell()
+        if fortran or dtype.hasobject or dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != left:
+            raise ValueError(f"{info.filename} claims {shape} {dtype} in {left} bytes")
+        if info.file_size > info.compress_size:
+            raise ValueError(f"{info.filename} claims {info.file_size} bytes in {info.compress_size}")
+        data = bytearray(member.read(left + 1))  # one more than there should be: reading to the end checks the CRC
+        if len(data) != left:
+            raise ValueError(f"{info.filename} has {len(data)} bytes, expected {left}")
+        return np.frombuffer(data, dtype).reshape(shape)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2071,21 +2153,6 @@ def fill_cap(model, cfg, hessians, log):
             break
         ratio = len(blob) / nearest_entropy(clip)
     return best
-
-
-def write_whole(path, write):
-    """Call write(file) on a neighbour of `path`, then rename it: a reader never sees a part."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def read_header(blob):
