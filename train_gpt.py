@@ -42,7 +42,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -74,6 +74,10 @@ class ArtifactError(GolfError, ValueError):
 
 class FileError(GolfError, RuntimeError):
     """A file of the run cannot be written, or what it holds is not what this script wrote."""
+
+
+class RankError(GolfError, RuntimeError):
+    """Another rank died or stays away."""
 
 
 class KernelError(GolfError, RuntimeError):
@@ -134,7 +138,14 @@ class Config:
     run_id: str = knob("", "name of the run's files; empty = UTC time, preset and seed",
                        Rule("letters, digits, '.', '_' and '-' alone", lambda v: re.fullmatch(r"[\w.-]*", v)))
     seed: int = knob(1337, "seed of the weights and of the data order", at_least(0))
-    out_dir: str = knob("logs", "folder of the run's log, artifact and checkpoint")
+    out_dir: str = knob("logs", "folder of the run's log, artifact and checkpoints")
+    resume: str = knob("", "auto: go on with run RUN_ID, or begin it if it has no checkpoint; or a checkpoint's path")
+    checkpoint_every_seconds: float = knob(0.0, "seconds between checkpoints, on the training clock; 0 = none but the "
+                                           "trained weights [s]", at_least(0))
+    max_bad_steps: int = knob(10, "steps with a gradient that is not finite that are skipped before the run stops",
+                              at_least(0))
+    deterministic: bool = knob(False, "1: two runs give the same numbers; needs MAX_WALLCLOCK_SECONDS=0")
+    rank_timeout_seconds: float = knob(900.0, "how long ranks wait for one that says nothing [s]", at_least(1))
     device: str = knob("auto", "auto takes CUDA if there is one", one_of("auto", "cuda", "cpu"))
     plan: bool = knob(False, "1: print parameters, bytes, memory and steps, then exit")
     eval_only: bool = knob(False, "1: evaluate ARTIFACT in this process instead of training")
@@ -279,6 +290,12 @@ class Config:
             (not (self.gptq_enabled and 0 < self.max_wallclock_seconds <= self.gptq_reserve_seconds),
              f"GPTQ_RESERVE_SECONDS={self.gptq_reserve_seconds:g}: must be below "
              f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}"),
+            (not (self.deterministic and self.max_wallclock_seconds),
+             f"MAX_WALLCLOCK_SECONDS={self.max_wallclock_seconds:g}: with DETERMINISTIC=1 nothing may follow the "
+             "clock; set it to 0 and ITERATIONS to the steps you want"),
+            (self.resume != "auto" or bool(self.run_id), "RESUME=auto: needs RUN_ID, the run to go on with"),
+            (not (self.resume and (self.eval_only or self.prompt)),
+             f"RESUME={self.resume}: EVAL_ONLY and PROMPT read an artifact, not a checkpoint; unset one of them"),
             (self.final_score != "ttt" or self.ttt_enabled, "FINAL_SCORE=ttt: needs TTT_ENABLED=1"),
             (self.ttt_scoring != "exact" or not self.ttt_enabled or self.ttt_chunk_tokens <= self.eval_batch_tokens,
              f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}: with TTT_SCORING=exact at most "
@@ -397,7 +414,7 @@ PRESETS = {
         gdn_heads=4, gdn_head_dim=32, ngram_buckets=1024, ngram_dim=32,
         train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=175.0, warmup_steps=1,
         gptq_calibration_batches=16, gptq_reserve_seconds=5.0,
-        muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20,
+        muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0,
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096),
 }
@@ -438,7 +455,7 @@ class Run:
 
     def __init__(self, rank=0, world_size=1, device="cpu"):
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.log_path = None
+        self.log_path = None  # None: the console alone
 
     @classmethod
     def from_env(cls, env, cfg):
@@ -450,6 +467,9 @@ class Run:
         if not has_cuda and cfg.device == "auto" and "sample" not in cfg.preset and not (cfg.artifact or cfg.plan):
             raise SettingError(f"PRESET={cfg.preset}: torch finds no CUDA GPU; PRESET=sample runs on any machine in "
                                "minutes, DEVICE=cpu insists on this preset on the CPU (days)")
+        if cfg.deterministic:
+            env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts; cuBLAS needs it for this
+            torch.use_deterministic_algorithms(True)
         device = "cpu"
         if has_cuda and cfg.device != "cpu":
             device = f"cuda:{int(env.get('LOCAL_RANK', 0))}"
@@ -457,7 +477,8 @@ class Run:
         if world_size > 1 and not dist.is_initialized():
             # Two back ends: NCCL for gradients, gloo for the small decisions that must not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=world_size)
+            dist.init_process_group(backend, rank=rank, world_size=world_size,
+                                    timeout=timedelta(seconds=cfg.rank_timeout_seconds))
         return cls(rank, world_size, device)
 
     def close(self):
@@ -481,13 +502,28 @@ class Run:
             return
         print(line, flush=True)
         if self.log_path:
-            with open(self.log_path, "a") as f:
-                f.write(line + "\n")
+            try:
+                with open(self.log_path, "a") as f:
+                    f.write(line + "\n")
+            except OSError as error:  # a full disk must not end a run that can still be scored
+                print(f"warning: {self.log_path}: cannot be written ({error.strerror}); the log goes on here alone",
+                      file=sys.stderr, flush=True)
+                self.log_path = None
+
+    @contextmanager
+    def _together(self):
+        """Around a collective: a rank that died or stays away becomes one clear error on the others."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise RankError(f"rank {self.rank}: lost another rank, or waited RANK_TIMEOUT_SECONDS for it "
+                            f"({str(error).splitlines()[0][:200]}); RESUME goes on from the last checkpoint") from None
 
     def all_sum(self, tensor):
         """Sum `tensor` over ranks, in place."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            with self._together():
+                dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, value):
@@ -495,8 +531,23 @@ class Run:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        with self._together():
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def from_rank_0(self, make):
+        """What make() returns on rank 0, on every rank; a GolfError that it raises there is raised on all."""
+        box = None
+        if self.rank == 0:
+            try:
+                box = make()
+            except GolfError as error:
+                box = error
+        box = self.broadcast(box)
+        if isinstance(box, GolfError):
+            box.told = self.rank > 0  # rank 0 prints it
+            raise box
+        return box
 
     def gather(self, values):
         """The list of every rank's float64 list, in rank order; all lists of one length."""
@@ -504,7 +555,8 @@ class Run:
         if self.world_size == 1:
             return [mine.tolist()]
         out = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(out, mine)
+        with self._together():
+            dist.all_gather(out, mine)
         return [t.tolist() for t in out]
 
     def all_gather_rows(self, tensor):
@@ -512,7 +564,8 @@ class Run:
         if self.world_size == 1:
             return tensor
         out = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
-        dist.all_gather(list(out.chunk(self.world_size)), tensor.contiguous())
+        with self._together():
+            dist.all_gather(list(out.chunk(self.world_size)), tensor.contiguous())
         return out
 
     def share(self, n):
@@ -535,8 +588,8 @@ class Run:
 class Clock:
     """A stopwatch that excludes what runs between `pause` and `resume`; waits for the device at both ends."""
 
-    def __init__(self, run):
-        self.run, self.total, self.started = run, 0.0, None
+    def __init__(self, run, total=0.0):
+        self.run, self.total, self.started = run, total, None
 
     def resume(self):
         """Start or go on."""
@@ -610,6 +663,16 @@ def load_tensors(path):
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError,
             OverflowError, struct.error, RecursionError) as error:
         raise FileError(f"{path}: not a whole tensor file of this script ({type(error).__name__}: {error})") from None
+
+
+def copy_saved(target, tensors, name):
+    """Copy tensors[name] into the tensor `target`; raises FileError if it is missing or of another shape."""
+    found = tensors.get(name)
+    if found is None or found.shape != target.shape:
+        raise FileError(f"its tensor {name} is {'missing' if found is None else tuple(found.shape)}, expected shape "
+                        f"{tuple(target.shape)}")
+    with torch.no_grad():
+        target.copy_(found)
 
 
 def _read_array(z, info):
@@ -787,6 +850,16 @@ def decoded_bytes(sp, tokens, bos_id, limit):
     return by_table, sum(len(text.encode()) - first.startswith(" ") for first, text in zip(firsts, texts))
 
 
+def stamp(path):
+    """Size and time of change of a file; raises DataError if it is not there."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: vanished while the run was reading it ({error.strerror}); put it back and set RESUME "
+                        "to go on") from None
+    return found.st_size, found.st_mtime_ns
+
+
 class Loader:
     """Training batches in a random order, prefetched by a thread, the same rows for any number of ranks.
 
@@ -797,13 +870,13 @@ class Loader:
 
     def __init__(self, shards, cfg, run, state=(0, 0)):
         self.shards, self.cfg, self.run = shards, cfg, run
-        self.epoch, self.row = state
-        self.taken = state
+        self.epoch, self.row = self.taken = tuple(state)
         self.lengths = np.array([len(tokens) for _, tokens in shards])
         if not (self.lengths > cfg.train_seq_len).any():
             raise DataError(f"{shards[0][0]}: {self.lengths[0]} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
         self._cut_rows()
+        self.stamps = {s: stamp(path) for s, (path, tokens) in enumerate(shards) if isinstance(tokens, np.memmap)}
         self.queue = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._produce, daemon=True)
@@ -839,6 +912,10 @@ class Loader:
         try:
             while not self.stopped.is_set():
                 mine = self._next_rows(rows)[first:last]
+                for s in self.stamps.keys() & {s for s, _ in mine}:  # a mapped file cut short would kill the process
+                    if stamp(self.shards[s][0]) != self.stamps[s]:
+                        raise DataError(f"{self.shards[s][0]}: changed while the run was reading it; put it back as it "
+                                        "was and set RESUME to go on")
                 batch = np.stack([self.shards[s][1][i:i + self.cfg.train_seq_len + 1] for s, i in mine])
                 if int(batch.max()) >= self.cfg.vocab_size:
                     bad = mine[int(batch.max(1).argmax())][0]
@@ -1748,13 +1825,13 @@ def newton_schulz(G, steps):
     return X.mT if tall else X
 
 
-def muon_update(grad, momentum_buffer, momentum, steps):
+def muon_update(grad, momentum_buffer, momentum, steps, taken=1.0):
     """Muon's direction for a stack of matrices (n, R, C): Nesterov momentum, then `newton_schulz`.
 
-    Updates momentum_buffer in place.  The direction's RMS fits a learning rate per unit of spectral norm; tall
-    matrices are scaled by sqrt(R / C) [2].
+    Updates momentum_buffer in place, unless `taken`, 0 or 1, says that the step is skipped.  The direction's RMS fits
+    a learning rate per unit of spectral norm; tall matrices are scaled by sqrt(R / C) [2].
     """
-    momentum_buffer.lerp_(grad, 1 - momentum)
+    momentum_buffer.lerp_(grad, (1 - momentum) * taken)
     direction = newton_schulz(grad.lerp(momentum_buffer, momentum), steps)
     return direction * max(1.0, grad.shape[-2] / grad.shape[-1]) ** 0.5
 
@@ -1764,7 +1841,8 @@ class Optimizer:
 
     def __init__(self, model, cfg, run):
         self.cfg, self.run, self.steps_done = cfg, run, 0
-        params = dict(model.named_parameters())
+        self.bad_steps = torch.zeros((), device=run.device)
+        self.params = params = dict(model.named_parameters())
         self.flat_grad = torch.zeros(sum(p.numel() for p in params.values()), device=run.device)
         for p, part in zip(params.values(), self.flat_grad.split([p.numel() for p in params.values()])):
             p.grad = part.view_as(p)
@@ -1791,16 +1869,21 @@ class Optimizer:
     def step(self, lr_mul):
         """Reduce, clip and apply the gradients at lr_mul times the full learning rates; zero them.
 
-        Returns the gradient norm before clipping, a tensor on the device.
+        If they are not finite, weights, momenta and moments stay as they are, and `bad_steps`, a tensor on the device,
+        counts one more: the host need not wait to know.   Returns the gradient norm before clipping, a tensor.
         """
         self.run.all_sum(self.flat_grad)
         if self.run.world_size > 1:
             self.flat_grad.div_(self.run.world_size)
-        norm = self.flat_grad.norm()
+        norm = self.flat_grad.norm()  # one NaN or infinity anywhere makes it one, on every rank alike
+        taken = norm.isfinite().float()
+        self.bad_steps += 1 - taken
         if self.cfg.grad_clip_norm:
             self.flat_grad.mul_((self.cfg.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0))
+        self.flat_grad.masked_fill_(taken == 0, 0.0)
         for (r, shape), params in self.matrices.items():
-            self._muon_step(params, self.buffers[r, shape], r, lr_mul)
+            self._muon_step(params, self.buffers[r, shape], r, lr_mul, taken)
+        self.adamw.found_inf, self.adamw.grad_scale = 1 - taken, None  # torch's own way to skip a fused step
         for parameters in self.adamw.param_groups:
             parameters["lr"] = parameters["base_lr"] * lr_mul
         self.adamw.step()
@@ -1808,25 +1891,62 @@ class Optimizer:
         self.steps_done += 1
         return norm
 
-    def _muon_step(self, params, buffer, r, lr_mul):
+    def _own(self, n):
+        """(first, last, share) of n matrices: this rank orthogonalises first .. last - 1, at most `share`."""
+        share = -(-n // self.run.world_size)
+        first = min(n, share * self.run.rank)
+        return first, min(n, first + share), share
+
+    def _muon_step(self, params, buffer, r, lr_mul, taken):
         """One shape: each rank orthogonalises its share of whole matrices, all apply all."""
         n, world = len(params), self.run.world_size
-        share = -(-n // world)
-        first = min(n, share * self.run.rank)
-        last = min(n, first + share)
+        first, last, share = self._own(n)
         grads = torch.stack([p.grad for p in params])
         momentum = self.momentum()
         if world == 1:
-            updates = muon_update(grads, buffer, momentum, self.cfg.muon_backend_steps)
+            updates = muon_update(grads, buffer, momentum, self.cfg.muon_backend_steps, taken)
         else:
             mine = grads.new_zeros(share, *grads.shape[1:], dtype=torch.bfloat16 if grads.is_cuda else torch.float32)
             if last > first:  # buffer rows of other ranks stay zero: a rank keeps the momentum of its share
                 mine[:last - first] = muon_update(grads[first:last], buffer[first:last], momentum,
-                                                  self.cfg.muon_backend_steps)
+                                                  self.cfg.muon_backend_steps, taken)
             updates = self.run.all_gather_rows(mine)[:n]
         lr = getattr(self.cfg, r.lr) * lr_mul
-        torch._foreach_mul_(params, 1 - lr * getattr(self.cfg, r.decay))
-        torch._foreach_add_(params, list(updates.float().unbind()), alpha=-lr)
+        torch._foreach_mul_(params, 1 - lr * getattr(self.cfg, r.decay) * taken)
+        torch._foreach_add_(params, list((updates.float() * taken).unbind()), alpha=-lr)
+
+    def _momenta(self):
+        """Muon's momentum by parameter: ({name: view of a buffer row}, rows that are this rank's)."""
+        names = {id(p): name for name, p in self.params.items()}
+        out, own = {}, set()
+        for key, params in self.matrices.items():
+            first, last, _ = self._own(len(params))
+            for i, p in enumerate(params):
+                out[names[id(p)]] = self.buffers[key][i]
+                own |= {names[id(p)]} if first <= i < last else set()
+        return out, own
+
+    def state(self):
+        """{name: Tensor} of everything that is not in the weights, the same for any number of ranks; all must call."""
+        out = {f"adamw.{key}.{name}": value for name, p in self.params.items()
+               for key, value in self.adamw.state.get(p, {}).items()}
+        for name, buffer in self._momenta()[0].items():  # rows of other ranks are zero here
+            out[f"muon.{name}"] = self.run.all_sum(buffer.clone())
+        return out | {"bad_steps": self.bad_steps}
+
+    def load(self, tensors, steps_done):
+        """Take over what `state` returned, under any number of ranks; raises FileError if something is missing."""
+        self.steps_done = steps_done
+        copy_saved(self.bad_steps, tensors, "bad_steps")
+        momenta, own = self._momenta()
+        for name in sorted(own):
+            copy_saved(momenta[name], tensors, f"muon.{name}")
+        for p in (p for group in self.adamw.param_groups if steps_done for p in group["params"]):
+            step = torch.zeros((), device=p.device)
+            self.adamw.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        for name, p in self.params.items():
+            for key, value in self.adamw.state.get(p, {}).items():
+                copy_saved(value, tensors, f"adamw.{key}.{name}")
 
 
 class Average:
@@ -1834,7 +1954,7 @@ class Average:
 
     def __init__(self, model, cfg):
         self.cfg, self.count = cfg, 0
-        self.params = list(model.parameters())
+        self.names, self.params = zip(*model.named_parameters())
         self.mean = [p.detach().clone() for p in self.params] if cfg.ema_decay or cfg.average_every else []
 
     @torch.no_grad()
@@ -1856,6 +1976,16 @@ class Average:
         """Replace the model's weights by their average, if there is one."""
         if self.count:
             torch._foreach_copy_(self.params, self.mean)
+
+    def state(self):
+        """{name: Tensor} of the averages."""
+        return {f"average.{name}": mean for name, mean in zip(self.names, self.mean)}
+
+    def load(self, tensors, count):
+        """Take over what `state` returned, the mean of `count` updates; raises FileError if something is missing."""
+        self.count = count
+        for name, mean in zip(self.names, self.mean):
+            copy_saved(mean, tensors, f"average.{name}")
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2752,6 +2882,165 @@ def warm_up_adapter(model, run):
             score(model, ids, targets, state)
 
 
+class StopRequest:
+    """SIGINT or SIGTERM; inside `deferring` it is remembered in `signal`, so that a checkpoint can be written first."""
+
+    def listen(self):
+        """Begin to handle both signals; nothing has come yet."""
+        self.signal, self.deferred, self.came = 0, False, 0.0
+        signal.signal(signal.SIGINT, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
+
+    signal, deferred = 0, False  # for callers of `train` that never listen
+
+    @contextmanager
+    def deferring(self):
+        """The training loop runs inside."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+
+    def handle(self, number, frame):
+        """Signal handler.  torchrun repeats a signal at once, a person later: the first repeat is nothing new."""
+        first, now = not self.came, time.monotonic()
+        self.came = self.came or now
+        if self.deferred and (first or now - self.came < 1.0):
+            self.signal = number
+        elif first or now - self.came >= 1.0:
+            raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing more was written, the log is kept")
+
+
+STOP = StopRequest()
+
+
+class Training:
+    """What a training run has reached: weights, optimizer, average, place in the data, steps and seconds.
+
+    `state` is all of it, the same for any number of ranks; `saved`, an earlier one, is where it goes on.  Nothing else
+    is random: the loader's order follows from the seed and its place.
+    """
+
+    def __init__(self, model, data, cfg, run, saved=None):
+        tensors, facts = saved or ({}, dict(step=0, elapsed_s=0.0, loader=(0, 0), averaged=0, trained=False))
+        self.model, self.run, self.step, self.trained = model, run, facts["step"], facts["trained"]
+        if saved:
+            for name, p in model.named_parameters():
+                copy_saved(p, tensors, f"model.{name}")
+        self.optimizer, self.average = Optimizer(model, cfg, run), Average(model, cfg)
+        if saved and not self.trained:
+            self.optimizer.load(tensors, self.step)
+            self.average.load(tensors, facts["averaged"])
+        self.clock = Clock(run, facts["elapsed_s"])
+        self.loader = Loader(data.train, cfg, run, facts["loader"])
+
+    def state(self):
+        """(tensors, facts) of a checkpoint; every rank must call it."""
+        return self.weights() | self.optimizer.state() | self.average.state(), self.facts()
+
+    def weights(self):
+        """{name: Tensor} of the model."""
+        return {f"model.{name}": p for name, p in self.model.named_parameters()}
+
+    def facts(self, trained=False):
+        """What a checkpoint says beside its tensors; trained: only weights and Hessians are still to be used."""
+        return dict(step=self.step, elapsed_s=self.clock.elapsed(), loader=list(self.loader.state()),
+                    averaged=self.average.count, trained=trained)
+
+
+class Checkpoints:
+    """A run's state on disk, OUT_DIR/RUN_ID.ckpt: the last two `step_N.npz` and `trained.npz`, the averaged weights.
+
+    Files appear whole or not at all.  They can be loaded by any number of ranks, not under other settings.
+    """
+
+    def __init__(self, cfg, run, data):
+        self.cfg, self.run, self.last_s = cfg, run, 0.0
+        self.folder = Path(cfg.out_dir) / f"{cfg.run_id}.ckpt"
+        self.shards = [[path.name, len(tokens)] for path, tokens in data.train]
+
+    def identity(self, trained):
+        """The settings that a checkpoint fixes, as text; once trained, those of the export are free."""
+        title, out = "", {"seed": plain(self.cfg.seed)}
+        for f in fields(self.cfg):
+            title = f.metadata.get("group", title)
+            if title in ("data", "model", "training") + (() if trained else ("export",)) and f.name not in FREE_FIELDS:
+                out[f.name] = plain(getattr(self.cfg, f.name))
+        return out
+
+    def due(self, elapsed):
+        """Whether CHECKPOINT_EVERY_SECONDS have passed since the last one."""
+        return 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
+
+    def save(self, name, tensors, facts):
+        """Rank 0 writes one; a fault is logged and the run goes on.  Weights that are not finite are never written."""
+        self.last_s = facts["elapsed_s"]
+        if self.run.rank:
+            return
+        facts = facts | dict(config=self.identity(facts["trained"]), shards=self.shards)
+        try:
+            if not all(bool(x.isfinite().all()) for x in tensors.values()):
+                raise FileError(f"{name}: weights or moments are not finite")
+            save_tensors(self.folder / f"{name}.npz", tensors, facts)
+            for old in sorted(self.folder.glob("step_*.npz"))[:-2]:
+                old.unlink()
+        except (FileError, OSError) as error:
+            self.run.log("checkpoint_failed", reason=str(error))
+
+    def save_step(self, job):
+        """Write where `job` stands; every rank must call it.  Returns the file's path."""
+        self.save(f"step_{job.step:08d}", *job.state())
+        return self.folder / f"step_{job.step:08d}.npz"
+
+    def load(self):
+        """The (tensors, facts) that RESUME names, or None to begin anew; equal on all ranks.
+
+        Of a folder the furthest file that is whole counts.   Raises FileError or SettingError saying what does not fit.
+        """
+        return self.run.from_rank_0(self._load) if self.cfg.resume else None
+
+    def _load(self):
+        path = self.folder if self.cfg.resume == "auto" else Path(self.cfg.resume)
+        steps = sorted(path.glob("step_*.npz"), reverse=True)
+        files = [path] if path.is_file() else [*path.glob("trained.npz"), *steps]
+        if not files and self.cfg.resume != "auto":
+            raise FileError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
+        faults = []
+        for file in files:
+            try:
+                tensors, facts = load_tensors(file)
+                self._check(file, facts)
+                return tensors, facts
+            except FileError as error:
+                faults.append(str(error))
+                self.run.log("checkpoint_skipped", reason=str(error))
+        if faults:
+            raise FileError(f"RESUME={self.cfg.resume}: no whole checkpoint: {'; '.join(faults)}")
+        return None
+
+    def _check(self, file, facts):
+        """Raise FileError if the facts are malformed, SettingError if they are those of another run."""
+        kinds = dict(step=int, elapsed_s=float, loader=list, averaged=int, trained=bool, config=dict, shards=list)
+        if not isinstance(facts, dict) or any(type(facts.get(key)) is not kind for key, kind in kinds.items()):
+            raise FileError(f"{file}: not a checkpoint of this script")
+        place = facts["loader"]
+        if [type(n) for n in place] != [int, int] or min(*place, facts["step"], facts["averaged"]) < 0 or not (
+                0 <= facts["elapsed_s"] < math.inf) or (facts["trained"] and type(facts.get("train_s")) is not float):
+            raise FileError(f"{file}: its step, clock or place in the data are impossible")
+        now, then = self.identity(facts["trained"]), facts["config"]
+        differing = [f"{name.upper()} was {then.get(name)}, is {now.get(name)}" for name in {**then, **now}
+                     if then.get(name) != now.get(name)]
+        if facts["shards"] != self.shards:
+            differing.append("the training shards of DATA_PATH have other names or lengths")
+        if differing:
+            raise SettingError(f"RESUME={self.cfg.resume}: {file} is of another configuration: {'; '.join(differing)}")
+
+
+# Settings of the fixed groups that may change between a checkpoint and the run that goes on from it.
+FREE_FIELDS = ("data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps", "val_loss_every", "train_log_every")
+
+
 class StopWatch(NamedTuple):
     """What training left: steps done, seconds on the training clock, {name: Hessian}."""
     steps: int
@@ -2759,47 +3048,74 @@ class StopWatch(NamedTuple):
     hessians: dict
 
 
-def train(model, data, cfg, run):
-    """Train until ITERATIONS or the clock ends it; leaves the averaged weights in the model.  Returns StopWatch."""
+def train(model, data, cfg, run, checkpoints, saved=None):
+    """Train until ITERATIONS or the clock ends it, from `saved` on; leaves the averaged weights in the model.
+
+    Then calibrates, writes trained.npz, and returns a StopWatch.
+    """
     began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
-    warm_up(model, cfg, run, micro_rows)
+    if not (saved and saved[1]["trained"]):
+        warm_up(model, cfg, run, micro_rows)
     warm_up_scoring(model, run, len(data.val) - 1)
     run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile == "1" else "eager",
             micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
-    optimizer, average = Optimizer(model, cfg, run), Average(model, cfg)
-    loader, clock, pace = Loader(data.train, cfg, run), Clock(run), Pace(cfg, run)
+    job = Training(model, data, cfg, run, saved)
+    checkpoints.last_s = job.clock.total
+    job.clock.resume()
+    try:
+        if not job.trained:
+            with STOP.deferring():
+                train_loop(job, data, cfg, run, micro_rows, checkpoints)
+            job.average.copy_to()
+        facts = job.facts(trained=True)  # the place in the data before calibration: it can be done again
+        hessians = calibrate(model, job.loader, cfg, run, job.clock)
+    finally:
+        job.loader.close()
+    train_s = job.clock.pause()
+    if not job.trained:
+        checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s))
+    return StopWatch(job.step, train_s, hessians)
+
+
+def train_loop(job, data, cfg, run, micro_rows, checkpoints):
+    """Steps until the clock or ITERATIONS end them; raises Interrupted, after a checkpoint, if a signal does."""
+    model, clock, pace = job.model, job.clock, Pace(cfg, run, job)
     budget = cfg.max_wallclock_seconds or math.inf
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
-    step = 0
-    clock.resume()
-    try:
-        while True:
-            elapsed, step_s = run.broadcast((clock.elapsed(), 1.05 * max(pace.durations, default=0.0)))
-            # On CUDA one step is still in flight, so the next one ends two steps from now.
-            out_of_time = step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
-            last = step >= cfg.iterations or out_of_time
-            if cfg.val_loss_every and (step % cfg.val_loss_every == 0 or last):
-                train_ms = 1000 * clock.pause()
-                ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
-                run.log("", step=f"{step}/{cfg.iterations}", **ledger.as_log(4), train_time=f"{train_ms:.0f}ms",
-                        step_avg=f"{train_ms / max(1, step):.2f}ms")
-                clock.resume()
-            if last:
-                break
-            progress = max(elapsed / budget, step / max(1, cfg.iterations))
-            lr_mul = learning_rate(progress, cfg)
-            loss = train_step(model, optimizer, next(loader), micro_rows, lr_mul, qat=progress > 1 - cfg.qat_frac)
-            step += 1
-            average.update(step, lr_mul)
-            pace.tick(step, clock, loss, lr_mul)
-        if out_of_time:
-            run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
-                    step=f"{step}/{cfg.iterations}")
-        average.copy_to()
-        hessians = calibrate(model, loader, cfg, run, clock)
-    finally:
-        loader.close()
-    return StopWatch(step, clock.pause(), hessians)
+    while True:
+        told = run.gather([clock.elapsed(), 1.05 * max(pace.durations, default=0.0), STOP.signal])
+        (elapsed, step_s, _), stop = told[0], int(max(signals for _, _, signals in told))
+        if stop:
+            raise Interrupted(f"stopped by {signal.Signals(stop).name} at step {job.step}; RESUME="
+                              f"{checkpoints.save_step(job)} goes on")
+        if pace.bad_steps > cfg.max_bad_steps:
+            raise SettingError(f"step {job.step}: {pace.bad_steps} steps had gradients that are not finite, more than "
+                               f"MAX_BAD_STEPS={cfg.max_bad_steps}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR; the "
+                               f"weights without them are in {checkpoints.save_step(job)}")
+        # On CUDA one step is still in flight, so the next one ends two steps from now.
+        out_of_time = job.step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
+        last = job.step >= cfg.iterations or out_of_time
+        if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
+            train_ms = 1000 * clock.pause()
+            ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
+            run.log("", step=f"{job.step}/{cfg.iterations}", **ledger.as_log(4), train_time=f"{train_ms:.0f}ms",
+                    step_avg=f"{train_ms / max(1, job.step):.2f}ms")
+            clock.resume()
+        if last:
+            break
+        if checkpoints.due(elapsed):
+            checkpoints.save_step(job)
+            pace.last_tick = clock.elapsed()
+        progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
+        lr_mul = learning_rate(progress, cfg)
+        loss = train_step(model, job.optimizer, next(job.loader), micro_rows, lr_mul,
+                          qat=progress > 1 - cfg.qat_frac)
+        job.step += 1
+        job.average.update(job.step, lr_mul)
+        pace.tick(loss, lr_mul)
+    if out_of_time:
+        run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
+                step=f"{job.step}/{cfg.iterations}")
 
 
 CALIBRATION_ROWS = 8  # rows of one calibration batch
@@ -2826,32 +3142,43 @@ def calibrate(model, loader, cfg, run, clock):
     return hessians
 
 
-
-
 class Pace:
     """Keeps the host at most one step ahead of the device, estimates seconds per step, prints progress lines."""
 
-    def __init__(self, cfg, run):
-        self.cfg, self.run, self.step_s = cfg, run, 0.0
-        self.fence, self.durations, self.last_tick, self.last_line = None, deque(maxlen=20), 0.0, 0.0
+    def __init__(self, cfg, run, job):
+        self.cfg, self.run, self.job, self.step_s = cfg, run, job, 0.0
+        self.fence, self.durations, self.last_tick, self.last_line = None, deque(maxlen=20), job.clock.elapsed(), 0.0
+        self.bad_steps = 0
+        # On CUDA the count of bad steps reaches the host beside the fence, without a wait of its own.
+        self.bad_copy = torch.zeros((), pin_memory=torch.cuda.is_available())
 
-    def tick(self, step, clock, loss, lr_mul):
-        """After a step was issued: wait for the one before, so that the clock means something; log when due."""
+    def _await_device(self):
+        """Wait for the step before this one, if the device works on its own, so that the clock means something."""
+        if self.run.device.type == "cuda" and self.fence is not None:
+            self.fence.synchronize()
+        bad = int(self.bad_copy)
+        self.bad_copy.copy_(self.job.optimizer.bad_steps, non_blocking=True)
         if self.run.device.type == "cuda":
-            if self.fence is not None:
-                self.fence.synchronize()
             self.fence = torch.cuda.Event()
             self.fence.record()
-        now = clock.elapsed()
+        else:
+            bad = int(self.bad_copy)
+        if bad > self.bad_steps:
+            self.run.log("bad_step", step=self.job.step, count=bad, most=self.cfg.max_bad_steps)
+        self.bad_steps = bad
+
+    def tick(self, loss, lr_mul):
+        """After a step was issued: hold the host back; log when due."""
+        self._await_device()
+        step, now = self.job.step, self.job.clock.elapsed()
         self.durations.append(now - self.last_tick)
         self.step_s, self.last_tick = float(np.median(self.durations)), now
-        due = step <= 3 or step % self.cfg.train_log_every == 0 or now - self.last_line > 8.0
+        due = step <= 3 or step % self.cfg.train_log_every == 0 or (
+            now - self.last_line > 8.0 and not self.cfg.deterministic)
         if not self.run.broadcast(due):
             return
         mean_loss = self.run.gather([float(loss)])
-        self.last_line = now = clock.elapsed()
-        if not all(math.isfinite(value) for value, in mean_loss):
-            raise GolfError(f"step {step}: the training loss is not finite; lower MATRIX_LR, TIED_EMBED_LR, SCALAR_LR")
+        self.last_line = now = self.job.clock.elapsed()
         left = min((self.cfg.max_wallclock_seconds or math.inf) - now, (self.cfg.iterations - step) * self.step_s)
         self.run.log("", step=f"{step}/{self.cfg.iterations}", train_loss=float(np.mean(mean_loss)),
                      lr_mul=f"{lr_mul:.3f}", train_time=f"{1000 * now:.0f}ms", step_avg=f"{1000 * now / step:.2f}ms",
@@ -3000,24 +3327,45 @@ def continue_prompt(cfg, run):
         print(sp.decode([i for i in text if not sp.is_control(i)]))
 
 
+def name_run(cfg, run):
+    """cfg with RUN_ID settled: the user's, that of the checkpoint in RESUME, or time, preset and seed."""
+    path = Path(cfg.resume)
+    if cfg.run_id:
+        return cfg
+    if cfg.resume:
+        return replace(cfg, run_id=(path if path.is_dir() else path.parent).resolve().name.removesuffix(".ckpt"))
+    stamp = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    return replace(cfg, run_id=run.broadcast(f"{stamp}_{cfg.preset.replace(',', '-')}_seed{cfg.seed}"))
+
+
+def verdict_of(path):
+    """The verdict in a log that has reached its end, else ''."""
+    with suppress(OSError):
+        found = re.findall(r"^compliance .*verdict:(\w+)$", path.read_text(), re.MULTILINE)
+        return found[-1] if found else ""
+    return ""
+
+
+def begin_log(path, cfg):
+    """Create the log of a new run, or make that of a resumed one ready to go on; raises SettingError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b" if cfg.resume else "x+b") as f:
+            f.seek(0)
+            if not f.read().endswith(b"\n") and f.tell():  # a killed run may have left half a line
+                f.write(b"\n")
+    except FileExistsError:
+        raise SettingError(f"RUN_ID={cfg.run_id}: {path} exists; set another RUN_ID, move that run away, or go on with "
+                           "it by RESUME=auto") from None
+    except OSError as error:
+        raise SettingError(f"OUT_DIR={cfg.out_dir}: cannot be written ({error.strerror}); set OUT_DIR to a folder that "
+                           "can") from None
+
+
 def start_log(cfg, run):
-    """Name the run, refuse to overwrite an earlier one, begin its log with machine and settings; cfg with RUN_ID."""
-    stamp = datetime.now(timezone.utc).strftime("%Y%m%d-%H%M%S")
-    run_id = run.broadcast(cfg.run_id or f"{stamp}_{cfg.preset.replace(',', '-')}_seed{cfg.seed}")
-    path = Path(cfg.out_dir) / f"{run_id}.txt"
-    fault = ""
-    if run.rank == 0:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.open("x").close()
-        except FileExistsError:
-            fault = f"RUN_ID={run_id}: {path} exists; set another RUN_ID, or move that run away"
-        except OSError as error:
-            fault = f"OUT_DIR={cfg.out_dir}: cannot be written ({error.strerror}); set OUT_DIR to a folder that can"
-    fault = run.broadcast(fault)
-    if fault:
-        raise SettingError(fault)
-    cfg = replace(cfg, run_id=run_id)
+    """Begin the run's log, or go on with it, with machine and settings; an earlier run's is never overwritten."""
+    path = Path(cfg.out_dir) / f"{cfg.run_id}.txt"
+    run.from_rank_0(lambda: begin_log(path, cfg))
     run.log_path, code = path, code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.device.type == "cuda" else "none"
     run.log("run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu, torch=torch.__version__,
@@ -3029,7 +3377,6 @@ def start_log(cfg, run):
             run.log("config", **{f.name: plain(value)})
         else:
             run.log("config_changed", **{f.name: plain(value)}, default=plain(default))
-    return cfg
 
 
 def plain(value):
@@ -3048,52 +3395,64 @@ def main(env):
         if cfg.prompt:
             return continue_prompt(cfg, run) or 0
         data = open_data(cfg)
-        blob = load_checked(cfg) if cfg.eval_only else None
-        cfg = start_log(cfg, run)
-        stop = None
-        if not cfg.eval_only:
-            check_kernels(cfg, run)
-            model = init_weights(LM(cfg), cfg.seed).to(run.device)
-            run.log("model", parameters=sum(p.numel() for p in model.parameters()), val_tokens=len(data.val),
-                    train_tokens=sum(len(tokens) for _, tokens in data.train))
-            stop = train(model, data, cfg, run)
-            timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
-            blob = export(model, stop.hessians, cfg, run)
+        cfg, stop = name_run(cfg, run), None
+        ended = run.from_rank_0(lambda: verdict_of(Path(cfg.out_dir) / f"{cfg.run_id}.txt")) if cfg.resume else ""
+        if ended:
+            run.write(f"RUN_ID={cfg.run_id}: this run has ended, verdict:{ended}")
+            return int(ended != "ok")
+        if cfg.eval_only:
+            blob = load_checked(cfg.artifact)
+            start_log(cfg, run)
+        else:
+            stop, blob = make_artifact(data, cfg, run)
         model, ledger, eval_s, in_order = evaluate_artifact(blob, data, cfg, run)
         return 0 if report(model, ledger, len(blob), stop, eval_s, in_order, data, run) else 1
     finally:
         run.close()
 
 
-def load_checked(cfg):
-    """The bytes of ARTIFACT, or an ArtifactError."""
+def load_checked(path):
+    """The bytes of an artifact file, or an ArtifactError."""
     try:
-        return Path(cfg.artifact).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise ArtifactError(f"ARTIFACT={cfg.artifact}: cannot be read ({error.strerror})") from None
+        raise ArtifactError(f"ARTIFACT={path}: cannot be read ({error.strerror})") from None
 
 
-def export(model, hessians, cfg, run):
-    """Rank 0 writes the raw checkpoint and the artifact; every rank gets the artifact's bytes."""
-    blob = None
-    if run.rank == 0:
-        began, stem = time.perf_counter(), Path(cfg.out_dir) / cfg.run_id
-        weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-        write_whole(Path(f"{stem}.ckpt") / "model.pt", lambda f: torch.save(weights, f))
-        size = save_artifact(f"{stem}.artifact", model, cfg, hessians, run.log)
-        run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
-                export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
-        blob = Path(f"{stem}.artifact").read_bytes()
-    return run.broadcast(blob)
+def make_artifact(data, cfg, run):
+    """Train, calibrate and export, or what a resumed run still lacks of that; returns StopWatch and artifact bytes."""
+    checkpoints = Checkpoints(cfg, run, data)
+    saved = checkpoints.load()
+    start_log(cfg, run)
+    path = Path(cfg.out_dir) / f"{cfg.run_id}.artifact"
+    if saved:
+        facts = saved[1]
+        exported = facts["trained"] and run.from_rank_0(path.is_file)
+        run.log("resume", checkpoint=cfg.resume, step=facts["step"], train_time=f"{1000 * facts['elapsed_s']:.0f}ms",
+                trained=int(facts["trained"]), exported=int(exported))
+        if exported:
+            return StopWatch(facts["step"], facts["train_s"], {}), run.from_rank_0(lambda: load_checked(path))
+    check_kernels(cfg, run)
+    model = init_weights(LM(cfg), cfg.seed).to(run.device)
+    run.log("model", parameters=sum(p.numel() for p in model.parameters()), val_tokens=len(data.val),
+            train_tokens=sum(len(tokens) for _, tokens in data.train))
+    stop = train(model, data, cfg, run, checkpoints, saved)
+    timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
+    return stop, run.from_rank_0(lambda: export(path, model, stop.hessians, cfg, run))
+
+
+def export(path, model, hessians, cfg, run):
+    """Write the artifact; returns its bytes."""
+    began = time.perf_counter()
+    size = save_artifact(path, model, cfg, hessians, run.log)
+    run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
+            export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+    return path.read_bytes()
 
 
 def entry():
     """Run `main` on the process's environment; a fault that the user can mend ends in one line, not a traceback."""
-    def stop(number, frame):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun repeats itself; once is enough
-        raise Interrupted(f"stopped by {signal.Signals(number).name}; nothing more was written, the log is kept")
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    STOP.listen()
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text(), flush=True)
@@ -3102,7 +3461,8 @@ def entry():
             raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are environment variables")
         return main(os.environ)
     except (GolfError, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, (SettingError, KeyboardInterrupt)):
+        told = getattr(error, "told", False) or isinstance(error, (SettingError, KeyboardInterrupt))
+        if os.environ.get("RANK", "0") == "0" or not told:  # what every rank knows, rank 0 says
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     except BrokenPipeError:  # whatever read our output has gone, as in `| head`

@@ -1,11 +1,17 @@
-"""What every test file shares: the root on sys.path, one torch thread, a tiny model, and skipping without a GPU.
+"""What every test file shares: the root on sys.path, one torch thread, a tiny model, runs at toy size, skipping without
+a GPU.
 
 `tiny_config(**overrides)` and `tiny_model(cfg)` are plain functions; fixtures of the same names hand them to tests.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_gpt as t  # noqa: E402
+
+SAMPLE = ROOT / "data" / "sample"
 
 torch.set_num_threads(1)  # the shapes are tiny: more threads are slower
 
@@ -46,6 +54,80 @@ def fixture_tiny_config():
 @pytest.fixture(name="tiny_model")
 def fixture_tiny_model():
     return tiny_model
+
+
+# ---- runs from the command line -------------------------------------------------------------------
+
+NUM_VAL, NUM_TRAIN = 2501, 40_000
+EVALUATION = dict(EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128", EVAL_BATCH_TOKENS="1024")
+TINY = EVALUATION | dict(
+    PRESET="sample", DEVICE="cpu", STACK="gdn swa:a gdn swa:a", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1",
+    SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="16", NGRAM_BUCKETS="64", NGRAM_DIM="8", TRAIN_SEQ_LEN="64",
+    TRAIN_BATCH_TOKENS="512", ITERATIONS="3", MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="2",
+    GPTQ_CALIBRATION_BATCHES="2")
+
+
+@pytest.fixture(scope="session")
+def tokens_folder(tmp_path_factory):
+    """The first tokens of the sample's shards."""
+    folder = tmp_path_factory.mktemp("shards")
+    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
+        raw = (SAMPLE / f"fineweb_{split}_000000.bin").read_bytes()
+        header = np.frombuffer(raw[:1024], "<i4").copy()
+        header[2] = count
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + raw[1024:1024 + 2 * count])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tokens_folder):
+    """The environment of a run of three steps."""
+    return TINY | dict(DATA_PATH=str(tokens_folder))
+
+
+@pytest.fixture
+def run(tiny, tmp_path, capfd):
+    """run(**changes) calls entry() under the tiny settings; None removes one.  Returns code, out, err, folder."""
+    def call(*arguments, **changes):
+        env = {k: v for k, v in (tiny | dict(OUT_DIR=str(tmp_path / "out")) | changes).items() if v is not None}
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        try:
+            with (mock.patch.dict(os.environ, env, clear=True),
+                  mock.patch.object(sys, "argv", ["train_gpt.py", *arguments])):
+                code = t.entry()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        out, err = capfd.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err, folder=tmp_path / "out")
+    return call
+
+
+def process_env(tiny, **changes):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    return kept | dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1") | tiny | changes
+
+
+def parse(text):
+    """[(event, {key: value})] of the lines in the grammar; '' is the event of a step line."""
+    lines = []
+    for line in text.splitlines():
+        words = line.split(" ")
+        event = "" if ":" in words[0] else words.pop(0)
+        if all(":" in word for word in words):
+            lines.append((event, dict(word.split(":", 1) for word in words)))
+    return lines
+
+
+def values(text, event):
+    """The values of the one line of this event."""
+    [found] = [pairs for name, pairs in parse(text) if name == event]
+    return found
+
+
+def files_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def pytest_collection_modifyitems(items):

@@ -10,73 +10,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_config, tiny_model
+from conftest import (EVALUATION, NUM_VAL, ROOT, TINY, files_in, parse, process_env, tiny_config,
+                      tiny_model, values)
 
 import train_gpt as t
 
 SCRIPT = ROOT / "train_gpt.py"
-SAMPLE = ROOT / "data" / "sample"
 LINE = re.compile(r"(?:[a-z][a-z0-9_]* )?[a-z][a-z0-9_]*:\S+(?: [a-z][a-z0-9_]*:\S+)*")
 VERBATIM = [re.compile(r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/\d+"),
             re.compile(r"Serialized model int\d\+\w+: \d+ bytes"),
             re.compile(r"Total submission size int\d\+\w+: \d+ bytes")]
-NUM_VAL, NUM_TRAIN = 2501, 40_000
-EVALUATION = dict(EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128", EVAL_BATCH_TOKENS="1024")
-TINY = EVALUATION | dict(
-    PRESET="sample", DEVICE="cpu", STACK="gdn swa:a gdn swa:a", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1",
-    SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="16", NGRAM_BUCKETS="64", NGRAM_DIM="8", TRAIN_SEQ_LEN="64",
-    TRAIN_BATCH_TOKENS="512", ITERATIONS="3", MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="2",
-    GPTQ_CALIBRATION_BATCHES="2")
-
-
-@pytest.fixture(scope="module")
-def tokens_folder(tmp_path_factory):
-    """The first tokens of the sample's shards."""
-    folder = tmp_path_factory.mktemp("shards")
-    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        raw = (SAMPLE / f"fineweb_{split}_000000.bin").read_bytes()
-        header = np.frombuffer(raw[:1024], "<i4").copy()
-        header[2] = count
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + raw[1024:1024 + 2 * count])
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tiny(tokens_folder):
-    """The environment of a run of three steps."""
-    return TINY | dict(DATA_PATH=str(tokens_folder))
-
-
-@pytest.fixture
-def run(tiny, tmp_path, capfd):
-    """run(**changes) calls entry() under the tiny settings; None removes one.  Returns code, out, err, folder."""
-    def call(*arguments, **changes):
-        env = {k: v for k, v in (tiny | dict(OUT_DIR=str(tmp_path / "out")) | changes).items() if v is not None}
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        capfd.readouterr()
-        try:
-            with (mock.patch.dict(os.environ, env, clear=True),
-                  mock.patch.object(sys, "argv", ["train_gpt.py", *arguments])):
-                code = t.entry()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err, folder=tmp_path / "out")
-    return call
-
-
-def process_env(tiny, **changes):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
-    return kept | dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1") | tiny | changes
-
-
 @pytest.fixture(scope="module")
 def finished(tiny, tmp_path_factory):
     """A run to its end in a process of its own: code, out, err, folder."""
@@ -86,31 +35,10 @@ def finished(tiny, tmp_path_factory):
     return SimpleNamespace(code=done.returncode, out=done.stdout, err=done.stderr, folder=folder)
 
 
-def parse(text):
-    """[(event, {key: value})] of the lines in the grammar; '' is the event of a step line."""
-    lines = []
-    for line in text.splitlines():
-        words = line.split(" ")
-        event = "" if ":" in words[0] else words.pop(0)
-        if all(":" in word for word in words):
-            lines.append((event, dict(word.split(":", 1) for word in words)))
-    return lines
-
-
-def values(text, event):
-    """The values of the one line of this event."""
-    [found] = [pairs for name, pairs in parse(text) if name == event]
-    return found
-
-
 def outside_grammar(text):
     """The lines that are neither in the grammar nor one of the three verbatim forms."""
     return [line for line in text.splitlines()
             if not LINE.fullmatch(line) and not any(form.fullmatch(line) for form in VERBATIM)]
-
-
-def files_in(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -121,7 +49,7 @@ def test_whole_run_ends_well(finished):
 
 
 def test_whole_run_leaves_log_artifact_and_checkpoint(finished):
-    assert files_in(finished.folder) == ["whole.artifact", "whole.ckpt/model.pt", "whole.txt"]
+    assert files_in(finished.folder) == ["whole.artifact", "whole.ckpt/trained.npz", "whole.txt"]
 
 
 def test_console_and_log_file_are_the_same_text(finished):
@@ -199,7 +127,8 @@ def test_verdict_is_ok_and_rests_on_every_check(finished):
 
 
 def test_checkpoint_holds_the_weights_before_rounding(finished):
-    weights = torch.load(finished.folder / "whole.ckpt" / "model.pt", weights_only=True)
+    tensors, _ = t.load_tensors(finished.folder / "whole.ckpt" / "trained.npz")
+    weights = {name.removeprefix("model."): value for name, value in tensors.items()}
     model = t.load_artifact(finished.folder / "whole.artifact")
     assert weights.keys() == dict(model.named_parameters()).keys()
     largest = max(float((weights[name] - p.detach()).abs().max()) for name, p in model.named_parameters())
@@ -278,7 +207,7 @@ def test_run_over_the_cap_fails_but_keeps_its_files(run):
     assert result.code == 1
     assert values(result.out, "compliance")["verdict"] == "fail"
     assert values(result.out, "over_limit")["limit"] == "size"
-    assert files_in(result.folder) == ["big.artifact", "big.ckpt/model.pt", "big.txt"]
+    assert files_in(result.folder) == ["big.artifact", "big.ckpt/trained.npz", "big.txt"]
 
 
 def test_clock_stops_training(run):
@@ -321,6 +250,9 @@ class NoBatches:
     def __next__(self):
         return None
 
+    def state(self):
+        return 0, 0
+
     def close(self):
         pass
 
@@ -332,7 +264,7 @@ def test_training_never_outlasts_its_clock(tiny, monkeypatch, kind):
         MAX_WALLCLOCK_SECONDS="100", ITERATIONS="100000", VAL_LOSS_EVERY="0", WARMUP_STEPS="0", EMA_DECAY="0",
         MICRO_BATCH_TOKENS="512", GPTQ_ENABLED="0")), t.Run())
     monkeypatch.setattr(t, "Loader", lambda *arguments: NoBatches())
-    monkeypatch.setattr(t, "Optimizer", lambda *arguments: None)
+    monkeypatch.setattr(t, "Optimizer", lambda *arguments: SimpleNamespace(bad_steps=torch.zeros(())))
     data = SimpleNamespace(train=[], val=np.zeros(1000, np.uint16), table=None)
     model, ends = t.init_weights(t.LM(cfg), 0), []
     for seed in range(40):
@@ -341,7 +273,8 @@ def test_training_never_outlasts_its_clock(tiny, monkeypatch, kind):
         monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda device=device: device.now))
         monkeypatch.setattr(t, "train_step", device.train_step)
         monkeypatch.setattr(torch.cuda, "Event", device.event)
-        ends.append(t.train(model, data, cfg, run).train_s)
+        checkpoints = SimpleNamespace(due=lambda elapsed: False, save=lambda *arguments: None)
+        ends.append(t.train(model, data, cfg, run, checkpoints).train_s)
     assert max(ends) <= 100 and min(ends) > 96
 
 
@@ -364,8 +297,10 @@ def test_presets_combine(run, tiny):
 
 
 def test_diverging_run_says_so(run):
-    result = run(MATRIX_LR="1e30", TIED_EMBED_LR="1e30", GRAD_CLIP_NORM="0", ITERATIONS="5")
-    assert result.code == 2 and re.fullmatch(r"error: step \d: the training loss is not finite; .*\n", result.err)
+    result = run(MATRIX_LR="1e30", TIED_EMBED_LR="1e30", GRAD_CLIP_NORM="0", ITERATIONS="5", MAX_BAD_STEPS="2",
+                 VAL_LOSS_EVERY="0")
+    assert result.code == 2
+    assert re.fullmatch(r"error: step \d: 3 steps had gradients that are not finite.*\n", result.err)
     assert not list(result.folder.glob("*.artifact"))
 
 
@@ -489,8 +424,9 @@ def test_interrupted_training_ends_with_one_line(tiny, tmp_path, number):
     read = wait_for_step(process)
     process.send_signal(number)
     code, out, err = end(process, read)
-    assert code == 130 and re.fullmatch(rf"error: stopped by {number.name}.*\n", err)
-    assert files_in(tmp_path) == ["cut.txt"]
+    assert code == 130
+    [saved] = re.fullmatch(rf"error: stopped by {number.name} at step \d+; RESUME=(\S+) goes on\n", err).groups()
+    assert files_in(tmp_path) == [str(Path(saved).relative_to(tmp_path)), "cut.txt"]
     log = (tmp_path / "cut.txt").read_text()  # the signal may come between console and file
     assert log.startswith("run preset:sample") and out.startswith(log) and out[len(log):].count("\n") <= 1
 
@@ -546,4 +482,5 @@ def test_interrupted_ranks_leave_no_traceback_of_the_script(tiny, tmp_path):
     code, _, err = end(process, read)
     assert code != 0 and "error: stopped by SIG" in err
     assert str(SCRIPT) + '", line' not in err
-    assert files_in(tmp_path) == ["cut.txt"]
+    saved, log = files_in(tmp_path)
+    assert re.fullmatch(r"cut.ckpt/step_\d{8}.npz", saved) and log == "cut.txt"

@@ -27,6 +27,9 @@ REFUSED = [
     ("RUN_ID", "a/b", "letters, digits, '.', '_' and '-' alone"),
     ("RUN_ID", "a b", "letters, digits, '.', '_' and '-' alone"),
     ("SEED", "-1", "at least 0"),
+    ("CHECKPOINT_EVERY_SECONDS", "-1", "at least 0"),
+    ("MAX_BAD_STEPS", "-1", "at least 0"),
+    ("RANK_TIMEOUT_SECONDS", "0", "at least 1"),
     ("DEVICE", "mps", "one of auto, cuda, cpu"),
     ("PROMPT_TOKENS", "0", "at least 1"),
     ("PROMPT_TEMPERATURE", "-0.1", "at least 0"),
@@ -177,7 +180,8 @@ def test_boolean_setting_is_0_or_1(name):
     for text in ("true", "True", "yes", "on", "", "2", " 1", "-1"):
         assert fault(**{name: text}) == f"{name}={text!r}: must be 0 or 1"
     for text, value in (("0", False), ("1", True)):
-        cfg = t.Config.from_env({name: text} | ({"ARTIFACT": "a"} if (name, text) == ("EVAL_ONLY", "1") else {}))
+        needs = {"EVAL_ONLY": {"ARTIFACT": "a"}, "DETERMINISTIC": {"MAX_WALLCLOCK_SECONDS": "0"}}
+        cfg = t.Config.from_env({name: text} | (needs.get(name, {}) if text == "1" else {}))
         assert getattr(cfg, name.lower()) is value
 
 
@@ -215,6 +219,9 @@ def test_config_cannot_be_changed_afterwards():
     (dict(BOS_ID="1024"), ["BOS_ID=1024", "VOCAB_SIZE=1024"]),
     (dict(ROPE_DIMS="3"), ["ROPE_DIMS=3", "even"]),
     (dict(ROPE_DIMS="66"), ["ROPE_DIMS=66", "at most MODEL_DIM / NUM_HEADS"]),
+    (dict(DETERMINISTIC="1"), ["MAX_WALLCLOCK_SECONDS=600", "DETERMINISTIC=1", "ITERATIONS"]),
+    (dict(RESUME="auto"), ["RESUME=auto", "RUN_ID"]),
+    (dict(RESUME="x", EVAL_ONLY="1", ARTIFACT="a"), ["RESUME=x", "EVAL_ONLY", "checkpoint"]),
     (dict(EVAL_ONLY="1"), ["ARTIFACT is empty", "EVAL_ONLY"]),
     (dict(PROMPT="hello"), ["ARTIFACT is empty", "PROMPT"]),
 ], ids=lambda x: " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
@@ -312,8 +319,8 @@ def test_sample_keeps_features_of_the_preset_before_it():
     sizes = set("""
         data_path tokenizer_path stack model_dim num_heads num_kv_heads swa_window gdn_heads gdn_head_dim ngram_buckets
         ngram_dim train_seq_len train_batch_tokens max_wallclock_seconds warmup_steps muon_momentum_warmup_steps
-        val_loss_every train_log_every eval_stride eval_spans eval_warmup_tokens eval_batch_tokens eval_diagnostics
-        gptq_calibration_batches gptq_reserve_seconds ttt_chunk_tokens
+        val_loss_every train_log_every checkpoint_every_seconds eval_stride eval_spans eval_warmup_tokens
+        eval_batch_tokens eval_diagnostics gptq_calibration_batches gptq_reserve_seconds ttt_chunk_tokens
         """.split())
     assert set(t.PRESETS["sample"]) <= sizes
 

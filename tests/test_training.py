@@ -11,6 +11,7 @@ import queue
 import re
 import socket
 import sys
+import tempfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -289,7 +290,7 @@ def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
 def test_late_qat_really_starts(tiny_config, tiny_model, monkeypatch):
     cfg, seen, step = tiny_config(iterations=10, qat_frac=0.35), [], t.train_step
     monkeypatch.setattr(t, "train_step", lambda *args, qat=False: seen.append(qat) or step(*args, qat=qat))
-    t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run())
+    train(tiny_model(cfg), cfg)
     assert seen == [False] * 7 + [True] * 3
 
 
@@ -496,6 +497,13 @@ def fixed_data(cfg):
     return t.Data([(Path("a.bin"), text[:3000]), (Path("b.bin"), text[3000:4200])], text[4200:], None, table)
 
 
+def train(model, cfg, run=None, data=None):
+    """t.train on the fixed text, its checkpoints in a folder that goes away."""
+    run, data = run or t.Run(), data or fixed_data(cfg)
+    with tempfile.TemporaryDirectory() as folder:
+        return t.train(model, data, cfg, run, t.Checkpoints(t.replace(cfg, out_dir=folder), run, data))
+
+
 def run_whole(run, folder):
     """Train a few steps and evaluate by every method; saves what came of it and the log of this rank."""
     norms = []
@@ -508,7 +516,7 @@ def run_whole(run, folder):
     data, model = fixed_data(cfg), build_model(cfg)
     run.log_path = f"{folder}/log{run.rank}"
     with mock.patch.object(t, "Optimizer", Recorded):
-        stop = t.train(model, data, cfg, run)
+        stop = train(model, cfg, run)
     ledgers = {}
     for method in ("roundtrip", "sliding", "exact"):
         for adapt in (None, lambda tokens: None):
@@ -527,7 +535,7 @@ def run_with_a_slow_rank(run, folder):
 
     cfg = build_config(iterations=100000, max_wallclock_seconds=1.5, gptq_enabled=False)
     with mock.patch.object(t, "Pace", Slow):
-        stop = t.train(build_model(cfg), fixed_data(cfg), cfg, run)
+        stop = train(build_model(cfg), cfg, run)
     torch.save(stop.steps, f"{folder}/rank{run.rank}.pt")
 
 
@@ -631,20 +639,20 @@ def test_training_leaves_the_averaged_weights(tiny_config, tiny_model):
         mean = {name: decay * mean[name] + (1 - decay) * seen[-1][name] for name in mean}
     loader.close()
     trained = tiny_model(cfg)
-    t.train(trained, fixed_data(cfg), cfg, t.Run())
+    train(trained, cfg)
     assert_same_weights(weights_of(trained), mean, rtol=0, atol=1e-5)
 
 
 def test_training_stops_by_the_clock(tiny_config, tiny_model):
     cfg = tiny_config(iterations=100000, max_wallclock_seconds=0.5, gptq_enabled=False)
-    stop = t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run())
+    stop = train(tiny_model(cfg), cfg)
     assert 0 < stop.steps < 1000 and stop.train_s < 5.0
 
 
-def test_training_refuses_a_loss_that_is_not_finite(tiny_config, tiny_model):
-    cfg = tiny_config(iterations=3, tied_embed_lr=1e38)
-    with pytest.raises(t.GolfError, match="step [123]: the training loss is not finite; lower MATRIX_LR"):
-        t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run())
+def test_training_stops_after_too_many_bad_steps(tiny_config, tiny_model):
+    cfg = tiny_config(iterations=30, tied_embed_lr=1e38, max_bad_steps=2)
+    with pytest.raises(t.SettingError, match="3 steps had gradients that are not finite, more than MAX_BAD_STEPS=2"):
+        train(tiny_model(cfg), cfg)
 
 
 # ---- golden -----------------------------------------------------------------------------------------

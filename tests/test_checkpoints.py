@@ -1,0 +1,431 @@
+"""Checkpoints and faults: what a run leaves, what another goes on from, what is refused, and bad steps without a trace.
+
+The runs here are of a tiny model; tests/faults.py kills whole runs of PRESET=sample at random moments.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, files_in, parse, process_env, tiny_config, tiny_model, values
+from test_training import fixed_data, two_ranks, weights_of
+
+import train_gpt as t
+
+
+class Halt(Exception):
+    """Stands for a machine that dies."""
+
+
+def job_config(folder, **overrides):
+    return tiny_config(**(dict(iterations=8, out_dir=str(folder), run_id="job", resume="auto",
+                               stack="gdn swa:a gdn swa:a gdn", gdn_v_heads=4) | overrides))
+
+
+def train(cfg, die_at=None, every=None, run=None, saved=None):
+    """Train as make_artifact does, a checkpoint every `every` steps, dying before step die_at; model and StopWatch."""
+    run, model, data = run or t.Run(), t.init_weights(t.LM(cfg), cfg.seed), fixed_data(cfg)
+    checkpoints, done = t.Checkpoints(cfg, run, data), 0
+
+    def step(*args, train_step=t.train_step, **kw):
+        nonlocal done
+        done += 1
+        if done == die_at:
+            raise Halt
+        return train_step(*args, **kw)
+    saved = saved or checkpoints.load()
+    begun = saved[1]["step"] if saved else 0
+    checkpoints.due = lambda elapsed: every and done and (begun + done) % every == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "train_step", step)
+        stop = t.train(model, data, cfg, run, checkpoints, saved)
+    return model, stop
+
+
+def assert_same(one, two):
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.equal(one[name], two[name]), name
+
+
+# ---- going on ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [
+    {}, dict(average_every=2, warmdown_frac=1.0), dict(qat_frac=0.6), dict(train_batch_tokens=1024, ema_decay=0.0),
+], ids=lambda overrides: "-".join(overrides) or "ema")
+def test_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path, overrides):
+    whole, stop = train(job_config(tmp_path / "a", **overrides))
+    cfg = job_config(tmp_path / "b", **overrides)
+    with pytest.raises(Halt):
+        train(cfg, die_at=6, every=2)
+    with pytest.raises(Halt):
+        train(cfg, die_at=3, every=3)
+    resumed, again = train(cfg)
+    assert_same(weights_of(whole), weights_of(resumed))
+    assert_same(stop.hessians, again.hessians)
+    assert stop.steps == again.steps == 8
+
+
+def test_two_step_files_are_kept_and_no_part(tmp_path):
+    train(job_config(tmp_path), every=1)
+    assert files_in(tmp_path) == ["job.ckpt/step_00000006.npz", "job.ckpt/step_00000007.npz", "job.ckpt/trained.npz"]
+
+
+def test_clock_goes_on_where_it_stood(tmp_path):
+    cfg = job_config(tmp_path)
+    with pytest.raises(Halt):
+        train(cfg, die_at=6, every=5)
+    tensors, facts = t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()
+    assert facts["step"] == 5 and facts["elapsed_s"] > 0
+    _, stop = train(cfg, saved=(tensors, facts | dict(elapsed_s=1000.0)))
+    assert 1000 < stop.train_s < 1100
+
+
+def test_trained_run_only_calibrates_again(tmp_path):
+    whole, stop = train(job_config(tmp_path))
+    resumed, again = train(job_config(tmp_path), die_at=1)
+    assert_same(weights_of(whole), weights_of(resumed))
+    assert_same(stop.hessians, again.hessians)
+
+
+def go_on_by_two(run, folder):
+    """One of two ranks: stop at step 3, go on from there, stop at step 6."""
+    cfg = job_config(folder)
+    for die_at in (4, 4):
+        try:
+            train(cfg, die_at=die_at, every=3, run=run)
+        except Halt:
+            continue
+
+
+def test_checkpoint_goes_on_under_another_number_of_ranks(tmp_path):
+    whole, _ = train(job_config(tmp_path / "whole"))
+    with two_ranks(go_on_by_two, tmp_path):
+        pass
+    assert files_in(tmp_path)[:2] == ["job.ckpt/step_00000003.npz", "job.ckpt/step_00000006.npz"]
+    resumed, _ = train(job_config(tmp_path))
+    for name, one in weights_of(whole).items():
+        torch.testing.assert_close(weights_of(resumed)[name], one, rtol=0, atol=2e-3)
+    tensors, _ = t.load_tensors(tmp_path / "job.ckpt" / "step_00000003.npz")
+    momenta = [x for name, x in tensors.items() if name.startswith("muon.")]
+    assert len(momenta) > 20 and all(bool(x.any()) for x in momenta)  # both ranks' shares are there
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+
+def test_other_configuration_is_refused_with_the_fields_that_differ(tmp_path):
+    train(job_config(tmp_path), every=4)
+    (tmp_path / "job.ckpt" / "trained.npz").unlink()
+    cfg = job_config(tmp_path, matrix_lr=0.5, mlp_act="leaky_relu2", eval_spans=7, matrix_bits=5)
+    with pytest.raises(t.SettingError) as caught:
+        t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()
+    message = str(caught.value)
+    assert "MATRIX_LR was 0.025, is 0.5" in message and "MLP_ACT was relu2, is leaky_relu2" in message
+    assert "MATRIX_BITS was 6, is 5" in message and "EVAL_SPANS" not in message
+
+
+def test_trained_weights_may_be_exported_otherwise(tmp_path):
+    train(job_config(tmp_path))
+    cfg = job_config(tmp_path, matrix_bits=5, final_score="sliding")
+    assert t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()[1]["trained"]
+    with pytest.raises(t.SettingError, match="SEED was 1337, is 1"):
+        t.Checkpoints(job_config(tmp_path, seed=1), t.Run(), fixed_data(cfg)).load()
+
+
+def test_other_data_is_refused(tmp_path):
+    train(job_config(tmp_path))
+    cfg = job_config(tmp_path)
+    data = fixed_data(cfg)
+    data = data._replace(train=data.train[:1])
+    with pytest.raises(t.SettingError, match="the training shards of DATA_PATH have other names or lengths"):
+        t.Checkpoints(cfg, t.Run(), data).load()
+
+
+def damage(path, how):
+    blob = path.read_bytes()
+    path.write_bytes({"cut": blob[:len(blob) // 2], "flipped": blob[:5000] + bytes([blob[5000] ^ 1]) + blob[5001:],
+                      "empty": b"", "foreign": b"PK\x03\x04" + os.urandom(500)}[how])
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "empty", "foreign"])
+def test_damaged_file_is_passed_over_for_the_one_before(tmp_path, how, capsys):
+    cfg = job_config(tmp_path)
+    with pytest.raises(Halt):
+        train(cfg, die_at=7, every=3)
+    damage(tmp_path / "job.ckpt" / "step_00000006.npz", how)
+    assert t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()[1]["step"] == 3
+    assert "checkpoint_skipped" in capsys.readouterr().out
+    damage(tmp_path / "job.ckpt" / "step_00000003.npz", how)
+    with pytest.raises(t.FileError, match="no whole checkpoint"):
+        t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()
+
+
+def test_path_without_a_checkpoint_is_named(tmp_path):
+    cfg = job_config(tmp_path, resume=str(tmp_path / "none"))
+    with pytest.raises(t.FileError, match="RESUME=.*none: no checkpoint there"):
+        t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()
+
+
+@pytest.mark.parametrize("change", [
+    dict(step=-1), dict(step="1"), dict(loader=[0]), dict(loader=[0, -5]), dict(config=3), dict(elapsed_s=float("inf")),
+    dict(trained=True), dict(averaged=None)], ids=str)
+def test_impossible_facts_are_refused(tmp_path, change):
+    cfg = job_config(tmp_path)
+    with pytest.raises(Halt):
+        train(cfg, die_at=3, every=2)
+    path = tmp_path / "job.ckpt" / "step_00000002.npz"
+    tensors, facts = t.load_tensors(path)
+    t.save_tensors(path, tensors, facts | change)
+    with pytest.raises(t.FileError, match="no whole checkpoint"):
+        t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()
+
+
+@pytest.mark.parametrize("prefix", ["model.", "muon.", "adamw.", "average.", "bad_steps"])
+@pytest.mark.parametrize("fault", ["missing", "reshaped"])
+def test_missing_or_reshaped_tensor_is_named(tmp_path, prefix, fault):
+    cfg = job_config(tmp_path)
+    with pytest.raises(Halt):
+        train(cfg, die_at=3, every=2)
+    tensors, facts = t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()
+    name = next(n for n in tensors if n.startswith(prefix))
+    tensors = {n: x for n, x in tensors.items() if n != name} | (
+        {name: torch.zeros(3, 5, 7)} if fault == "reshaped" else {})
+    with pytest.raises(t.FileError, match=name.replace(".", r"\.")):
+        train(cfg, saved=(tensors, facts))
+
+
+def test_tensor_file_executes_nothing_and_claims_no_more_than_it_has(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez(path, a=np.array([{"pickled": 1}], dtype=object))
+    with pytest.raises(t.FileError, match="not a whole tensor file"):
+        t.load_tensors(path)
+    for header in ("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000,), }",
+                   "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", "__import__('os').getcwd()"):
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("a", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\0" * 8)
+            z.writestr("facts.json", b"")
+        with pytest.raises(t.FileError):
+            t.load_tensors(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:  # a bomb: 64 MiB of zeros in 64 KiB
+        z.writestr("a", b"\0" * 2**26)
+    with pytest.raises(t.FileError):
+        t.load_tensors(path)
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def test_checkpoint_that_cannot_be_written_does_not_end_the_run(tmp_path, capsys):
+    (tmp_path / "job.ckpt").write_text("a file where the folder should be")
+    _, stop = train(job_config(tmp_path, resume=""), every=2)
+    assert stop.steps == 8
+    failed = [pairs for event, pairs in parse(capsys.readouterr().out) if event == "checkpoint_failed"]
+    assert len(failed) == 4 and "cannot,be,written" in failed[0]["reason"]
+
+
+def test_full_disk_keeps_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    cfg, sync, calls = job_config(tmp_path), os.fsync, []
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return sync(descriptor)
+    monkeypatch.setattr(t.os, "fsync", full)
+    train(cfg, every=3)
+    assert files_in(tmp_path) == ["job.ckpt/step_00000003.npz"]
+    assert capsys.readouterr().out.count("checkpoint_failed reason:") == 2
+    assert t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()[1]["step"] == 3
+
+
+def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capfd):
+    run = t.Run()
+    run.log_path = tmp_path / "gone" / "log.txt"
+    run.log("step", a=1)
+    run.log("step", a=2)
+    out, err = capfd.readouterr()
+    assert out == "step a:1\nstep a:2\n" and err.count("cannot be written") == 1
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path, capsys):
+    cfg = job_config(tmp_path)
+    checkpoints = t.Checkpoints(cfg, t.Run(), fixed_data(cfg))
+    facts = dict(step=1, elapsed_s=1.0, loader=[0, 0], averaged=0, trained=False)
+    checkpoints.save("step_00000001", {"model.x": torch.tensor([1.0, float("nan")])}, facts)
+    assert files_in(tmp_path) == [] and "not,finite" in capsys.readouterr().out
+
+
+# ---- numbers -------------------------------------------------------------------------------------
+
+
+def test_bad_step_leaves_weights_momenta_and_moments_as_they_were():
+    cfg = tiny_config()
+    model, run = tiny_model(cfg), t.Run()
+    optimizer = t.Optimizer(model, cfg, run)
+
+    def step(value):
+        rng = torch.Generator().manual_seed(3)
+        optimizer.flat_grad.copy_(torch.randn(optimizer.flat_grad.shape, generator=rng))
+        optimizer.flat_grad[7] = value
+        optimizer.step(1.0)
+    step(0.5)
+    before = weights_of(model) | {n: x.clone() for n, x in optimizer.state().items() if n != "bad_steps"}
+    for value in (float("nan"), float("inf"), -float("inf")):
+        step(value)
+        assert_same(before, weights_of(model) | {n: x for n, x in optimizer.state().items() if n != "bad_steps"})
+    assert int(optimizer.bad_steps) == 3 and not optimizer.flat_grad.any()
+    step(0.5)
+    assert not torch.equal(before["blocks.0.mixer.q_proj"], weights_of(model)["blocks.0.mixer.q_proj"])
+
+
+def test_run_goes_on_after_a_bad_step_and_says_so(tmp_path, capsys):
+    def poison(model, ids, targets, mean=t.mean_nll, count=[0]):  # noqa: B006 (counts the calls)
+        count[0] += 1
+        return mean(model, ids, targets) * (float("nan") if count[0] == 3 else 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(t, "mean_nll", poison)
+        model, stop = train(job_config(tmp_path, resume=""))
+    assert stop.steps == 8 and all(bool(p.isfinite().all()) for p in model.parameters())
+    [found] = [pairs for event, pairs in parse(capsys.readouterr().out) if event == "bad_step"]
+    assert found == dict(step="3", count="1", most="10")
+
+
+def test_shard_that_changes_or_vanishes_under_way_is_named(tiny, tmp_path):
+    shard = tmp_path / "fineweb_train_000000.bin"
+    for change, expected in ((lambda: os.truncate(shard, 5000), "changed while"),
+                             (lambda: shard.unlink(), "vanished while")):
+        shard.write_bytes((Path(tiny["DATA_PATH"]) / shard.name).read_bytes())
+        cfg = tiny_config(vocab_size=1024)
+        loader = t.Loader(t.open_shards(tmp_path, "train"), cfg, t.Run())
+        next(loader)
+        change()
+        with pytest.raises(t.DataError, match=f"{shard.name}: {expected}"):
+            for _ in range(10):
+                next(loader)
+        loader.close()
+
+
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def timeless(text):
+    """The lines of a log that name no time, size of memory, or place."""
+    timed = ("time", "step_avg", "tok_s", "eta", "peak_mem", "start_up", "_s:", "run_id", "out_dir")
+    return [" ".join(w for w in line.split() if not any(name in w.split(":")[0] + ":" for name in timed))
+            for line in text.splitlines() if not line.startswith(("run ", "config"))]
+
+
+def test_deterministic_runs_have_equal_logs(run, tmp_path):
+    try:
+        logs = [run(DETERMINISTIC="1", RUN_ID=f"d{i}", ITERATIONS="6", TRAIN_LOG_EVERY="1").out for i in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert timeless(logs[0]) == timeless(logs[1]) and "train_loss" in logs[0]
+
+
+def test_ended_run_is_left_alone(run):
+    first = run(RUN_ID="ended", ITERATIONS="1", EVAL_DIAGNOSTICS="0", VAL_LOSS_EVERY="0")
+    before = {name: (first.folder / name).read_bytes() for name in files_in(first.folder)}
+    again = run(RUN_ID="ended", ITERATIONS="1", EVAL_DIAGNOSTICS="0", VAL_LOSS_EVERY="0", RESUME="auto")
+    assert (again.code, again.out) == (0, "RUN_ID=ended: this run has ended, verdict:ok\n")
+    assert before == {name: (first.folder / name).read_bytes() for name in files_in(first.folder)}
+
+
+def test_resume_names_the_run_of_the_checkpoint(run, tmp_path):
+    first = run(RUN_ID="mine", ITERATIONS="1", EVAL_DIAGNOSTICS="0", VAL_LOSS_EVERY="0")
+    log = first.folder / "mine.txt"
+    text = log.read_text()
+    log.write_text(text[:text.index("final_int6_exact")])  # as if it had been killed while evaluating
+    again = run(ITERATIONS="1", EVAL_DIAGNOSTICS="0", VAL_LOSS_EVERY="0", RESUME=str(first.folder / "mine.ckpt"))
+    assert again.code == 0, again.err
+    assert values(again.out, "resume") == dict(checkpoint=str(first.folder / "mine.ckpt"), step="1", trained="1",
+                                               exported="1", train_time=values(again.out, "resume")["train_time"])
+    assert values(log.read_text(), "final") == values(text, "final")
+    assert values(again.out, "compliance")["train_s"] == values(text, "compliance")["train_s"]
+
+
+def start(env, folder):
+    return subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """A run to its end: its environment and final line."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    env = process_env(tiny, ITERATIONS="8", CHECKPOINT_EVERY_SECONDS="0.01", RUN_ID="x", RESUME="auto",
+                      TRAIN_LOG_EVERY="1")
+    process = start(env | dict(OUT_DIR=str(folder)), folder)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, out
+    return SimpleNamespace(env=env, final=values(out, "final"))
+
+
+@pytest.mark.parametrize("mark", ["step:3/", "hessians", "gptq name", "final_int6_roundtrip"])
+def test_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, mark):
+    """kill -9 as soon as a line with `mark` is seen, then the same command again."""
+    env = undisturbed.env | dict(OUT_DIR=str(tmp_path))
+    process = start(env, tmp_path)
+    for line in process.stdout:
+        if mark in line:
+            os.killpg(process.pid, signal.SIGKILL)
+            break
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    again = start(env, tmp_path)
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0, out
+    assert values(out, "final") == undisturbed.final and "resume" in out
+    assert not list(tmp_path.rglob("*.part"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_stopped_run_goes_on_bit_equal(undisturbed, tmp_path, number):
+    env = undisturbed.env | dict(OUT_DIR=str(tmp_path), CHECKPOINT_EVERY_SECONDS="0")
+    process = start(env, tmp_path)
+    for line in process.stdout:
+        if line.startswith("step:2/"):
+            process.send_signal(number)
+            break
+    out = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "goes on" in out
+    again = start(env, tmp_path)
+    out, _ = again.communicate(timeout=120)
+    assert again.returncode == 0 and values(out, "final") == undisturbed.final
+
+
+def lose_a_rank(run, folder):
+    """Rank 1 dies in the third step; what rank 0 then says."""
+    cfg = job_config(folder, resume="")
+    step = t.train_step
+
+    def dying(*args, count=[0], **kw):  # noqa: B006 (counts the calls)
+        count[0] += 1
+        if run.rank == 1 and count[0] == 3:
+            os._exit(0)
+        return step(*args, **kw)
+    t.train_step = dying
+    began = time.monotonic()
+    try:
+        train(cfg, run=run)
+    except t.RankError as error:
+        Path(folder, "said.json").write_text(json.dumps([str(error), time.monotonic() - began]))
+        os._exit(0)
+
+
+def test_rank_that_dies_stops_the_others_with_one_message(tmp_path):
+    with two_ranks(lose_a_rank, tmp_path):
+        pass
+    message, seconds = json.loads((tmp_path / "said.json").read_text())
+    assert message.startswith("rank 0: lost another rank") and "RESUME" in message and seconds < 30
