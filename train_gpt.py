@@ -660,9 +660,9 @@ def load_tensors(path):
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror or error})") from None
-    except (zipfile.BadZipFile, ValueError, KeyError, TypeError, EOFError, RuntimeError, NotImplementedError,
-            OverflowError, struct.error, RecursionError) as error:
-        raise FileError(f"{path}: not a whole tensor file of this script ({type(error).__name__}: {error})") from None
+    except Exception as error:  # on foreign bytes zipfile and numpy raise a dozen kinds, tokenize.TokenError among them
+        raise FileError(f"{path}: not a whole tensor file of this script ({type(error).__name__}: "
+                        f"{' '.join(str(error).split())[:200]})") from None
 
 
 def copy_saved(target, tensors, name):
@@ -782,7 +782,8 @@ def open_tokenizer(cfg):
         raise DataError(f"TOKENIZER_PATH={path}: no such file; data/download.py fetches it with the shards")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+        sp.id_to_piece(list(range(sp.vocab_size())))  # every piece must be UTF-8: ValueError if one is not
+    except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
         raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE={cfg.vocab_size}; set "
@@ -1147,8 +1148,11 @@ def windowed_attention(q, k, v, window, cu_seqlens=None, kernel="sdpa"):
 
     q: (B, T, H, d).   k, v: (B, S, Hk, d), S >= T: the last T belong to the queries, those before were carried over.
     cu_seqlens: (N + 1,) with B = 1 and S = T: no query sees another sequence.   Returns (B, T, H, d).
-    kernel: sdpa (any device, the reference), varlen (torch), flex (torch, compiled), flash_attn (FA 3 or 2).
+    kernel: sdpa (any device, the reference), varlen (torch), flex (torch, compiled), flash_attn (FA 3 or 2); auto =
+    sdpa on CPU, the best one installed on CUDA.
     """
+    if kernel == "auto":
+        kernel = "sdpa" if q.device.type == "cpu" else pick_attention_kernel("auto")
     return ATTENTION[kernel](q, k, v, window, cu_seqlens)
 
 
@@ -2778,7 +2782,8 @@ def micro_batch_rows(cfg, run):
     else:
         most = 2048  # larger ones fall out of a CPU's caches
     rows //= run.world_size
-    return max(d for d in range(1, rows + 1) if rows % d == 0 and (d == 1 or d * cfg.train_seq_len <= most))
+    fitting = min(rows, max(1, int(most // cfg.train_seq_len)))
+    return next(d for d in range(fitting, 0, -1) if rows % d == 0)
 
 
 @contextmanager
