@@ -31,6 +31,7 @@ import math
 import os
 import queue
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -456,6 +457,7 @@ class Run:
     def __init__(self, rank=0, world_size=1, device="cpu"):
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.log_path = None  # None: the console alone
+        self.live, self.dim, self.showing = False, "", False  # a terminal's progress line: wanted, its style, up now
 
     @classmethod
     def from_env(cls, env, cfg):
@@ -479,10 +481,14 @@ class Run:
             backend = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo"
             dist.init_process_group(backend, rank=rank, world_size=world_size,
                                     timeout=timedelta(seconds=cfg.rank_timeout_seconds))
-        return cls(rank, world_size, device)
+        run = cls(rank, world_size, device)
+        run.live = rank == 0 and sys.stdout.isatty() and env.get("TERM") != "dumb"
+        run.dim = "" if env.get("NO_COLOR") else "\x1b[2m"
+        return run
 
     def close(self):
-        """Leave the process group."""
+        """Take the progress line away and leave the process group."""
+        self.progress("")
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -500,6 +506,7 @@ class Run:
         """One line of free text, as `log`; the console and the file get the same."""
         if self.rank:
             return
+        self.progress("")
         print(line, flush=True)
         if self.log_path:
             try:
@@ -509,6 +516,13 @@ class Run:
                 print(f"warning: {self.log_path}: cannot be written ({error.strerror}); the log goes on here alone",
                       file=sys.stderr, flush=True)
                 self.log_path = None
+
+    def progress(self, text):
+        """Show `text` in place of the last such text, on a terminal only; '' takes it away."""
+        if self.live and (text or self.showing):
+            text = text[:shutil.get_terminal_size().columns - 1]
+            print(f"\r\x1b[K{self.dim}{text}\x1b[m" if text and self.dim else f"\r\x1b[K{text}", end="", flush=True)
+            self.showing = bool(text)
 
     @contextmanager
     def _together(self):
@@ -3105,6 +3119,7 @@ def train_loop(job, data, cfg, run, micro_rows, checkpoints):
             ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
             run.log("", step=f"{job.step}/{cfg.iterations}", **ledger.as_log(4), train_time=f"{train_ms:.0f}ms",
                     step_avg=f"{train_ms / max(1, job.step):.2f}ms")
+            pace.last_bpb = f"  val_bpb {ledger.bpb:.4f}"
             clock.resume()
         if last:
             break
@@ -3153,7 +3168,7 @@ class Pace:
     def __init__(self, cfg, run, job):
         self.cfg, self.run, self.job, self.step_s = cfg, run, job, 0.0
         self.fence, self.durations, self.last_tick, self.last_line = None, deque(maxlen=20), job.clock.elapsed(), 0.0
-        self.bad_steps = 0
+        self.bad_steps, self.last_bpb = 0, ""
         # On CUDA the count of bad steps reaches the host beside the fence, without a wait of its own.
         self.bad_copy = torch.zeros((), pin_memory=torch.cuda.is_available())
 
@@ -3178,17 +3193,18 @@ class Pace:
         step, now = self.job.step, self.job.clock.elapsed()
         self.durations.append(now - self.last_tick)
         self.step_s, self.last_tick = float(np.median(self.durations)), now
+        left = min((self.cfg.max_wallclock_seconds or math.inf) - now, (self.cfg.iterations - step) * self.step_s)
+        tok_s, eta = self.cfg.train_batch_tokens / max(self.step_s, 1e-9), max(0.0, left)
+        self.run.progress(f"step {step}/{self.cfg.iterations}  {tok_s:,.0f} tokens/s  {eta:.0f} s left{self.last_bpb}")
         due = step <= 3 or step % self.cfg.train_log_every == 0 or (
             now - self.last_line > 8.0 and not self.cfg.deterministic)
         if not self.run.broadcast(due):
             return
         mean_loss = self.run.gather([float(loss)])
         self.last_line = now = self.job.clock.elapsed()
-        left = min((self.cfg.max_wallclock_seconds or math.inf) - now, (self.cfg.iterations - step) * self.step_s)
         self.run.log("", step=f"{step}/{self.cfg.iterations}", train_loss=float(np.mean(mean_loss)),
                      lr_mul=f"{lr_mul:.3f}", train_time=f"{1000 * now:.0f}ms", step_avg=f"{1000 * now / step:.2f}ms",
-                     tok_s=f"{self.cfg.train_batch_tokens / max(self.step_s, 1e-9):.0f}", eta=f"{max(0.0, left):.0f}s",
-                     peak_mem_mb=self.run.peak_memory_mib())
+                     tok_s=f"{tok_s:.0f}", eta=f"{eta:.0f}s", peak_mem_mb=self.run.peak_memory_mib())
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -405,7 +405,7 @@ def test_stopped_run_goes_on_bit_equal(undisturbed, tmp_path, number):
     assert again.returncode == 0 and values(out, "final") == undisturbed.final
 
 
-def lose_a_rank(run, folder):
+def lose_a_rank(run, folder, leave=lambda: os._exit(0)):
     """Rank 1 dies in the third step; what rank 0 then says."""
     cfg = job_config(folder, resume="")
     step = t.train_step
@@ -413,7 +413,7 @@ def lose_a_rank(run, folder):
     def dying(*args, count=[0], **kw):  # noqa: B006 (counts the calls)
         count[0] += 1
         if run.rank == 1 and count[0] == 3:
-            os._exit(0)
+            leave()
         return step(*args, **kw)
     t.train_step = dying
     began = time.monotonic()
@@ -424,8 +424,16 @@ def lose_a_rank(run, folder):
         os._exit(0)
 
 
-def test_rank_that_dies_stops_the_others_with_one_message(tmp_path):
-    with two_ranks(lose_a_rank, tmp_path):
+def hang_a_rank(run, folder):
+    """Rank 1 goes to sleep instead; ranks wait 3 s for it."""
+    run.close()
+    lose_a_rank(t.Run.from_env(os.environ, tiny_config(rank_timeout_seconds=3)), folder,
+                leave=lambda: (time.sleep(8), os._exit(0)))
+
+
+@pytest.mark.parametrize("fault", [lose_a_rank, hang_a_rank], ids=["dies", "hangs"])
+def test_rank_that_is_lost_stops_the_others_with_one_message(tmp_path, fault):
+    with two_ranks(fault, tmp_path):
         pass
     message, seconds = json.loads((tmp_path / "said.json").read_text())
     assert message.startswith("rank 0: lost another rank") and "RESUME" in message and seconds < 30

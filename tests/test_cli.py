@@ -4,9 +4,12 @@ and one clear line for each fault.
 Whole processes are few (they cost seconds to start); everything else calls train_gpt.entry() in this process.
 """
 
+import contextlib
 import os
+import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -484,3 +487,49 @@ def test_interrupted_ranks_leave_no_traceback_of_the_script(tiny, tmp_path):
     assert str(SCRIPT) + '", line' not in err
     saved, log = files_in(tmp_path)
     assert re.fullmatch(r"cut.ckpt/step_\d{8}.npz", saved) and log == "cut.txt"
+
+
+# ---- a terminal, two nodes -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("color", [True, False], ids=["color", "NO_COLOR"])
+def test_terminal_shows_progress_in_place_and_the_log_stays_plain(tiny, tmp_path, color):
+    """A pseudo-terminal sees a line of rate, time left and last bpb, taken away before each line of the log."""
+    screen, terminal = pty.openpty()
+    env = process_env(tiny, OUT_DIR=str(tmp_path), RUN_ID="tty", TERM="xterm", EVAL_DIAGNOSTICS="0",
+                      TRAIN_LOG_EVERY="9", ITERATIONS="6", **({} if color else {"NO_COLOR": "1"}))
+    process = subprocess.Popen([sys.executable, str(SCRIPT)], env=env, cwd=tmp_path, stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # EIO: the other side has closed
+        while part := os.read(screen, 65536):
+            seen += part
+    os.close(screen)
+    assert process.wait(60) == 0
+    shown, style = seen.decode().replace("\r\n", "\n"), "\x1b[2m" if color else ""
+    form = r"\r\x1b\[K" + re.escape(style) + r"step (\d)/6  [\d,]+ tokens/s  \d+ s left(?:  val_bpb [\d.]+)?"
+    found = re.findall(form, shown)
+    assert found == list("123456") and "val_bpb" in shown.split("step 6/6")[1] and ("\x1b[2m" in shown) == color
+    log = (tmp_path / "tty.txt").read_text()
+    assert "\x1b" not in log
+    plain = re.sub(r"\r\x1b\[K(?:\x1b\[2m)?step [^\r\x1b]*(?:\x1b\[m)?(?=\r)|\r\x1b\[K", "", shown)
+    assert plain == log
+
+
+def test_two_nodes_train_as_two_ranks(finished, tiny, tmp_path):
+    """torchrun --nnodes=2 on the loopback address; only the first node writes."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    nodes = []
+    for node in range(2):
+        env = process_env(tiny, OUT_DIR=str(tmp_path / f"node{node}"), RUN_ID="far", EVAL_DIAGNOSTICS="0")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node_rank={node}",
+                   "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", str(SCRIPT)]
+        nodes.append(start(command, env, tmp_path))
+    ends = [end(process, "", 120) for process in nodes]
+    assert [code for code, _, _ in ends] == [0, 0], ends
+    assert values(ends[0][1], "run")["world_size"] == "2" and ends[1][1] == ""
+    assert float(values(ends[0][1], "final")["val_bpb"]) == pytest.approx(
+        float(values(finished.out, "final")["val_bpb"]), rel=1e-5)
+    assert files_in(tmp_path) == ["node0/far.artifact", "node0/far.ckpt/trained.npz", "node0/far.txt"]
