@@ -356,7 +356,10 @@ class Fetcher:
         part = self.staging / f"{item.destination.name}.{version}.part"
 
         def attempt():
-            if not part.exists() or part.stat().st_size != item.num_bytes:
+            here = part.stat().st_size if part.exists() else 0
+            if item.num_bytes is None or here > item.num_bytes:
+                part.unlink(missing_ok=True)  # nothing says that it can be continued
+            if here == 0 or here != item.num_bytes:
                 self.repository.get(item.remote, part)
             try:
                 check_file(part, item)
@@ -439,9 +442,10 @@ def fetch_all(fetcher, items, workers):
     def landed():
         return moved + folder_bytes(fetcher.staging)
 
-    with ThreadPoolExecutor(workers) as pool, ProgressBar(wanted, landed):
-        futures = {pool.submit(guarded, item): item for item in items}
-        try:
+    pool, is_interrupted = ThreadPoolExecutor(workers), False
+    try:
+        with ProgressBar(wanted, landed):
+            futures = {pool.submit(guarded, item): item for item in items}
             for num_done, future in enumerate(as_completed(futures), 1):
                 moved += future.result()
                 seconds = max(time.monotonic() - started, 1e-9)
@@ -450,10 +454,14 @@ def fetch_all(fetcher, items, workers):
                     file=futures[future].destination.name,
                     done=f"{num_done}/{len(items)}",
                     mb_s=f"{moved / seconds / 1e6:.1f}",
-                    eta=f"{seconds / moved * max(wanted - moved, 0):.0f}s",
+                    eta=f"{seconds / max(moved, 1) * max(wanted - moved, 0):.0f}s",
                 )
-        finally:
-            stop.set()
+    except KeyboardInterrupt:
+        is_interrupted = True  # then the process ends at once, with its threads
+        raise
+    finally:
+        stop.set()
+        pool.shutdown(wait=not is_interrupted, cancel_futures=True)
     return moved
 
 
@@ -483,12 +491,13 @@ def load_json(fetcher, prefix, name, root):
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def check_source(folder, repo_id, prefix):
+def check_source(folder, source):
     """Note in folder where its shards come from; DownloadError if it holds another source's.
 
-    Shards of two repositories have the same names; mixing them would go unseen.
+    source: dict of repo_id, prefix, revision. Shards of two repositories have the same names;
+    mixing them would go unseen.
     """
-    note, source = folder / "source.json", {"repo_id": repo_id, "prefix": prefix}
+    note = folder / "source.json"
     found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else source
     if found != source:
         raise DownloadError(
@@ -553,7 +562,7 @@ def download(args, fetcher, repo_id, prefix):
     manifest = load_json(small, prefix, "manifest.json", root)
     tokenizer, *shards = plan(manifest, args.variant, args.train_shards, prefix, root)
     folder = shards[0].destination.parent
-    check_source(folder, repo_id, prefix)
+    check_source(folder, {"repo_id": repo_id, "prefix": prefix, "revision": args.revision})
     fetch_anew(small, tokenizer)
     docs = [docs_item(small, prefix, root)] if args.with_docs else []
     missing = missing_items(fetcher, shards + docs, args.workers)

@@ -358,7 +358,7 @@ def train_tokenizer(texts, vocab_size, case_ops):
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"--train-tokenizer {vocab_size}: {error}; try fewer pieces") from error
+        raise ValueError(f"--train-tokenizer {vocab_size}: the trainer says {error}") from error
     log(
         "tokenizer_training",
         documents=len(sample),

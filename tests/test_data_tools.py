@@ -258,7 +258,7 @@ def cased(tmp_path):
     """(folder, manifest) of a CaseOps export of texts with all kinds of capitals, in small shards."""
     train = write_jsonl(tmp_path / "train.jsonl", DOCUMENTS[:50] + CASED)
     val = write_jsonl(tmp_path / "val.jsonl", DOCUMENTS[50:] + CASED + [""])
-    settings = ["--train-tokenizer", 300, "--case-ops", "--shard-tokens", 100, "--procs", 2]
+    settings = ["--train-tokenizer", 330, "--case-ops", "--shard-tokens", 100]
     return tmp_path / "out", run_prepare(
         tmp_path / "out", "--train", train, "--val", val, *settings
     )
@@ -266,7 +266,7 @@ def cased(tmp_path):
 
 def test_sidecar_has_the_original_bytes_of_every_document(cased):
     out, manifest = cased
-    sp = spm.SentencePieceProcessor(model_file=str(out / "fineweb_300_bpe_caseops.model"))
+    sp = spm.SentencePieceProcessor(model_file=str(out / "fineweb_330_bpe_caseops.model"))
     shards = [read_shard(path)[1] for path in sorted(out.glob("fineweb_val_0*.bin"))]
     sidecars = [read_shard(path)[1] for path in sorted(out.glob("fineweb_val_bytes_*.bin"))]
     assert len(shards) > 2 and list(map(len, shards)) == list(map(len, sidecars))
@@ -285,8 +285,8 @@ def open_cased(out):
     return train_gpt.open_data(
         tiny_config(
             data_path=str(out),
-            tokenizer_path=str(out / "fineweb_300_bpe_caseops.model"),
-            vocab_size=300,
+            tokenizer_path=str(out / "fineweb_330_bpe_caseops.model"),
+            vocab_size=330,
         )
     )
 
@@ -298,7 +298,7 @@ class Uniform:
         self.cfg = cfg
 
     def __call__(self, ids, state=None, cu_seqlens=None):
-        return train_gpt.torch.zeros(*ids.shape, 300), None
+        return train_gpt.torch.zeros(*ids.shape, 330), None
 
     def parameters(self):
         return iter([train_gpt.torch.zeros(1)])
@@ -310,7 +310,7 @@ def test_score_is_by_the_sidecars_bytes(cased, method):
     data, cfg = open_cased(out), tiny_config(eval_spans=3, eval_warmup_tokens=16)
     ledger = train_gpt.evaluate(Uniform(cfg), data.val, data.table, method)
     assert ledger.bytes == manifest["splits"]["val"]["counted_bytes"]
-    assert ledger.bpb == pytest.approx(ledger.tokens * np.log2(300) / ledger.bytes)
+    assert ledger.bpb == pytest.approx(ledger.tokens * np.log2(330) / ledger.bytes)
     # All but the escaped symbols is also in the table, which held-out training text is scored by.
     plain = train_gpt.evaluate(Uniform(cfg), data.val, data.table._replace(sidecar=None), method)
     assert ledger.bytes - plain.bytes == 2 * len(caseops.ESC.encode())
@@ -357,7 +357,7 @@ def test_case_ops_and_tokenizer_must_fit(tmp_path, capsys, cased, corpus):
     settings = ["--train", corpus[0], "--val", corpus[1]]
     message = refusal(capsys, run_prepare, tmp_path / "a", *settings, "--case-ops")
     assert "has not the CaseOps symbols" in message
-    model = cased[0] / "fineweb_300_bpe_caseops.model"
+    model = cased[0] / "fineweb_330_bpe_caseops.model"
     message = refusal(capsys, run_prepare, tmp_path / "a", *settings, "--tokenizer", model)
     assert "add --case-ops" in message
 
@@ -485,6 +485,7 @@ class Server:
 
     def __init__(self):
         self.files, self.faults, self.fetched = published_files(), {}, []
+        self.has_ranges = True
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -499,6 +500,7 @@ class Server:
                 whole = server.files.get(path)
                 first = int(re.findall(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[0])
                 fault = server.take_fault(path, first) if with_body else None
+                first = first if server.has_ranges else 0
                 absent = whole is None or fault == "503"
                 body = b"" if absent else whole[first:]
                 self.send_response(503 if fault else 404) if absent else self.send_response(
@@ -621,6 +623,12 @@ def test_download_resumes_within_a_file_after_a_cut(tmp_path, server):
     assert (tmp_path / LAYOUT[1]).read_bytes() == whole
 
 
+def test_download_starts_a_file_anew_where_the_server_cannot_resume(tmp_path, server):
+    server.has_ranges, server.faults = False, {"fineweb_train_000001.bin": ["cut"]}
+    assert run_download(server, tmp_path) == [1.0]
+    assert (tmp_path / LAYOUT[1]).read_bytes() == server.files[f"datasets/{LAYOUT[1]}"]
+
+
 def test_a_second_run_resumes_within_the_file_where_the_first_broke_off(tmp_path, server, capsys):
     server.faults = {"fineweb_train_000001.bin": ["cut"] + ["503"] * 9}
     message = refusal(capsys, run_download, server, tmp_path, "--retries", "1")
@@ -663,6 +671,7 @@ def test_download_keeps_what_is_there_and_replaces_what_is_damaged(tmp_path, ser
 
 def test_download_refuses_to_mix_two_repositories(tmp_path, server, capsys, monkeypatch):
     run_download(server, tmp_path)
+    assert "v2" in refusal(capsys, run_download, server, tmp_path, "--revision", "v2")
     monkeypatch.setenv("MATCHED_FINEWEB_REPO_ID", "someone/else")
     assert "someone/else" in refusal(capsys, run_download, server, tmp_path)
 
