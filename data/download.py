@@ -570,7 +570,8 @@ def download(args, fetcher, repo_id, prefix):
     num_bytes = fetch_all(fetcher, missing, args.workers)
     report_tokens(shards, manifest, args.variant)
     log("done", bytes=num_bytes, time=f"{time.monotonic() - started:.1f}s")
-    print(f"DATA_PATH={folder} TOKENIZER_PATH={tokenizer.destination}")
+    vocab_size = re.match("sp([0-9]+)", args.variant)[1]
+    print(f"DATA_PATH={folder} TOKENIZER_PATH={tokenizer.destination} VOCAB_SIZE={vocab_size}")
 
 
 def build_parser():

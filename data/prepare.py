@@ -691,7 +691,10 @@ def manifest_text(args, tokenizer, totals, writers):
 
 
 def write_export(args, unfinished, model_name):
-    """Write tokenizer, shards and manifest.json into the folder unfinished; returns the Totals."""
+    """Write tokenizer, shards and manifest.json into the folder unfinished.
+
+    Returns {split: Totals} and the vocabulary's size.
+    """
     if args.tokenizer:
         model_proto = Path(args.tokenizer).read_bytes()
     else:
@@ -718,7 +721,7 @@ def write_export(args, unfinished, model_name):
     (unfinished / model_name).write_bytes(model_proto)
     text = manifest_text(args, tokenizer, totals, writers)
     (unfinished / "manifest.json").write_text(text, encoding="utf-8")
-    return totals
+    return totals, sp.vocab_size()
 
 
 def export(args):
@@ -732,13 +735,15 @@ def export(args):
     model_name = source.name if source else f"fineweb_{args.train_tokenizer}_bpe{suffix}.model"
     unfinished = claim_folder(out, model_name, source, args.force)
     try:
-        totals = write_export(args, unfinished, model_name)
+        totals, vocab_size = write_export(args, unfinished, model_name)
         publish(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for split, sums in totals.items():
         log("data", split=split, **asdict(sums), bytes_per_token=f"{sums.bytes_per_token:.5f}")
     log("done", out=out, time=f"{time.monotonic() - started:.1f}s")
+    model = out / model_name
+    print(f"DATA_PATH={out} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size}", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------

@@ -601,7 +601,8 @@ def test_download_lands_in_the_challenge_layout(tmp_path, server, capsys):
         assert (tmp_path / name).read_bytes() == server.files[f"datasets/{name}"]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == (
-        f"DATA_PATH={tmp_path / FOLDER} TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model"
+        f"DATA_PATH={tmp_path / FOLDER} TOKENIZER_PATH={tmp_path}/tokenizers/fineweb_1024_bpe.model "
+        "VOCAB_SIZE=1024"
     )
 
 
