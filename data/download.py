@@ -233,7 +233,7 @@ def plan(manifest, variant, num_train, prefix, root):
     # Only the name decides where it is written: nothing lands outside root.
     remote = remote_path(prefix, model)
     items = [Item(remote, root / "tokenizers" / PurePosixPath(remote).name)]
-    sums, folder = checksums(dataset), f"fineweb10B_{variant}"
+    sums, folder = checksums(dataset, where), f"fineweb10B_{variant}"
     # A text transform comes with the bytes of the original text, one count per validation token.
     transformed = tokenizer.get("text_transform", "identity") != "identity" or "caseops" in variant
     splits = [("val", num_val), *([("val_bytes", num_val)] if transformed else [])]
@@ -246,10 +246,17 @@ def plan(manifest, variant, num_train, prefix, root):
     return items
 
 
-def checksums(dataset):
+def checksums(dataset, where):
     """{file name: (bytes, sha256)} of a manifest's dataset entry, which may list its files."""
-    files = dataset.get("files") or []
-    return {each.get("name"): (each.get("bytes"), each.get("sha256")) for each in files}
+    sums = {}
+    for each in dataset.get("files") or []:
+        if not isinstance(each, dict):
+            raise DownloadError(f"{where} lists files as {each!r}, expected objects")
+        num_bytes, sha256 = each.get("bytes"), str(each.get("sha256") or "").lower()
+        if sha256 and not SHA256.fullmatch(sha256) or not isinstance(num_bytes, int | None):
+            raise DownloadError(f"{where} has an impossible size or SHA-256: {each}")
+        sums[each.get("name")] = num_bytes, sha256 or None
+    return sums
 
 
 # -------------------------------------------------------------------------------------------------
@@ -498,14 +505,19 @@ def check_source(folder, source):
     mixing them would go unseen.
     """
     note = folder / "source.json"
-    found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else source
+    try:
+        found = json.loads(note.read_bytes()) if note.exists() else source
+    except ValueError as error:
+        raise DownloadError(f"{note} is damaged ({error}); remove the folder") from error
     if found != source:
         raise DownloadError(
             f"{folder} holds shards of {found}; now asked for {source}. Move the folder away or "
             "name another --root"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(source) + "\n", encoding="utf-8")
+    fresh = note.with_suffix(".part")
+    fresh.write_text(json.dumps(source) + "\n", encoding="utf-8")
+    os.replace(fresh, note)
 
 
 def missing_items(fetcher, items, workers):
@@ -548,7 +560,7 @@ def report_tokens(shards, manifest, variant):
     expected = {"the manifest": dataset["stats"].get("tokens_val")}
     expected["fineweb_val_bytes_*.bin"] = tokens.get("val_bytes")
     for source, count in expected.items():
-        if count is not None and tokens["val"] != int(count):
+        if count is not None and str(tokens["val"]) != str(count):
             raise DownloadError(
                 f"the validation split has {tokens['val']} tokens, {source} {count}; remove "
                 f"{folder} and run again"

@@ -710,6 +710,8 @@ def test_download_keeps_the_old_manifest_when_the_new_one_is_cut_short(tmp_path,
         (lambda m: m["datasets"][0].pop("stats"), "no shard counts"),
         (lambda m: m["datasets"][0]["stats"].update(files_train=10**9), "impossible shard counts"),
         (lambda m: m["datasets"][0]["stats"].update(tokens_val=41), "40 tokens, the manifest 41"),
+        (lambda m: m["datasets"][0].update(files=["a.bin"]), "lists files as 'a.bin'"),
+        (lambda m: m["datasets"][0].update(files=[{"bytes": "9"}]), "impossible size or SHA-256"),
     ],
 )
 def test_download_names_what_is_wrong_with_a_manifest(tmp_path, server, capsys, edit, expected):
