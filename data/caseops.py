@@ -21,6 +21,7 @@ _CAPNEXT_LETTER = {code: CAPNEXT + chr(code).lower() for code in range(ord("A"),
 
 
 def _encode_word(match):
+    """The matched word, which has a capital, in small letters with its symbols."""
     word = match[0]
     if len(word) > 1 and word.isupper():
         return ALLCAPS + word.lower()
