@@ -21,6 +21,7 @@ of a key and of a value, S keys (carried + new), N states, R x C rows (outputs) 
 [1] Yang, Kautz, Hatamizadeh: Gated Delta Networks, arXiv:2412.06464.   [2] Jordan et al.: Muon, 2024.
 [3] Su et al.: RoFormer, arXiv:2104.09864.   [4] Yang et al.: Parallelizing Linear Transformers with the
 Delta Rule over Sequence Length, arXiv:2406.06484.   [5] SentencePiece: Kudo, Richardson, arXiv:1808.06226.
+[6] CaseOps, parameter-golf #1729: capitals as symbols, bytes per token of the original text in a sidecar.
 """
 
 import difflib
@@ -713,9 +714,12 @@ def _read_array(z, info):
 # ----------------------------------------------------------------------------------------------------
 # Shards are the challenge's: int32[256] header (magic, version, tokens), then uint16 tokens.  Training rows
 # come in a random order that visits every shard before any row repeats, and that is the same for any number
-# of ranks.  Bytes of a token are counted as the challenge counts them (README, "Bits per byte").
+# of ranks.  Bytes of a token are counted as the challenge counts them (README, "Bits per byte"), or read from the
+# sidecar fineweb_val_bytes_*.bin (one uint16 per validation token) where the tokens are of transformed text.
 
 SHARD_MAGIC, SHARD_VERSION, HEADER_INTS = 20240520, 1, 256
+CASE_SLACK = 1e-3  # published sidecars count the text before normalisation: a no-break space as 2 bytes, not 1
+CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps [6]: title, all capitals, capital next, escape; no text of their own
 
 
 def open_shard(path):
@@ -745,7 +749,7 @@ def open_shards(data_path, split):
     how = "data/download.py fetches the challenge's shards; PRESET=sample uses the embedded ones"
     if not folder.is_dir():
         raise DataError(f"DATA_PATH={data_path}: no such folder; {how}")
-    paths = sorted(folder.glob(f"fineweb_{split}_*.bin"))
+    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
         raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; {how}")
     return [(path, open_shard(path)) for path in paths]
@@ -759,6 +763,36 @@ def check_vocabulary(path, tokens, vocab_size):
                         "tokenizer: set VOCAB_SIZE and TOKENIZER_PATH to match DATA_PATH")
 
 
+def open_sidecar(cfg, val, parts, sp):
+    """Bytes of original text per validation token, np.uint16 (n,), from the sidecar; None if there is none.
+
+    val: np.uint16 (n,), of which parts are the shards.   Raises DataError if the sidecar does not fit them or the
+    manifest beside it, or is missing although the tokenizer has CaseOps marks.
+    """
+    folder = Path(cfg.data_path)
+    paths = sorted(folder.glob("fineweb_val_bytes_*.bin"))
+    what = f"DATA_PATH={folder}: fineweb_val_bytes_*.bin"
+    if not paths:
+        if case_marks(sp):
+            raise DataError(f"{what} is missing, but the tokenizer has CaseOps marks: the score is by the original "
+                            "text's bytes; data/download.py fetches the sidecar, data/prepare.py --case-ops writes it")
+        return None
+    counts = [open_shard(path) for path in paths]
+    if (found := [len(c) for c in counts]) != (expected := [len(tokens) for _, tokens in parts]):
+        raise DataError(f"{what} holds {found} counts, the validation shards {expected} tokens")
+    counts = np.concatenate(counts)
+    if counts[val == cfg.bos_id].any():
+        raise DataError(f"{what} counts bytes for BOS, so it belongs to other tokens")
+    total = int(counts.sum(dtype=np.int64))
+    try:
+        stated = json.loads((folder / "manifest.json").read_bytes())["splits"]["val"]["counted_bytes"]
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or another tool's
+        stated = total
+    if stated != total:
+        raise DataError(f"{what} sums to {total} bytes, manifest.json says {stated}")
+    return counts
+
+
 class Data(NamedTuple):
     """What a run reads: training shards, validation tokens np.uint16 (n,), tokenizer, byte table."""
     train: list
@@ -769,7 +803,7 @@ class Data(NamedTuple):
 
 def open_data(cfg):
     """Open and check everything before any time is spent; raises DataError or SettingError."""
-    sp = open_tokenizer(cfg)
+    sp, sidecar = open_tokenizer(cfg), None
     train = open_shards(cfg.data_path, "train") if not (cfg.eval_only and not cfg.holdout_tokens) else []
     if cfg.holdout_tokens:
         path, last = train[-1]
@@ -783,9 +817,10 @@ def open_data(cfg):
         for path, tokens in parts:
             check_vocabulary(path, tokens, cfg.vocab_size)
         val = np.concatenate([tokens for _, tokens in parts])
+        sidecar = open_sidecar(cfg, val, parts, sp)
     if len(val) < 2:
         raise DataError(f"DATA_PATH={cfg.data_path}: the validation split has {len(val)} token, nothing to score")
-    return Data(train, val, sp, byte_table(sp, cfg.vocab_size))
+    return Data(train, val, sp, byte_table(sp, cfg.vocab_size)._replace(sidecar=sidecar))
 
 
 def open_tokenizer(cfg):
@@ -806,31 +841,43 @@ def open_tokenizer(cfg):
 
 
 class ByteTable(NamedTuple):
-    """Per token id: `base` bytes (int64), `spaced` starts with the space mark, `boundary` a control or absent piece."""
+    """Per token id: `base` bytes (int64), `spaced` starts with the space mark, `boundary` a control or absent piece.
+
+    `sidecar`, if any, is np.uint16 (n,): the bytes of each token of the text to score, in place of what ids tell.
+    """
     base: Tensor
     spaced: Tensor
     boundary: Tensor
+    sidecar: np.ndarray | None = None
 
     def to(self, device):
         """The table on another device."""
-        return ByteTable(*(t.to(device) for t in self))
+        return ByteTable(*(t.to(device) for t in self[:3]), self.sidecar)
+
+
+def case_marks(sp):
+    """Ids of the CaseOps marks, or [] if the tokenizer does not have all four as pieces."""
+    ids = [sp.piece_to_id(mark) for mark in CASE_MARKS]
+    return [] if sp.unk_id() in ids else ids
 
 
 def byte_table(sp, vocab_size):
     """How many UTF-8 bytes each token stands for, by the challenge's rule.
 
     Control, unknown and unused pieces, and ids above the tokenizer's, stand for none and end a text; a byte piece
-    stands for 1; any other for the UTF-8 length of its piece without one leading space mark (U+2581).
+    stands for 1; any other for the UTF-8 length of its piece without one leading space mark (U+2581).  CaseOps marks
+    stand for none, an escaped one too: what it stands for only the sidecar knows.
     sp: SentencePieceProcessor [5].   Returns ByteTable of (vocab_size,) tensors.
     """
     base, spaced, boundary = np.zeros(vocab_size, np.int64), np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+    marks = case_marks(sp)
     for i in range(min(vocab_size, sp.vocab_size())):
         if sp.is_control(i) or sp.is_unknown(i) or sp.is_unused(i):
             continue
         piece = sp.id_to_piece(i)
         boundary[i] = False
         spaced[i] = not sp.is_byte(i) and piece.startswith("\u2581")
-        base[i] = 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").encode())
+        base[i] = 0 if i in marks else 1 if sp.is_byte(i) else len(piece.removeprefix("\u2581").encode())
     return ByteTable(*(torch.from_numpy(a) for a in (base, spaced, boundary)))
 
 
@@ -842,27 +889,32 @@ def count_bytes(table, prev_ids, target_ids):
     return table.base[target_ids] + (table.spaced[target_ids] & ~table.boundary[prev_ids]).long()
 
 
-def decoded_bytes(sp, tokens, bos_id, limit):
+def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     """Count bytes of the first documents of `tokens` (np.uint16) twice, up to about `limit` tokens.
 
-    Returns (table_bytes, text_bytes): by the byte table, and as the UTF-8 length of the decoded documents, each
-    without the one space that its first piece may begin with.  The two must be equal.
+    Returns (counted_bytes, text_bytes): by the byte table, or the sidecar where there is one, and as the UTF-8 length
+    of the decoded documents, each without the one space that its first piece may begin with, and without CaseOps
+    marks.  The two must be equal; with CaseOps, up to CASE_SLACK.
     """
-    tokens = tokens[:limit].astype(np.int64)
+    begin, tokens = 0, tokens[:limit].astype(np.int64)
     starts = np.flatnonzero(tokens == bos_id)
     if len(starts) > 1:  # whole documents only: a cut could split a character that is spelt in byte pieces
-        tokens = tokens[starts[0]:starts[-1]]
+        begin, tokens = starts[0], tokens[starts[0]:starts[-1]]
     else:
         while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
             tokens = tokens[:-1]
     ids = torch.from_numpy(tokens)
     table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
-    by_table = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
+    counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
+    if sidecar is not None:
+        counted = int(sidecar[begin:begin + len(tokens)].sum(dtype=np.int64))
     is_text = ~table.boundary.numpy()[tokens]
     runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
     runs = [run.tolist() for run in runs if not table.boundary[int(run[0])]]
     firsts, texts = sp.decode([run[:1] for run in runs]), sp.decode(runs)  # some tokenizers drop the first space
-    return by_table, sum(len(text.encode()) - first.startswith(" ") for first, text in zip(firsts, texts))
+    if case_marks(sp):  # small letters have as many bytes as the capitals that they stand for
+        texts = [re.sub("\ue004(.)|[\ue001-\ue003]", r"\1", text, flags=re.DOTALL) for text in texts]
+    return counted, sum(len(text.encode()) - first.startswith(" ") for first, text in zip(firsts, texts))
 
 
 def stamp(path):
@@ -2645,6 +2697,8 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
             scored, state = score_carried(model, tokens, table, parts[0], state, run)
         else:
             scored = score_parts(model, tokens, table, parts, run, streams=not stride)
+        if table.sidecar is not None:
+            scored.bytes = int(table.sidecar[scored.first + 1:scored.next_target + 1].sum(dtype=np.int64))
         ledger = ledger.join(scored)
         if adapt and ledger.next_target < total:
             with torch.inference_mode(False), torch.enable_grad():
@@ -3272,13 +3326,13 @@ def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
     coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
     run.write(f"Serialized model {coder}: {artifact_bytes} bytes")
     run.write(f"Total submission size {coder}: {total} bytes")
-    by_table, by_text = decoded_bytes(data.sp, data.val, cfg.bos_id, 1_000_000)
+    counted, by_text = decoded_bytes(data.sp, data.val, cfg.bos_id, 1_000_000, data.table.sidecar)
     checks = dict(
         causal=probe_causality(model, data.val, run) <= 1e-5,
         normalized=probe_normalization(model, data.val, run) <= 1e-5,
         score_first=in_order,  # no weight changed while text was scored
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
-        bytes=by_table == by_text)
+        bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if case_marks(data.sp) else 0))
     limits = dict(train=not stop or not cfg.max_wallclock_seconds or stop.train_s <= cfg.max_wallclock_seconds,
                   eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes)
     verdict = run.broadcast(all(checks.values()) and all(limits.values()))

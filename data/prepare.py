@@ -7,9 +7,10 @@ Run (from anywhere; the README beside this file shows more):
 
 Read in this order: main(), export(), write_shards(), encode_batch(), ShardWriter.
 Written into --out: the shards, a copy of the tokenizer, manifest.json (last, so that its presence
-says that the folder is complete). The bytes written depend on the texts, the tokenizer and
---shard-tokens alone, never on the number of processes or on time.
-Memory: one batch per process in flight, plus the longest document; never the corpus.
+says that the folder is complete). The bytes written depend on the texts in the order given, the
+tokenizer, --case-ops and --shard-tokens alone, never on the number of processes or on time.
+Memory: some batches per process, plus the longest document; the corpus never, but for the sample
+that a new tokenizer is trained on.
 """
 
 from __future__ import annotations
@@ -25,15 +26,17 @@ import lzma
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import caseops
 import numpy as np
 import sentencepiece as spm
 from shards import HEADER_BYTES, MAGIC, VERSION, log, sha256_file, shard_header
@@ -59,7 +62,7 @@ PROGRESS_SECONDS = 10.0
 
 DATA_DIR = Path(__file__).resolve().parent
 SAMPLE_DIR = DATA_DIR / "sample"
-LOCK_NAME = ".prepare.tmp"
+UNFINISHED_NAME = ".prepare.tmp"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -129,11 +132,8 @@ def read_lines(path):
     """Yield the lines of a UTF-8 text file, decompressed by its last suffix, line ends kept.
 
     Lines end at a newline only (str.splitlines would also split at U+001E); no byte order mark.
-    Raises FileNotFoundError, or ValueError naming the file if it is damaged or not UTF-8.
+    Raises ValueError naming the file if it is damaged or not UTF-8.
     """
-    if not path.is_file():
-        found = "a folder; name the files in it" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {found} (--train, --val and --input take text files)")
     line_num = 0
     opener = OPENERS.get(path.suffix, lambda path: open(path, "rb"))
     with opener(path) as file:
@@ -154,21 +154,22 @@ def read_lines(path):
 
 
 def plain_documents(lines):
-    """Yield the documents of a plain file: all text between lines holding only U+001E.
+    """Yield the documents of a plain file: text between lines holding only U+001E; no blank ones.
 
     The newline before a separator and the last newline of the file belong to no document.
     Text that goes on beyond MAX_DOCUMENT_CHARS is handed out in parts, cut at line ends.
     """
     parts, size = [], 0
-    for line in lines:
+    for line in itertools.chain(lines, [SEPARATOR]):
         is_separator = line.rstrip("\r\n") == SEPARATOR
         if is_separator or (parts and size + len(line) > MAX_DOCUMENT_CHARS):
-            yield "".join(parts).removesuffix("\n")
+            text = "".join(parts).removesuffix("\n")
+            if text.strip():
+                yield text
             parts, size = [], 0
         if not is_separator:
             parts.append(line)
             size += len(line)
-    yield "".join(parts).removesuffix("\n")
 
 
 def jsonl_documents(lines, path, text_key):
@@ -211,18 +212,18 @@ def cut(text):
 
 
 def read_documents(paths, text_key):
-    """Yield the documents of all files in order; blank ones are yielded as "" to keep positions.
+    """Yield the documents of all files in order.
 
     A file whose name, without a compression suffix, ends in .jsonl, .ndjson or .json holds one
-    JSON object per line; any other holds plain text.
+    JSON object per line, each a document, as in the challenge's exporter: a blank text too. Any
+    other file holds plain text.
     """
     for path in map(Path, paths):
         stem = path.with_suffix("") if path.suffix in OPENERS else path
         lines = read_lines(path)
         is_jsonl = stem.suffix in (".jsonl", ".ndjson", ".json")
         documents = jsonl_documents(lines, path, text_key) if is_jsonl else plain_documents(lines)
-        for text in documents:
-            yield repair(text) if text.strip() else ""
+        yield from map(repair, documents)
 
 
 def text_hash(text):
@@ -232,7 +233,7 @@ def text_hash(text):
 
 
 def labelled_documents(args):
-    """Yield (split, text) for every document that is not blank; split is "train" or "val".
+    """Yield (split, text) for every document; split is "train" or "val", val first if files decide.
 
     --train/--val: the files decide. --val-first N: the first N documents are val (the challenge's
     own rule). --val-fraction F: the hash of the text decides, so that a document keeps its split
@@ -240,11 +241,9 @@ def labelled_documents(args):
     """
     if not args.input:
         for split, paths in (("val", args.val), ("train", args.train)):
-            yield from ((split, text) for text in read_documents(paths, args.text_key) if text)
+            yield from ((split, text) for text in read_documents(paths, args.text_key))
         return
     for index, text in enumerate(read_documents(args.input, args.text_key)):
-        if not text:
-            continue
         if args.val_first is not None:
             is_val = index < args.val_first
         else:
@@ -276,7 +275,7 @@ def batches(labelled):
 # every process is then the same thing.
 
 
-def load_tokenizer(model_proto, name):
+def load_tokenizer(model_proto, name, case_ops):
     """SentencePieceProcessor of the bytes of a .model file; ValueError if shards cannot use it."""
     try:
         sp = spm.SentencePieceProcessor(model_proto=model_proto)
@@ -289,6 +288,14 @@ def load_tokenizer(model_proto, name):
         )
     if sp.bos_id() < 0:
         raise ValueError(f"{name}: has no BOS piece, which must start each document")
+    has_marks = all(sp.encode(mark, out_type=str) == [mark] for mark in caseops.MARKS)
+    if has_marks != case_ops:
+        raise ValueError(
+            f"{name}: has the CaseOps symbols as pieces; add --case-ops"
+            if has_marks
+            else f"{name}: has not the CaseOps symbols U+E001 to U+E004 as pieces, which --case-ops "
+            "needs; use another --tokenizer, or --train-tokenizer"
+        )
     return sp
 
 
@@ -307,20 +314,25 @@ def tokenizer_sample(texts, max_bytes):
     return [text for _, text in sorted(heap, reverse=True)]
 
 
-def train_tokenizer(texts, vocab_size):
+def train_tokenizer(texts, vocab_size, case_ops):
     """Train byte-fallback BPE with the challenge exporter's settings; returns .model bytes.
 
     texts: iterable of documents.   vocab_size: pieces wanted, MIN_VOCAB..MAX_VOCAB; short text may
-    give fewer. Raises ValueError for another size or no text.
+    give fewer.   case_ops: train on transformed text, its symbols being pieces of their own.
+    Raises ValueError for another size or no text.
     """
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise ValueError(
             f"--train-tokenizer {vocab_size}: expected {MIN_VOCAB} (special and byte pieces) to "
             f"{MAX_VOCAB} (tokens are uint16)"
         )
+    # The trainer drops a text with a null character whole; the exporter replaces it, too.
+    texts = (text.replace("\0", " ") for text in texts if text.strip())
     sample = tokenizer_sample(texts, TOKENIZER_SAMPLE_BYTES)
     if not sample:
         raise ValueError("no training text: every document of --train or --input is blank")
+    if case_ops:
+        sample = [caseops.encode(text) for text in sample]
     started, model = time.monotonic(), io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -338,6 +350,7 @@ def train_tokenizer(texts, vocab_size):
             eos_id=2,
             unk_id=3,
             hard_vocab_limit=False,
+            user_defined_symbols=list(caseops.MARKS) if case_ops else [],
             # By default the trainer drops whole documents above 4192 bytes.
             max_sentence_length=8 * MAX_DOCUMENT_CHARS,
             # Stored in the file, so it must not follow --procs; the pieces do not depend on it.
@@ -345,7 +358,7 @@ def train_tokenizer(texts, vocab_size):
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise ValueError(f"--train-tokenizer {vocab_size}: {error}; try fewer pieces") from error
+        raise ValueError(f"--train-tokenizer {vocab_size}: the trainer says {error}") from error
     log(
         "tokenizer_training",
         documents=len(sample),
@@ -355,27 +368,38 @@ def train_tokenizer(texts, vocab_size):
     return model.getvalue()
 
 
-def make_byte_counter(sp):
-    """train_gpt's byte count as `tokens (n,) uint16 -> int`, or None if it cannot be imported.
+def make_byte_counter(sp, case_ops):
+    """Bytes of original text that each token of whole documents counts: (n,) uint16 -> (n,) int64.
 
-    The table is the training script's own, so what is checked here is what scores are made of.
-    The first token of a call is context only; documents start with BOS, which counts 0.
+    By the byte table of the training script itself, so that what is checked here is what scores are
+    made of; with case_ops, an escaped symbol counts its own bytes (the table knows no context).
+    Raises RuntimeError if the training script cannot be imported.
     """
-    root = str(DATA_DIR.parent)
-    if root not in sys.path:
-        sys.path.insert(0, root)
+    sys.path.insert(0, str(DATA_DIR.parent))
     try:
         import torch
 
         import train_gpt
     except ImportError as error:
-        log("check", skipped=error)
-        return None
+        raise RuntimeError(
+            f"the byte check needs train_gpt.py and what it imports ({error}): "
+            "pip install -r requirements.txt"
+        ) from error
+    finally:
+        sys.path.pop(0)
     table = train_gpt.byte_table(sp, sp.vocab_size())
+    esc, literal_bytes = sp.piece_to_id(caseops.ESC), len(caseops.ESC.encode())
 
     def count(tokens):
         ids = torch.from_numpy(tokens.astype(np.int64))
-        return int(train_gpt.count_bytes(table, ids[:-1], ids[1:]).sum())
+        counts = np.zeros(len(tokens), np.int64)  # the first is BOS
+        counts[1:] = train_gpt.count_bytes(table, ids[:-1], ids[1:]).numpy()
+        literal = -1
+        for at in np.flatnonzero(tokens == esc) if case_ops else ():
+            if at != literal:  # an ESC behind ESC is the literal
+                literal = at + 1
+                counts[literal] = literal_bytes
+        return counts
 
     return count
 
@@ -390,12 +414,14 @@ def make_byte_counter(sp):
 @dataclass
 class Totals:
     """Sums over documents of one split. text_bytes: UTF-8 as read; decoded_bytes: UTF-8 of the text
-    that the tokens decode to (white space runs are one space), the bytes that scoring counts."""
+    that the tokens decode to (white space runs are one space), without CaseOps symbols;
+    counted_bytes: what a score counts, by the byte table or the sidecar: it must be the same."""
 
     documents: int = 0
     tokens: int = 0
     text_bytes: int = 0
     decoded_bytes: int = 0
+    counted_bytes: int = 0
 
     def add(self, other):
         """Add the sums of more documents."""
@@ -408,13 +434,30 @@ class Totals:
         return round(self.decoded_bytes / self.tokens, 5)
 
 
-_sp = None  # the tokenizer of this process
+_sp, _case_ops = None, False  # the tokenizer of this process, and whether texts are transformed
 
 
-def start_process(model_proto):
+def start_process(model_proto, case_ops, is_worker=True):
     """Load the tokenizer once per process (ProcessPoolExecutor's initializer)."""
-    global _sp
-    _sp = spm.SentencePieceProcessor(model_proto=model_proto)
+    global _sp, _case_ops
+    _sp, _case_ops = spm.SentencePieceProcessor(model_proto=model_proto), case_ops
+    if is_worker:  # Ctrl-C is the parent's business
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def transform(text):
+    """The text as it is tokenized; RuntimeError if it could not be restored."""
+    if not _case_ops:
+        return text
+    coded = caseops.encode(text)
+    if caseops.decode(coded) != text:
+        raise RuntimeError(f"CaseOps would lose something of the document {text[:80]!r}")
+    return coded
+
+
+def original_bytes(text):
+    """UTF-8 bytes of what tokens decode to; a capital has as many as its small letter."""
+    return len((caseops.bare(text) if _case_ops else text).encode("utf-8"))
 
 
 def encode_batch(batch):
@@ -426,7 +469,7 @@ def encode_batch(batch):
     result = {}
     for split in sorted({split for split, _ in batch}):
         texts = [text for label, text in batch if label == split]
-        encoded = _sp.encode(texts, out_type=int, num_threads=1)
+        encoded = _sp.encode(list(map(transform, texts)), out_type=int, num_threads=1)
         decoded = _sp.decode(encoded, num_threads=1)
         tokens = np.fromiter(
             itertools.chain.from_iterable([_sp.bos_id(), *ids] for ids in encoded), dtype="<u2"
@@ -438,23 +481,23 @@ def encode_batch(batch):
                 "fallback; use another --tokenizer, or --train-tokenizer"
             )
         text_bytes = sum(len(text.encode("utf-8")) for text in texts)
-        decoded_bytes = sum(len(text.encode("utf-8")) for text in decoded)
+        decoded_bytes = sum(map(original_bytes, decoded))
         result[split] = tokens, Totals(len(texts), len(tokens), text_bytes, decoded_bytes)
     return result
 
 
-def encode_all(work, model_proto, procs):
+def encode_all(work, model_proto, case_ops, procs):
     """Yield encode_batch(batch) for each batch of work, in order, by procs processes.
 
     At most 4 batches per process wait, so a slow disk or a slow reader never fills the memory.
     """
     if procs == 1:
-        start_process(model_proto)
+        start_process(model_proto, case_ops, is_worker=False)
         yield from map(encode_batch, work)
         return
     # Not fork: torch, which the byte check imports, has threads.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(procs, context, start_process, (model_proto,)) as pool:
+    with ProcessPoolExecutor(procs, context, start_process, (model_proto, case_ops)) as pool:
         waiting = deque()
         try:
             for batch in work:
@@ -540,12 +583,12 @@ def claim_folder(out, model_name, model_source, force):
     files of a run that goes on or was killed; force allows all three.
     """
     out.mkdir(parents=True, exist_ok=True)
-    unfinished, model = out / LOCK_NAME, out / model_name
+    unfinished, model = out / UNFINISHED_NAME, out / model_name
     in_the_way = [path.name for path in old_files(out)]
     if model.exists() and not (model_source and model.read_bytes() == model_source.read_bytes()):
         in_the_way.append(model.name)
     if unfinished.exists():
-        in_the_way.append(f"{LOCK_NAME} (another run writes here, or was killed)")
+        in_the_way.append(f"{UNFINISHED_NAME} (another run writes here, or was killed)")
     if in_the_way and not force:
         more = f" and {len(in_the_way) - 3} more" if len(in_the_way) > 3 else ""
         raise FileExistsError(
@@ -572,43 +615,45 @@ def publish(unfinished, out):
 # One pass over the documents: read, encode, write, sum; then one manifest.
 
 
-def check_bytes(split, totals, table_bytes):
-    """Log the byte table's count against the decoded text; ValueError if they differ by > 0.1 %.
+def check_bytes(split, totals):
+    """Log the counted bytes against the decoded text's; ValueError if they differ by > 0.1 %.
 
     A score in bits per byte is as wrong as this difference.
     """
-    difference = table_bytes - totals.decoded_bytes
+    difference = totals.counted_bytes - totals.decoded_bytes
     is_ok = abs(difference) <= MAX_BYTE_ERROR * totals.decoded_bytes
     log(
         "check",
         split=split,
-        table_bytes=table_bytes,
+        counted_bytes=totals.counted_bytes,
         decoded_bytes=totals.decoded_bytes,
         difference=difference,
         verdict="ok" if is_ok else "fail",
     )
     if not is_ok:
         raise ValueError(
-            f"{split}: the byte table counts {table_bytes} bytes, the decoded text has "
+            f"{split}: the byte table counts {totals.counted_bytes} bytes, the decoded text has "
             f"{totals.decoded_bytes}; scores with this --tokenizer would be wrong"
         )
 
 
 def write_shards(args, model_proto, count_bytes, writers):
-    """Encode all documents into writers {split: ShardWriter}; returns {split: Totals}.
+    """Encode all documents into writers {name: ShardWriter}; returns {split: Totals}.
 
+    The writer named val_bytes, if there is one, gets the counted bytes of the validation tokens.
     Raises ValueError if a split gets no document or its bytes do not check (see check_bytes).
     """
-    totals = {split: Totals() for split in writers}
-    table_bytes = Counter()
+    totals = {split: Totals() for split in ("train", "val")}
     started = reported = time.monotonic()
     work = batches(labelled_documents(args))
-    for result in encode_all(work, model_proto, args.procs):
+    for result in encode_all(work, model_proto, args.case_ops, args.procs):
         for split, (tokens, sums) in result.items():
             writers[split].write(tokens)
+            counts = count_bytes(tokens)
+            if f"{split}_bytes" in writers:
+                writers[f"{split}_bytes"].write(counts)
+            sums.counted_bytes = int(counts.sum())
             totals[split].add(sums)
-            if count_bytes:
-                table_bytes[split] += count_bytes(tokens)
         if time.monotonic() - reported > PROGRESS_SECONDS:
             reported = time.monotonic()
             tokens = sum(each.tokens for each in totals.values())
@@ -617,17 +662,17 @@ def write_shards(args, model_proto, count_bytes, writers):
     for split, sums in totals.items():
         if not sums.documents:
             setting = f"--{split}" if args.train else "--val-fraction or --val-first, and --input"
-            raise ValueError(f"{split} got no document that is not blank; change {setting}")
-        writers[split].close()
-        if count_bytes:
-            check_bytes(split, sums, table_bytes[split])
+            raise ValueError(f"{split} got no document; change {setting}")
+        check_bytes(split, sums)
+    for writer in writers.values():
+        writer.close()
     return totals
 
 
 def manifest_text(args, tokenizer, totals, writers):
     """The manifest as JSON text; holds no time, path or process count, so it is reproducible."""
     if args.train:
-        split_rule = {split: [Path(p).name for p in getattr(args, split)] for split in writers}
+        split_rule = {split: [Path(p).name for p in getattr(args, split)] for split in totals}
     else:
         split_rule = {"input": [Path(p).name for p in args.input]}
         split_rule |= {"val_first": args.val_first, "val_fraction": args.val_fraction}
@@ -646,32 +691,37 @@ def manifest_text(args, tokenizer, totals, writers):
 
 
 def write_export(args, unfinished, model_name):
-    """Write tokenizer, shards and manifest.json into the folder unfinished; returns the Totals."""
+    """Write tokenizer, shards and manifest.json into the folder unfinished.
+
+    Returns {split: Totals} and the vocabulary's size.
+    """
     if args.tokenizer:
         model_proto = Path(args.tokenizer).read_bytes()
     else:
         train_texts = (text for split, text in labelled_documents(args) if split == "train")
-        model_proto = train_tokenizer(train_texts, args.train_tokenizer)
-    sp = load_tokenizer(model_proto, model_name)
+        model_proto = train_tokenizer(train_texts, args.train_tokenizer, args.case_ops)
+    sp = load_tokenizer(model_proto, model_name, args.case_ops)
     tokenizer = {
         "file": model_name,
         "vocab_size": sp.vocab_size(),
         "bos_id": sp.bos_id(),
         "sha256": hashlib.sha256(model_proto).hexdigest(),
     }
+    if args.case_ops:
+        tokenizer["text_transform"] = "lossless_caps_caseops_v1"
     log("tokenizer", **tokenizer)
-    writers = {
-        split: ShardWriter(unfinished, split, args.shard_tokens) for split in ("train", "val")
-    }
+    names = ["train", "val", *(["val_bytes"] if args.case_ops else [])]
+    writers = {name: ShardWriter(unfinished, name, args.shard_tokens) for name in names}
     try:
-        totals = write_shards(args, model_proto, make_byte_counter(sp), writers)
+        count_bytes = make_byte_counter(sp, args.case_ops)
+        totals = write_shards(args, model_proto, count_bytes, writers)
     finally:
         for writer in writers.values():
             writer.abandon()
     (unfinished / model_name).write_bytes(model_proto)
     text = manifest_text(args, tokenizer, totals, writers)
     (unfinished / "manifest.json").write_text(text, encoding="utf-8")
-    return totals
+    return totals, sp.vocab_size()
 
 
 def export(args):
@@ -681,18 +731,19 @@ def export(args):
     """
     started, out = time.monotonic(), Path(args.out)
     source = Path(args.tokenizer) if args.tokenizer else None
-    if source and not source.is_file():
-        raise FileNotFoundError(f"{source}: no such file (--tokenizer)")
-    model_name = source.name if source else f"fineweb_{args.train_tokenizer}_bpe.model"
+    suffix = "_caseops" if args.case_ops else ""
+    model_name = source.name if source else f"fineweb_{args.train_tokenizer}_bpe{suffix}.model"
     unfinished = claim_folder(out, model_name, source, args.force)
     try:
-        totals = write_export(args, unfinished, model_name)
+        totals, vocab_size = write_export(args, unfinished, model_name)
         publish(unfinished, out)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     for split, sums in totals.items():
         log("data", split=split, **asdict(sums), bytes_per_token=f"{sums.bytes_per_token:.5f}")
     log("done", out=out, time=f"{time.monotonic() - started:.1f}s")
+    model = out / model_name
+    print(f"DATA_PATH={out} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size}", flush=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -723,10 +774,21 @@ def build_parser():
     add("--text-key", default="text", metavar="KEY", help="JSONL key of the text [text]")
     add("--tokenizer", metavar="FILE", help="SentencePiece .model to use")
     add("--train-tokenizer", type=int, metavar="VOCAB", help="train BPE of VOCAB pieces")
+    add("--case-ops", action="store_true", help="capitals as symbols, and the sidecar of bytes")
     add("--shard-tokens", type=int, default=100_000_000, metavar="N", help="per shard [100000000]")
     add("--procs", type=int, default=num_cores(), metavar="N", help="processes [all cores]")
     add("--force", action="store_true", help="replace the shards that --out holds")
     return parser
+
+
+def check_files(args):
+    """Raise FileNotFoundError, naming file and setting, for one that is not there."""
+    for setting in ("train", "val", "input", "tokenizer"):
+        given = getattr(args, setting) or []
+        for path in given if isinstance(given, list) else [given]:
+            if not Path(path).is_file():
+                found = "a folder; name the files in it" if Path(path).is_dir() else "no such file"
+                raise FileNotFoundError(f"{path}: {found} (--{setting})")
 
 
 def check_settings(args):
@@ -739,6 +801,7 @@ def check_settings(args):
             raise ValueError(f"{min(both).name} stands in both --train and --val")
     elif not args.input:
         raise ValueError("no text: give --train and --val, or --input, or --sample")
+    check_files(args)
     given = [v for v in (args.val_fraction, args.val_first) if v is not None]
     if len(given) != (1 if args.input else 0):
         raise ValueError("--input needs one of --val-fraction and --val-first; --train, none")
@@ -758,7 +821,8 @@ def check_settings(args):
 
 def use_sample(args):
     """Set args to what built data/sample; in place, its own files may be replaced."""
-    if args.train or args.val or args.input or args.tokenizer or args.train_tokenizer:
+    given = (args.train, args.val, args.input, args.tokenizer, args.train_tokenizer, args.case_ops)
+    if any(given):
         raise ValueError("--sample chooses texts and tokenizer itself; drop the other settings")
     args.force = args.force or args.out is None
     args.out = args.out or SAMPLE_DIR
@@ -776,6 +840,8 @@ def main(argv=None):
         export(args)
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"prepare.py: {error}") from error
+    except KeyboardInterrupt:
+        raise SystemExit("prepare.py: stopped; --out is as it was before") from None
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import sys
 
 MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # the challenge's format; the header is int32[256]
 TOKEN_BYTES = 2  # uint16, little endian
@@ -9,7 +10,9 @@ TOKEN_BYTES = 2  # uint16, little endian
 
 def log(event, **values):
     """Print one `event key:value ...` line, the grammar of the training log."""
-    print(event, *(f"{key}:{'_'.join(str(v).split())}" for key, v in values.items()), flush=True)
+    clear = "\r\x1b[K" if sys.stdout.isatty() else ""  # a progress bar may stand on the line
+    pairs = (f"{key}:{'_'.join(str(v).split())}" for key, v in values.items())
+    print(clear + event, *pairs, flush=True)
 
 
 def sha256_file(path):
