@@ -4,7 +4,7 @@
     python logs/sweep.py variants.txt --out DIR --limit-s 7200          starts nothing that would not end in 2 h
     python logs/sweep.py variants.txt --out DIR --launch "torchrun --standalone --nproc_per_node=8"
 
-A line of the table is a name and its settings; `all` gives those that all variants have; SEED may be a list:
+A line of the table is a name and its settings; `all` gives those of all variants below it; SEED may be a list:
 
     all       PRESET=sample MAX_WALLCLOCK_SECONDS=100 SEED=1337,42,7
     hybrid                                              # the first row is what the others are compared with
@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -30,37 +31,31 @@ from report import COUNT_FORMAT, DASH, SCORE_FORMAT, ReportError, cell, last_lin
 
 def read_table(path):
     """{variant: {setting: value}} of the table at `path`, SEED a list of strings; ReportError for a bad line."""
-    shared, variants = {}, {}
+    variants = {"all": {}}
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
         words = shlex.split(line, comments=True)
         if not words:
             continue
         name, pairs = words[0], [word.partition("=") for word in words[1:]]
-        settings = {key: value for key, _, value in pairs}
-        if name in variants or not name.replace("_", "").replace("-", "").isalnum():
+        if name in variants and name != "all" or not name.replace("_", "").replace("-", "").isalnum():
             raise ReportError(f"{path}:{number}: variant '{name}' is named twice or has other characters than a-z0-9_-")
         if bad := [key for key, equals, _ in pairs if not equals or not key.isupper() or key in ("RUN_ID", "OUT_DIR")]:
             raise ReportError(f"{path}:{number}: '{bad[0]}' is no NAME=value; RUN_ID and OUT_DIR are set here")
-        if name == "all":
-            shared = settings
-        else:
-            variants[name] = settings
+        variants[name] = variants["all"] | {key: value for key, _, value in pairs}
+    del variants["all"]
     if not variants:
         raise ReportError(f"{path}: no variant; give lines 'name NAME=value ...'")
-    both = {name: shared | settings for name, settings in variants.items()}
-    return {name: settings | {"SEED": settings.get("SEED", "1337").split(",")} for name, settings in both.items()}
+    return {name: settings | {"SEED": settings.get("SEED", "1337").split(",")} for name, settings in variants.items()}
 
 
 def outcome(log_path):
-    """{val_bpb, steps, ...} of a log that has ended; None for one that has not, or is not there."""
+    """{val_bpb, steps, ...} of a log that has ended; empty for one that has not, or is not there."""
     try:
         log = parse_log(log_path)
     except ReportError:
-        return None
-    if not (log.final and log.compliance):
-        return None
+        return {}
     return dict(val_bpb=log.final.bpb, val_loss=log.final.val_loss, method=log.final.method, steps=log.steps,
-                tok_s=log.tok_s, total_bytes=log.total_bytes, verdict=log.verdict)
+                tok_s=log.tok_s, total_bytes=log.total_bytes, verdict=log.verdict) if log.finished else {}
 
 
 def run_one(command, settings, out, run_id):
@@ -70,8 +65,10 @@ def run_one(command, settings, out, run_id):
         log_path.replace(log_path.with_suffix(".old"))
     env = os.environ | settings | {"RUN_ID": run_id, "OUT_DIR": str(out)}
     done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    result = outcome(log_path) or dict(error=last_line(done.stderr) or f"ended with code {done.returncode}, no score")
-    return result | dict(seconds=round(time.monotonic() - began, 1))
+    lines = done.stderr.split("\n")  # the first error is the cause: torchrun writes its own behind it
+    errors = [line.strip() for line in lines if re.match(r"(error|[\w.]*Error): ", line)] or [last_line(done.stderr)]
+    failed = dict(error=errors[0] or f"ended with code {done.returncode}, no score")
+    return (outcome(log_path) or failed) | dict(seconds=round(time.monotonic() - began, 1))
 
 
 def summarize(variants, runs):
@@ -84,14 +81,13 @@ def summarize(variants, runs):
     for name, settings in variants.items():
         mine = {seed: runs[f"{name}-seed{seed}"] for seed in settings["SEED"] if f"{name}-seed{seed}" in runs}
         bpbs = [run["val_bpb"] for run in mine.values() if "val_bpb" in run]
-        row = dict(name=name, settings=settings, runs=mine, mean=mean(bpbs) if bpbs else None,
-                   std=stdev(bpbs) if len(bpbs) > 1 else None, difference=None, beyond_spread=None)
-        first = rows[0] if rows else row
-        if rows and None not in (row["mean"], first["mean"]):
-            row["difference"] = row["mean"] - first["mean"]
-            if None not in (row["std"], first["std"]):
-                row["beyond_spread"] = abs(row["difference"]) > max(row["std"], first["std"])
-        rows.append(row)
+        rows.append(dict(name=name, settings=settings, runs=mine, mean=mean(bpbs) if bpbs else None,
+                         std=stdev(bpbs) if len(bpbs) > 1 else None, difference=None, beyond_spread=None))
+    for row in rows[1:]:
+        if None not in (row["mean"], rows[0]["mean"]):
+            row["difference"] = row["mean"] - rows[0]["mean"]
+            if None not in (row["std"], rows[0]["std"]):
+                row["beyond_spread"] = abs(row["difference"]) > max(row["std"], rows[0]["std"])
     return rows
 
 
@@ -162,9 +158,8 @@ def main(argv=None):
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2
     print("\n" + results_table(rows))
-    whole = all(len(row["runs"]) == len(row["settings"]["SEED"]) and
-                all("val_bpb" in run for run in row["runs"].values()) for row in rows)
-    return 0 if whole else 1
+    ended = [len([run for run in row["runs"].values() if "val_bpb" in run]) for row in rows]
+    return int(ended != [len(row["settings"]["SEED"]) for row in rows])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import os, sys, time
 bpb = float(os.environ["BPB"]) + 0.001 * int(os.environ["SEED"])
 time.sleep(float(os.environ.get("TAKES", "0")))
 if bpb < 0:
-    sys.exit("Traceback\\n\\nerror: BPB=%g: must be at least 0\\n" % bpb)
+    sys.exit("a warning\\nerror: BPB=%g: must be at least 0\\n\\ntorch.ChildFailedError: \\n=====\\n" % bpb)
 with open(os.path.join(os.environ["OUT_DIR"], os.environ["RUN_ID"] + ".txt"), "x") as log:
     log.write("run preset:quick seed:%s code_bytes:9 code_sha256:ab\\n" % os.environ["SEED"])
     log.write("config run_id:%s\\nstep:7/7 train_loss:1.0 train_time:70ms\\n" % os.environ["RUN_ID"])
