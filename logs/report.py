@@ -640,7 +640,7 @@ def new_figure(height_in, rows=1, columns=1, **options):
 
 
 def save(fig, folder, name, finding):
-    """Give the figure its title, write PNG (64 colours) and SVG, close it; returns their paths."""
+    """Give the figure its title, write PNG (128 colours) and SVG, close it; returns their paths."""
     import matplotlib.pyplot as plt
     from PIL import Image  # matplotlib needs it, so it is there
     fig.suptitle(textwrap.fill(finding, 88), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
@@ -648,8 +648,8 @@ def save(fig, folder, name, finding):
     folder.mkdir(parents=True, exist_ok=True)
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
     fig.savefig(png, dpi=DPI)
-    with Image.open(png) as image:
-        few_colors = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    with Image.open(png) as image:  # maximum coverage keeps the color of a lone label, median cut does not
+        few_colors = image.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     few_colors.save(png, optimize=True)
     fig.savefig(svg, metadata={"Date": None})
     plt.close(fig)

@@ -455,6 +455,15 @@ def test_every_figure_is_png_and_svg(drawn):
         assert len(data) < 150_000 and (data[:8] == b"\x89PNG\r\n\x1a\n" if name.endswith("png") else b"<svg" in data)
 
 
+def test_no_color_is_lost_in_the_palette(drawn):
+    image = pytest.importorskip("PIL.Image")
+    with image.open(drawn["curves.png"]) as picture:
+        palette = {color[:3] for _, color in picture.convert("RGB").getcolors(1000)}
+    for wanted in report.COLORS[:3]:  # three configurations; one has few pixels, its line lies under another
+        wanted = [int(wanted[i:i + 2], 16) for i in (1, 3, 5)]
+        assert min(max(abs(a - b) for a, b in zip(color, wanted)) for color in palette) <= 16
+
+
 def test_figures_are_sharp_at_readme_width_on_their_own_background(drawn):
     image = pytest.importorskip("PIL.Image")
     for path in (path for name, path in drawn.items() if name.endswith("png")):
