@@ -941,11 +941,11 @@ def figure_position(logs, folder):
     low.bar([buckets.index(row[:2]) for row in rows], [100 * row[2] / sum(r[2] for r in rows) for row in rows],
             color="#888888")
     low.set_xticks(range(len(buckets)), [f"{start:,.0f}" for start, _ in buckets], fontsize=8.5)
-    low.set(ylabel="bytes [%]", xlabel="tokens since the document began: from this many to the next")
+    low.set(ylabel="bytes [%]", xlabel="tokens since the document began, from this many to the next")
     top.set_ylabel("bpb [bits/byte]")
-    (start, end, _, bpb), worst = rows[-1], max(rows, key=lambda row: row[3])
-    return save(fig, folder, "position", f"{run_label(log)}: {worst[3]:.3f} bpb from {worst[0]:,.0f} to "
-                f"{worst[1]:,.0f} tokens after a document begins, {bpb:.3f} from {start:,.0f} to {end:,.0f}")
+    told = (f"{what} {bpb:.3f} from {start:,.0f} to {end:,.0f}" for what, (start, end, _, bpb) in
+            zip(("highest", "lowest"), sorted(rows, key=lambda row: -row[3])[::len(rows) - 1]))
+    return save(fig, folder, "position", f"{run_label(log)}, bpb by tokens since the document began: {', '.join(told)}")
 
 
 def figures(logs, folder):

@@ -480,7 +480,7 @@ FINDINGS = [
     ("roles", "15.900 MB of 16 MB, 51% of it mlp", "7.700 MB, 5.87 bits per symbol", "header", "train_gpt.py"),
     ("gptq", "mixer.k (int8)", "mlp.down (int6)", "relative quantization error"),
     ("ttt", "Test-time training gains 0.0123 bpb over the stream", "unadapted, exact: 1.0700", "ttt5 +0.0123"),
-    ("position", "1.900 bpb from 0 to 64 tokens", "1.100 from 128 to 256", "bytes [%]")]
+    ("position", "highest 1.900 from 0 to 64, lowest 1.100 from 128 to 256", "bytes [%]")]
 
 
 @pytest.mark.parametrize("row", FINDINGS, ids=[row[0] for row in FINDINGS])
