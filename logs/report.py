@@ -29,7 +29,7 @@ import textwrap
 from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 CAP_BYTES = 16_000_000  # decimal; code and compressed model together
 TIME_LIMIT_S = 600.0  # training; evaluation has as much again
@@ -66,14 +66,26 @@ PER_UNIT = {"ms": 1000, "s": 1, "m": 1 / 60, "": 1}
 
 
 def number(text):
-    """The float in `text`, its unit dropped and times turned into seconds; None where there is none."""
-    match = re.fullmatch(r"(-?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|nan|inf))(ms|s|m|)", str(text), re.IGNORECASE)
-    return float(match[1]) / PER_UNIT[match[2].lower()] if match else None
+    """The finite float in `text`, its unit dropped and times turned into seconds; None where there is none."""
+    match = re.fullmatch(r"(-?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+))(ms|s|m|)", str(text), re.IGNORECASE)
+    value = float(match[1]) / PER_UNIT[match[2].lower()] if match else math.inf
+    return value if math.isfinite(value) else None
+
+
+def loss(text):
+    """As `number`, but a loss may be nan."""
+    return math.nan if str(text).lower() == "nan" else number(text)
 
 
 def integer(text):
     """The int in `text`, or None."""
     return int(text) if re.fullmatch(r"\d+", str(text)) else None
+
+
+def stdev(values):
+    """The sample's standard deviation; nan where a value is, on which statistics.stdev breaks."""
+    middle = mean(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 @dataclass
@@ -271,10 +283,10 @@ def method_of(event):
 def add_score(log, event, text):
     """Whether this is a score line, then kept; `final` of an older log is its last one, ours has a line for it."""
     values = dict(PAIR.findall(text))
-    loss, bpb, method = number(values.get("val_loss")), number(values.get("val_bpb")), method_of(event)
-    if loss is None or bpb is None or not (method or event == "final"):
+    nats, bpb, method = loss(values.get("val_loss")), loss(values.get("val_bpb")), method_of(event)
+    if nats is None or bpb is None or not (method or event == "final"):
         return False
-    score = Score(method or values.get("method", ""), loss, bpb, integer(values.get("tokens")),
+    score = Score(method or values.get("method", ""), nats, bpb, integer(values.get("tokens")),
                   integer(values.get("bytes")), number(values.get("eval_time")))
     log.order.append(event)
     if event == "final":
@@ -295,15 +307,14 @@ def add_progress(log, match):
     """A progress line of either format; a resumed run's line replaces the earlier one of the same step."""
     step, values = int(match[1]), dict(PAIR.findall(match[3]))
     log.planned, seconds = int(match[2]), number(values.get("train_time"))
-    if (loss := number(values.get("train_loss"))) is not None:
-        rate = number(values.get("tok_s", values.get("tok/s")))
-        log.train[step] = Point(step, seconds, loss, tok_s=rate)
-    if (bpb := number(values.get("val_bpb"))) is not None:
+    if (nats := loss(values.get("train_loss"))) is not None:
+        log.train[step] = Point(step, seconds, nats, tok_s=number(values.get("tok_s", values.get("tok/s"))))
+    if (bpb := loss(values.get("val_bpb"))) is not None:
         if seconds is None and step in log.train:
             seconds = log.train[step].seconds
-        log.val[step] = Point(step, seconds, number(values.get("val_loss")), bpb)
-    if (memory := number(values.get("peak_mem_mb"))) is not None:
-        log.peak_mib = max(log.peak_mib or 0, int(memory))
+        log.val[step] = Point(step, seconds, loss(values.get("val_loss")), bpb)
+    if (memory := integer(values.get("peak_mem_mb"))) is not None:
+        log.peak_mib = max(log.peak_mib or 0, memory)
 
 
 def add_event(log, line):
@@ -685,7 +696,8 @@ def group_label(group):
 def band(group, points, x, y):
     """Common x, then mean, lowest and highest y of the group's runs, interpolated; None where no run has points."""
     import numpy as np
-    lines = [sorted((x(p), y(p)) for p in getattr(log, points).values() if x(p) is not None) for log in group]
+    lines = [sorted((x(p), y(p)) for p in getattr(log, points).values() if x(p) is not None and y(p) == y(p))
+             for log in group]  # without nan
     lines = [list(zip(*line)) for line in lines if len(line) > 1]
     if not lines:
         return None
@@ -900,7 +912,7 @@ def figure_ttt(logs, folder):
         tokens, bpb = zip(*stream(log, "running_bpb").items())
         lines.append(([n / 1e6 for n in tokens], bpb, f"{run_label(log)} {bpb[-1]:.4f}", color))
         values += bpb[len(bpb) // 20:]  # the first are noise
-        if base := log.scores.get("exact") or log.scores.get("sliding"):
+        if (base := log.scores.get("exact") or log.scores.get("sliding")) and math.isfinite(base.bpb):
             axes[0][0].axhline(base.bpb, color=color, lw=1, ls="--")
             axes[0][0].text(0, base.bpb, f" unadapted, {base.method}: {base.bpb:.4f}", color=color, va="bottom")
             values.append(base.bpb)
@@ -1088,10 +1100,11 @@ class Review:
             self.expect("log_inconsistent", f"{name}: the number of its '{event}' lines", log.order.count(event), 1)
         self.expect("log_inconsistent", f"{name}: total_bytes of the compliance line",
                     integer(log.compliance.get("total_bytes")), log.total_bytes)
-        later = log.train_s - log.stopped[0] if log.stopped else 0.0  # calibration follows the stop, inside the clock
-        if later < -0.1 or later > 0.1 and not log.hessian_s:
-            self.fault("log_inconsistent", f"{name}: training stopped at {log.stopped[0]:.1f} s, the compliance line "
-                                           f"says {log.train_s} s")
+        stopped = (log.stopped or [log.train_s])[0]
+        later = 0.0 if None in (log.train_s, stopped) else log.train_s - stopped
+        if later < -0.1 or later > 0.1 and not log.hessian_s:  # calibration follows the stop, inside the clock
+            self.fault("log_inconsistent", f"{name}: training stopped at {stopped} s, the compliance line says "
+                                           f"{log.train_s} s")
 
     def check_score(self, log):
         """The final line of one log: its method, coverage, and bytes per token."""

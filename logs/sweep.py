@@ -24,9 +24,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from report import COUNT_FORMAT, DASH, SCORE_FORMAT, ReportError, cell, last_line, markdown, parse_log
+from report import COUNT_FORMAT, DASH, SCORE_FORMAT, ReportError, cell, last_line, markdown, parse_log, stdev
 
 
 def read_table(path):

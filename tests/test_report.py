@@ -173,6 +173,36 @@ def test_series(tmp_path):
     assert report.stream(log, "chunk_bpb")[400_000] == 1.05
 
 
+JUNK = ("nan", "inf", "-1", "0", "x", "1e999", "999999999999999999999", "None")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_damaged_logs_are_read_or_refused(seed, tmp_path, monkeypatch):
+    monkeypatch.setattr(report.Review, "check_import", lambda self: None)
+    rng, folder = random.Random(seed), make_folder(tmp_path / "2026-11-22_F")
+    lines = with_lines(with_lines(log_text(), "artifact", ROLES), "final method", ttt_lines()).splitlines()
+    for i in rng.sample([i for i, line in enumerate(lines) if not line.startswith("step:")], 20):
+        words = lines[i].split(" ")
+        j = rng.randrange(len(words))
+        words[j] = words[j].split(":")[0] + ":" + rng.choice(JUNK)
+        lines[i] = " ".join(words) if rng.random() < 0.8 else rng.choice(lines)
+    (folder / LOG).write_text("\n".join(lines))
+    report.Review(folder, python310="no-such-python").run()
+    try:
+        logs = report.collect([folder])
+        assert len(rows_of(report.table(logs))) >= 3
+        report.submission(logs, TYPED)
+    except report.ReportError:
+        pass
+
+
+@pytest.mark.parametrize("text, value", [
+    ("7", 7), ("1.5e-3", 0.0015), ("2500ms", 2.5), ("2m", 120), (".5", 0.5), ("nan", None), ("1e999", None),
+    ("x", None), ("", None), (None, None)])
+def test_number(text, value):
+    assert report.number(text) == value
+
+
 def rows_of(text):
     """The rows of a Markdown table as dicts."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")]
