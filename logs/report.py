@@ -971,29 +971,19 @@ def figures(logs, folder):
 # -------------------------------------------------------------------------------------------------
 
 REQUIRED_FILES = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
-FIELDS = dict(author=str, github_id=str, name=str, blurb=str, date=str, track=str, val_loss=float, val_bpb=float,
-              val_bpb_std=float, seeds=list, seed_results=dict, bytes_total=int, bytes_code=int, hardware=str,
-              pytorch_version=str, technique_summary=str, compliance=dict, attribution=dict)
-RESULT_FIELDS = dict(val_loss=float, val_bpb=float, artifact_bytes=int, steps=int, eval_time_s=float)
-FAULT_OF_FIELD = dict(val_loss="mean", val_bpb="mean", val_bpb_std="mean", bytes_total="total_bytes",
-                      bytes_code="code_bytes", hardware="environment", pytorch_version="environment", seeds="seeds")
+TEXTS = ("author", "github_id", "name", "blurb", "date", "track", "technique_summary")  # fields of submission.json
+TABLES = ("seed_results", "compliance", "attribution")
+FAULT_OF_FIELD = dict(val_loss="mean", val_bpb="mean", val_bpb_std="mean", seeds="seeds", bytes_total="total_bytes",
+                      bytes_code="code_bytes", hardware="environment", pytorch_version="environment")
 ROUNDING = 5.1e-6  # submissions give five decimals or more
 DATE = r"20\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
 
 
-def is_type(value, kind):
-    """Whether a JSON value is of `kind`; an int passes for a float, true and false pass for no number."""
-    if kind in (int, float):
-        numeric = (int,) if kind is int else (int, float)
-        return isinstance(value, numeric) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is not str or bool(value.strip()))
-
-
 def comparable(key, value):
-    """A field of submission.json in the form in which it can be compared: machine as (GPUs, kind), seeds in order."""
-    if key == "seeds":
+    """A field of submission.json as it can be compared: machine as number and kind of its GPUs, seeds in order."""
+    if key == "seeds" and isinstance(value, list):
         return sorted(map(str, value))
-    if key == "hardware" and (found := re.search(r"(\d+)\s*[x×]\s*(?:NVIDIA )?([A-Z]+\d+)", value or "", re.I)):
+    if key == "hardware" and (found := re.search(r"(\d+)\s*[x×]\s*(?:NVIDIA )?([A-Z]+\d+)", str(value), re.I)):
         return f"{found[1]}x{found[2].upper()}"  # '8xH100 80GB SXM' is '8xH100 80GB HBM3'
     return value
 
@@ -1022,8 +1012,8 @@ class Review:
 
     def expect(self, kind, what, found, truth, slack=0.0):
         """A fault unless `found` is `truth`; numbers may differ by `slack`."""
-        both = is_type(found, float) and is_type(truth, float)
-        if not (abs(found - truth) <= slack if both else found == truth):
+        numbers = isinstance(found, (int, float)) and isinstance(truth, (int, float))
+        if not (abs(found - truth) <= slack if numbers else found == truth):
             self.fault(kind, f"{what} is {found}, expected {truth}")
 
     def at_most(self, kind, what, found, limit):
@@ -1043,7 +1033,7 @@ class Review:
         if len(self.logs) > 1 and (found := differences(self.logs)):
             self.fault("configurations_differ", "; ".join(found))
         if self.json is not None:
-            self.check_json_types()
+            self.check_json_form()
             if self.logs:
                 self.check_json_values()
         self.check_readme()
@@ -1141,45 +1131,39 @@ class Review:
         if broken := [f"{k}:{told.get(k, 'missing')}" for k in (*CHECKS, "verdict") if told.get(k) != "ok"]:
             self.fault("compliance", f"{name}: {' '.join(broken)}")
 
-    def check_json_types(self):
-        """Fields and types of submission.json; a field of the wrong type is dropped, so that it is one fault."""
-        def check(table, kinds, where=""):
-            for key, kind in kinds.items():
-                if key not in table:
-                    self.fault("json_field", f"submission.json: {where}{key} is missing")
-                elif not is_type(table[key], kind):
-                    self.fault("json_type", f"submission.json: {where}{key} is {json.dumps(table.pop(key))[:60]}, "
-                                            f"not a {'non-empty ' if kind is str else ''}{kind.__name__}")
-        check(self.json, FIELDS)
+    def check_json_form(self):
+        """All fields of submission.json, and the kinds of those that no log gives; a wrong one is then left out."""
+        for key in (*TEXTS, *TABLES, *FAULT_OF_FIELD):
+            kind, value = (str if key in TEXTS else dict if key in TABLES else object), self.json.get(key)
+            if key not in self.json:
+                self.fault("json_field", f"submission.json: {key} is missing")
+            elif not isinstance(value, kind) or kind is str and not value.strip():
+                self.fault("json_type", f"submission.json: {key} is {json.dumps(self.json.pop(key))[:60]}, not a "
+                                        f"{'text' if kind is str else 'table'}")
         if not re.fullmatch(DATE, date := self.json.get("date", "2026-01-01")):
             self.fault("json_type", f"submission.json: date is {date!r}, not YYYY-MM-DD")
-        results = self.json.get("seed_results", {})
-        check(results, dict.fromkeys(results, dict), "seed_results ")
-        for seed, result in results.items():
-            check(result, RESULT_FIELDS, f"seed_results {seed} ")
 
     def check_json_values(self):
-        """submission.json against what follows from the logs and the script; a wrong type was told before."""
+        """The other fields of submission.json against what follows from the logs and the script."""
         truth, told = logged_fields(self.logs), self.json
         truth["bytes_code"] = len(self.code) if self.code is not None else truth["bytes_code"]
-        for key, kind in FAULT_OF_FIELD.items():
-            if key in told and truth[key] is not None:
-                self.expect(kind, f"submission.json: {key}", comparable(key, told[key]), comparable(key, truth[key]),
-                            slack=ROUNDING)
+        for key in told.keys() & FAULT_OF_FIELD.keys():
+            self.expect(FAULT_OF_FIELD[key], f"submission.json: {key}", comparable(key, told[key]),
+                        comparable(key, truth[key]), slack=ROUNDING)
         if told.get("track", "").removeprefix("track_") == "10min_16mb":
             self.expect("environment", "the machine of track 10min_16mb", comparable("hardware", truth["hardware"]),
                         "8xH100")
         results = told.get("seed_results", truth["seed_results"])
         self.expect("seeds", "submission.json: seed_results of", sorted(results), sorted(truth["seed_results"]))
         for seed in results.keys() & truth["seed_results"].keys():
-            for key in results[seed].keys() & RESULT_FIELDS.keys():
-                self.expect("seed_result", f"submission.json: seed {seed} {key}", results[seed][key],
-                            truth["seed_results"][seed][key], slack=0.051 if key == "eval_time_s" else ROUNDING)
-        if "compliance" in told:
-            for key, held in derived_compliance(self.logs).items():
-                if (claim := told["compliance"].get(key)) is not True or not held:
-                    self.fault("compliance_claim", f"submission.json: compliance {key} is {json.dumps(claim)}, "
-                                                   f"the logs say {json.dumps(held)}")
+            result = results[seed] if isinstance(results[seed], dict) else {}
+            for key, value in truth["seed_results"][seed].items():
+                self.expect("seed_result", f"submission.json: seed {seed} {key}", result.get(key), value,
+                            slack=0.051 if key == "eval_time_s" else ROUNDING)
+        for key, held in derived_compliance(self.logs).items() if "compliance" in told else ():
+            if (claim := told["compliance"].get(key)) is not True or not held:
+                self.fault("compliance_claim", f"submission.json: compliance {key} is {json.dumps(claim)}, the logs "
+                                               f"say {json.dumps(held)}")
 
     def check_readme(self):
         """The README's mean and deviation, and the numbers in its rows of single seeds, against the logs."""
