@@ -27,8 +27,9 @@ import sys
 import tempfile
 import textwrap
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 CAP_BYTES = 16_000_000  # decimal; code and compressed model together
 TIME_LIMIT_S = 600.0  # training; evaluation has as much again
@@ -40,7 +41,7 @@ MACHINE_KEYS = ("world_size", "gpu", "torch", "code_sha256")  # of the run line;
 # Bytes per token of the challenge's validation split by tokenizer file: a score with other bytes is wrong.
 CHALLENGE_BYTES_PER_TOKEN = {"fineweb_1024_bpe": 2.43593, "fineweb_4096_bpe": 3.3197, "fineweb_8192_bpe": 3.72663}
 DASH = "–"
-SCORE_FORMAT = "{:.5f}"
+SCORE_FORMAT, COUNT_FORMAT = "{:.5f}", "{:,.0f}"
 
 
 class ReportError(ValueError):
@@ -62,6 +63,29 @@ SIZE = re.compile(r"(Serialized model|Total submission size|Code size)(?: (\S+))
 MEMORY = re.compile(r"peak memory allocated: (\d+) MiB")
 DEVICE = re.compile(r"\bNVIDIA ([A-Z]+\d+\w*(?: \d+GB)?(?: HBM\d\w*)?)")
 PER_UNIT = {"ms": 1000, "s": 1, "m": 1 / 60, "": 1}
+
+
+def number(text):
+    """The finite float in `text`, its unit dropped and times turned into seconds; None where there is none."""
+    match = re.fullmatch(r"(-?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+))(ms|s|m|)", str(text), re.IGNORECASE)
+    value = float(match[1]) / PER_UNIT[match[2].lower()] if match else math.inf
+    return value if math.isfinite(value) else None
+
+
+def loss(text):
+    """As `number`, but a loss may be nan."""
+    return math.nan if str(text).lower() == "nan" else number(text)
+
+
+def integer(text):
+    """The int in `text`, or None."""
+    return int(text) if re.fullmatch(r"\d+", str(text)) else None
+
+
+def stdev(values):
+    """The sample's standard deviation; nan where a value is, on which statistics.stdev breaks."""
+    middle = mean(values)
+    return math.sqrt(sum((value - middle) ** 2 for value in values) / (len(values) - 1))
 
 
 @dataclass
@@ -96,19 +120,31 @@ class RunLog:
     val: dict = field(default_factory=dict)
     scores: dict = field(default_factory=dict)  # method, or "pre" before quantization -> Score
     final: Score | None = None
-    compliance: dict | None = None
-    over_limit: list = field(default_factory=list)
-    start_up_s: float | None = None
-    hessian_s: float | None = None
-    export_s: float | None = None
     planned: int | None = None  # the M of step:N/M
     stopped: tuple | None = None  # seconds, step
     sizes: dict = field(default_factory=dict)
-    val_tokens: int | None = None
     peak_mib: int | None = None
-    gptq: list = field(default_factory=list)
-    ttt: list = field(default_factory=list)
-    order: list = field(default_factory=list)  # event names as they came
+    events: dict = field(default_factory=dict)  # name of a line of our grammar -> its {key: text}, as they came
+    order: list = field(default_factory=list)  # those names, as they came
+
+    def last(self, event):
+        """{key: text} of the last line of this event; empty without one."""
+        return self.events.get(event, [{}])[-1]
+
+    def series(self, event, *keys):
+        """The numbers under `keys` of every line of this event that has all of them, as tuples."""
+        rows = [tuple(number(values.get(key)) for key in keys) for values in self.events.get(event, [])]
+        return [row for row in rows if None not in row]
+
+    @property
+    def compliance(self):
+        """The compliance line; empty where the run did not come that far."""
+        return self.last("compliance")
+
+    @property
+    def finished(self):
+        """Whether the final, size and compliance lines are there."""
+        return bool(self.final and self.compliance and self.total_bytes and self.model_bytes)
 
     @property
     def name(self):
@@ -149,8 +185,7 @@ class RunLog:
     @property
     def train_s(self):
         """Seconds on the training clock: the compliance line's, else the last that was printed."""
-        told = number((self.compliance or {}).get("train_s"))
-        if told is not None:
+        if (told := number(self.compliance.get("train_s"))) is not None:
             return told
         if self.stopped:
             return self.stopped[0]
@@ -158,9 +193,14 @@ class RunLog:
         return max((p.seconds for p in points if p.seconds is not None), default=None)
 
     @property
+    def hessian_s(self):
+        """Seconds of the training clock that calibration took, or None."""
+        return next((end - begin for begin, end in self.series("hessians", "loop_end_s", "hessian_end_s")), None)
+
+    @property
     def eval_s(self):
         """Seconds of the counted evaluation."""
-        told = number((self.compliance or {}).get("eval_s"))
+        told = number(self.compliance.get("eval_s"))
         return told if told is not None else self.final.seconds if self.final else None
 
     @property
@@ -206,25 +246,15 @@ class RunLog:
     @property
     def verdict(self):
         """'ok', or 'fail (what)', 'unfinished', or a dash for older logs, which judge nothing."""
-        if not self.final:
+        if not (self.final and (self.compliance or not self.ours)):
             return "unfinished"
         if not self.compliance:
-            return "unfinished" if self.ours else DASH
+            return DASH
         if self.compliance.get("verdict") == "ok":
             return "ok"
-        broken = [k for k in CHECKS if self.compliance.get(k) not in (None, "ok")] + self.over_limit
+        broken = [k for k in CHECKS if self.compliance.get(k) not in (None, "ok")]
+        broken += [values.get("limit", "?") for values in self.events.get("over_limit", [])]
         return f"fail ({', '.join(broken) or 'unsaid'})"
-
-
-def number(text):
-    """The float in `text`, its unit dropped and times turned into seconds; None where there is none."""
-    match = re.fullmatch(r"(-?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+|nan|inf))(ms|s|m|)", str(text), re.IGNORECASE)
-    return float(match[1]) / PER_UNIT[match[2].lower()] if match else None
-
-
-def integer(text):
-    """The int in `text`, or None."""
-    return int(text) if re.fullmatch(r"\d+", str(text)) else None
 
 
 def method_of(event):
@@ -251,20 +281,17 @@ def method_of(event):
 
 
 def add_score(log, event, text):
-    """A score line; `final` of an older log is its last one, ours has a line for it."""
+    """Whether this is a score line, then kept; `final` of an older log is its last one, ours has a line for it."""
     values = dict(PAIR.findall(text))
-    loss, bpb = number(values.get("val_loss")), number(values.get("val_bpb"))
-    if loss is None or bpb is None:
+    nats, bpb, method = loss(values.get("val_loss")), loss(values.get("val_bpb")), method_of(event)
+    if nats is None or bpb is None or not (method or event == "final"):
         return False
-    score = Score(values.get("method", ""), loss, bpb, integer(values.get("tokens")), integer(values.get("bytes")),
-                  number(values.get("eval_time")))
+    score = Score(method or values.get("method", ""), nats, bpb, integer(values.get("tokens")),
+                  integer(values.get("bytes")), number(values.get("eval_time")))
+    log.order.append(event)
     if event == "final":
         log.final = score
         return True
-    method = method_of(event)
-    if method is None:
-        return False
-    score.method = method
     known = log.scores.get(method)
     if known and any(s.bpb == bpb for m, s in log.scores.items() if m != method):
         return True  # an older log repeats another method's score under the name that the challenge's reader greps
@@ -280,52 +307,31 @@ def add_progress(log, match):
     """A progress line of either format; a resumed run's line replaces the earlier one of the same step."""
     step, values = int(match[1]), dict(PAIR.findall(match[3]))
     log.planned, seconds = int(match[2]), number(values.get("train_time"))
-    if (loss := number(values.get("train_loss"))) is not None:
-        rate = number(values.get("tok_s", values.get("tok/s")))
-        log.train[step] = Point(step, seconds, loss, tok_s=rate)
-    if (bpb := number(values.get("val_bpb"))) is not None:
+    if (nats := loss(values.get("train_loss"))) is not None:
+        log.train[step] = Point(step, seconds, nats, tok_s=number(values.get("tok_s", values.get("tok/s"))))
+    if (bpb := loss(values.get("val_bpb"))) is not None:
         if seconds is None and step in log.train:
             seconds = log.train[step].seconds
-        log.val[step] = Point(step, seconds, number(values.get("val_loss")), bpb)
-    if (memory := number(values.get("peak_mem_mb"))) is not None:
-        log.peak_mib = max(log.peak_mib or 0, int(memory))
+        log.val[step] = Point(step, seconds, loss(values.get("val_loss")), bpb)
+    if (memory := integer(values.get("peak_mem_mb"))) is not None:
+        log.peak_mib = max(log.peak_mib or 0, memory)
 
 
-def add_event(log, event, values):
-    """A line of our grammar other than progress and scores; unknown events are passed over."""
-    if event == "run":
-        log.run = values
-    elif event in ("config", "config_changed"):
-        log.config.update({k: v for k, v in values.items() if k != "default"})
-    elif event == "kernel":
-        log.start_up_s = number(values.get("start_up"))
-    elif event == "model":
-        log.val_tokens = integer(values.get("val_tokens"))
-    elif event == "hessians":
-        end, begin = number(values.get("hessian_end_s")), number(values.get("loop_end_s"))
-        log.hessian_s = end - begin if end is not None and begin is not None else None
-    elif event == "artifact":
-        log.export_s = number(values.get("export_time"))
-    elif event == "compliance":
-        log.compliance = values
-    elif event == "over_limit":
-        log.over_limit.append(values.get("limit", "?"))
-    elif event == "gptq" and (error := number(values.get("rel_err"))) is not None:
-        log.gptq.append((values.get("name", "?"), integer(values.get("bits")), error))
-    elif event == "ttt":
-        tokens, bpb = integer(values.get("scored_tokens")), number(values.get("running_bpb"))
-        if tokens is not None and bpb is not None:
-            log.ttt.append((tokens, bpb))
-
-
-def event_line(line):
-    """(event, {key: value}) of a line of our grammar, or None."""
+def add_event(log, line):
+    """A line of our grammar other than progress and scores; anything else is passed over."""
     words = line.split(" ")
     event = words.pop(0) if ":" not in words[0] else ""
     pairs = [word.split(":", 1) for word in words]
     if not pairs or any(len(p) != 2 or not p[1] or not re.fullmatch(r"[a-z][a-z0-9_]*", p[0]) for p in pairs):
-        return None
-    return event, dict(pairs)
+        return
+    values = dict(pairs)
+    log.order.append(event)
+    if event == "run":
+        log.run = values
+    elif event in ("config", "config_changed"):
+        log.config.update({k: v for k, v in values.items() if k != "default"})
+    else:
+        log.events.setdefault(event, []).append(values)
 
 
 def add_old_setting(log, line, in_settings):
@@ -347,8 +353,7 @@ def parse_log(path):
         raise ReportError(f"{path}: cannot be read ({error.strerror})") from None
     log = RunLog(path, ours=any(line.startswith("run ") and " code_sha256:" in line for line in lines))
     in_settings = False
-    for line in lines:
-        line = line.rstrip()
+    for line in map(str.rstrip, lines):
         if match := PROGRESS.fullmatch(line):
             add_progress(log, match)
         elif match := STOPPED.fullmatch(line):
@@ -359,11 +364,10 @@ def parse_log(path):
         elif match := MEMORY.match(line):
             log.peak_mib = int(match[1])
         elif (match := SCORE.fullmatch(line)) and add_score(log, match[1], match[2]):
-            log.order.append(match[1])
-        elif log.ours and (found := event_line(line)):
-            log.order.append(found[0])
-            add_event(log, *found)
-        elif not log.ours and not log.train:
+            pass
+        elif log.ours:
+            add_event(log, line)
+        elif not log.train:
             in_settings = line == "Hyperparameters:" or in_settings and line.startswith("  ")
             add_old_setting(log, line, in_settings)
     if not (log.ours or log.train or log.val or log.scores):
@@ -378,20 +382,19 @@ def collect(paths):
         if not path.is_dir():
             logs.append(parse_log(path))
             continue
-        found = []
+        before = len(logs)
         for file in sorted((*path.rglob("*.txt"), *path.rglob("*.log"))):
             try:
-                found.append(parse_log(file))
+                logs.append(parse_log(file))
             except ReportError:
                 continue
-        if not found:
+        if len(logs) == before:
             raise ReportError(f"{path}: no training log (*.txt, *.log) in this folder")
-        logs += found
     return logs
 
 
 # -------------------------------------------------------------------------------------------------
-# 2 Configurations
+# 2 Configurations and tables
 # -------------------------------------------------------------------------------------------------
 
 
@@ -422,32 +425,24 @@ def by_configuration(logs):
     return list(groups.values())
 
 
-# -------------------------------------------------------------------------------------------------
-# 3 Table
-# -------------------------------------------------------------------------------------------------
-
-
-def columns():
-    """The table's columns: (title, value of a RunLog, format of a number; SCORE_FORMAT for a Score; None for text)."""
-    count = "{:,.0f}"
-    methods = [(f"{method} bpb", lambda log, method=method: log.scores.get(method), SCORE_FORMAT)
-               for method in METHODS]
-    return [("run", lambda log: log.name, None), ("preset", lambda log: log.preset, None),
-            ("seed", lambda log: log.seed if log.seed is None else str(log.seed), None),
-            ("gpu", lambda log: log.hardware, None),
-            ("steps", lambda log: log.steps, count), ("tok/s", lambda log: log.tok_s, count),
-            ("ms/step", lambda log: log.ms_per_step, "{:,.1f}"), ("train s", lambda log: log.train_s, "{:.1f}"),
-            ("peak MiB", lambda log: log.peak_mib, count),
-            ("pre-quant bpb", lambda log: log.scores.get("pre"), SCORE_FORMAT), *methods,
-            ("final bpb", lambda log: log.final.bpb if log.final else None, SCORE_FORMAT),
-            ("final by", lambda log: log.final.method or None if log.final else None, None),
-            ("artifact bytes", lambda log: log.model_bytes, count),
-            ("total bytes", lambda log: log.total_bytes, count), ("verdict", lambda log: log.verdict, None)]
+# The table's columns: title, value of a RunLog, format of a number (of the bpb for a Score), None for text.
+COLUMNS = (
+    ("run", lambda log: log.name, None), ("preset", lambda log: log.preset, None),
+    ("seed", lambda log: None if log.seed is None else str(log.seed), None), ("gpu", lambda log: log.hardware, None),
+    ("steps", lambda log: log.steps, COUNT_FORMAT), ("tok/s", lambda log: log.tok_s, COUNT_FORMAT),
+    ("ms/step", lambda log: log.ms_per_step, "{:,.1f}"), ("train s", lambda log: log.train_s, "{:.1f}"),
+    ("peak MiB", lambda log: log.peak_mib, COUNT_FORMAT),
+    ("pre-quant bpb", lambda log: log.scores.get("pre"), SCORE_FORMAT),
+    *((f"{method} bpb", lambda log, method=method: log.scores.get(method), SCORE_FORMAT) for method in METHODS),
+    ("final bpb", lambda log: log.final.bpb if log.final else None, SCORE_FORMAT),
+    ("final by", lambda log: log.final.method or None if log.final else None, None),
+    ("artifact bytes", lambda log: log.model_bytes, COUNT_FORMAT),
+    ("total bytes", lambda log: log.total_bytes, COUNT_FORMAT), ("verdict", lambda log: log.verdict, None))
 
 
 def cell(values, form):
     """One cell: a value, or 'mean ± std' (the sample's) of several; text only where all agree; a dash for unknown."""
-    if None in values:
+    if not values or None in values:
         return DASH
     if form is None:
         return values[0] if len(set(values)) == 1 else DASH
@@ -466,66 +461,55 @@ def markdown(titles, rows, numeric):
 
 def table(logs):
     """The Markdown table of `logs`; after several seeds of one configuration a row with mean ± std."""
-    layout = columns()
     rows = []
     for group in by_configuration(logs):
-        rows += [[cell([value(log)], form) for _, value, form in layout] for log in group]
+        rows += [[cell([value(log)], form) for _, value, form in COLUMNS] for log in group]
         if len({log.seed for log in group}) > 1:
-            rows.append([cell([value(log) for log in group], form) for _, value, form in layout])
+            rows.append([cell([value(log) for log in group], form) for _, value, form in COLUMNS])
             rows[-1][0], rows[-1][2] = "**mean ± std**", f"n = {len(group)}"
-    kept = [i for i in range(len(layout)) if any(row[i] != DASH for row in rows)]
-    return markdown([layout[i][0] for i in kept], [[row[i] for i in kept] for row in rows],
-                    [layout[i][2] is not None for i in kept])
+    kept = [i for i in range(len(COLUMNS)) if any(row[i] != DASH for row in rows)]
+    return markdown([COLUMNS[i][0] for i in kept], [[row[i] for i in kept] for row in rows],
+                    [COLUMNS[i][2] is not None for i in kept])
 
 
 INDEX_MARKS = ("<!-- runs -->", "<!-- /runs -->")
+INDEX_COLUMNS = ("gpu", "preset", "seed", "steps", "final bpb", "final by", "total bytes", "verdict")
 
 
 def index(folder):
     """Fill the README of `folder`, between its two marks, with a table of the logs there; returns how many."""
     readme = Path(folder) / "README.md"
-    try:
-        text = readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ReportError(f"{readme}: cannot be read ({error.strerror})") from None
+    text = readme.read_text(encoding="utf-8")
     start, end = (text.find(mark) for mark in INDEX_MARKS)
     if start < 0 or end < start:
         raise ReportError(f"{readme}: needs the two marks {INDEX_MARKS[0]} and {INDEX_MARKS[1]}, in this order")
-    try:
-        logs = collect([folder])
-    except ReportError:
-        logs = []
-    logs.sort(key=lambda log: (log.date or "", log.name), reverse=True)
-    rows = [[log.date or DASH, log.hardware or DASH, log.preset, log.seed if log.seed is not None else DASH,
-             f"{log.steps:,}" if log.steps else DASH,
-             f"{log.final.bpb:.5f} ({log.final.method or DASH})" if log.final else DASH,
-             f"{log.total_bytes:,}" if log.total_bytes else DASH, log.verdict,
+    logs = sorted(collect([folder]), key=lambda log: (log.date or "", log.name), reverse=True)
+    layout = [column for title in INDEX_COLUMNS for column in COLUMNS if column[0] == title]
+    rows = [[log.date or DASH, *(cell([value(log)], form) for _, value, form in layout),
              f"[{log.name}]({log.path.relative_to(folder).as_posix().replace(' ', '%20')})"] for log in logs]
-    body = markdown(["date", "gpu", "preset", "seed", "steps", "final bpb", "total bytes", "verdict", "log"], rows,
-                    [False, False, False, True, True, True, True, False, False]) if rows else "No runs yet."
+    body = markdown(["date", *INDEX_COLUMNS, "log"], rows, [False, *(form is not None for *_, form in layout), False])
     readme.write_text(f"{text[:start]}{INDEX_MARKS[0]}\n{body}\n{text[end:]}", encoding="utf-8")
     return len(logs)
 
 
 # -------------------------------------------------------------------------------------------------
-# 4 submission.json
+# 3 submission.json
 # -------------------------------------------------------------------------------------------------
 
 
-def record_test(values, record, margin=MARGIN_NATS):
-    """One-sided one-sample t-test that the mean of `values` [nats] is below `record` - `margin`; a dict.
+def record_test(values, record):
+    """One-sided one-sample t-test that the mean of `values` [nats] is below `record` - MARGIN_NATS; a dict.
 
     p is None for a single value: one run shows no spread.
     """
-    bar, n = record - margin, len(values)
+    bar, n = record - MARGIN_NATS, len(values)
     result = dict(n=n, mean=mean(values), std=stdev(values) if n > 1 else None, record=record, bar=bar, t=None, p=None)
     if n > 1 and result["std"] > 0:
         try:
             from scipy import stats
         except ImportError:
             raise ReportError("the test against a record needs scipy: pip install scipy") from None
-        result["t"] = (result["mean"] - bar) / (result["std"] / math.sqrt(n))
-        result["p"] = float(stats.t.cdf(result["t"], n - 1))
+        result["t"], result["p"] = map(float, stats.ttest_1samp(values, bar, alternative="less"))
     elif n > 1:
         result["p"] = 0.0 if result["mean"] < bar else 1.0
     result["holds"] = result["p"] is not None and result["p"] < ALPHA
@@ -544,14 +528,10 @@ def compare_with_record(logs, record_bpb, record_nats):
         record_bpb = record_nats / (math.log(2) * ratio)
     token = record_test([log.final.val_loss for log in logs], record_nats)
     byte = record_test([log.final.bpb * math.log(2) for log in logs], record_bpb * math.log(2))
+    verdict = {(True, True): "record: per token and per byte", (True, False): "record per token only",
+               (False, True): "record per byte only", (False, False): "no record"}[token["holds"], byte["holds"]]
     if token["p"] is None:
         verdict = "undecided: one seed shows no spread"
-    elif token["holds"] and byte["holds"]:
-        verdict = "record: per token and per byte"
-    elif token["holds"] or byte["holds"]:
-        verdict = f"record per {'token' if token['holds'] else 'byte'} only"
-    else:
-        verdict = "no record"
     return dict(record_bpb=record_bpb, margin_nats=MARGIN_NATS, alpha=ALPHA, nats_per_token=token, nats_per_byte=byte,
                 verdict=verdict)
 
@@ -561,8 +541,7 @@ def describe_test(test):
     lines = []
     for unit in ("nats_per_token", "nats_per_byte"):
         r = test[unit]
-        spread = DASH if r["std"] is None else f"{r['std']:.5f}"
-        p = DASH if r["p"] is None else f"{r['p']:.3g}"
+        spread, p = cell([r["std"]], "{:.5f}"), cell([r["p"]], "{:.3g}")
         lines.append(f"{unit.replace('_', ' ')}: mean {r['mean']:.5f} ± {spread} (n = {r['n']}), record "
                      f"{r['record']:.5f}, bar {r['bar']:.5f} ({MARGIN_NATS} below), p = {p} "
                      f"{'<' if r['holds'] else 'not <'} {ALPHA}")
@@ -572,16 +551,18 @@ def describe_test(test):
 def derived_compliance(logs):
     """submission.json's compliance table: each entry from what the logs' own lines say."""
     def all_ok(*names):
-        return all((log.compliance or {}).get(name) == "ok" for log in logs for name in names)
+        return all(log.compliance.get(name) == "ok" for log in logs for name in names)
+
+    def within(name, limit):
+        return all(getattr(log, name) is not None and getattr(log, name) <= limit for log in logs)
 
     def adapted_early(log):  # a ttt line before the artifact was written
         end = log.order.index("artifact") if "artifact" in log.order else len(log.order)
         return "ttt" in log.order[:end]
 
     return dict(
-        train_under_600s=all(log.train_s is not None and log.train_s <= TIME_LIMIT_S for log in logs),
-        artifact_under_16mb=all(log.total_bytes is not None and log.total_bytes <= CAP_BYTES for log in logs),
-        eval_under_600s=all(log.eval_s is not None and log.eval_s <= TIME_LIMIT_S for log in logs),
+        train_under_600s=within("train_s", TIME_LIMIT_S), artifact_under_16mb=within("total_bytes", CAP_BYTES),
+        eval_under_600s=within("eval_s", TIME_LIMIT_S),
         no_slot=all_ok("causal", "score_first"),  # SLOT lets a token's loss depend on that token
         no_pre_quant_ttt=not any(map(adapted_early, logs)),
         no_ngram_cache=all_ok("normalized"),  # a hashed n-gram cache's probabilities do not sum to 1
@@ -594,7 +575,7 @@ def check_same_configuration(logs):
     for log in logs:
         if not log.ours:
             raise ReportError(f"{log.path}: an older log has no settings to compare; --submission takes our logs only")
-        if not (log.final and log.compliance and log.total_bytes):
+        if not log.finished:
             raise ReportError(f"{log.path}: the run did not finish (no 'final', size or 'compliance' line)")
         if log.seed is None:
             raise ReportError(f"{log.path}: its run line has no seed")
@@ -605,203 +586,188 @@ def check_same_configuration(logs):
         raise ReportError(f"two logs have the same seed: {', '.join(map(str, seeds))}")
 
 
-def technique_summary(log):
-    """One line from the settings, for those who give none."""
-    c = log.config
-    parts = [c.get("stack") and f"stack {c['stack']}", c.get("model_dim") and f"width {c['model_dim']}",
-             c.get("matrix_bits") and f"int{c['matrix_bits']} + {c.get('compressor', '?')}",
-             f"scored by {log.final.method}"]
-    return ", ".join(p for p in parts if p)
-
-
-def submission(logs, author, github_id, name, blurb, date=None, track="10min_16mb", summary=None, attribution=None,
-               record_bpb=None, record_nats=None):
-    """The dict of submission.json, from the logs of the seeds of one configuration.
+def logged_fields(logs):
+    """The fields of submission.json that follow from finished logs; not a seed's result, nor the mean, is typed in.
 
     As in the challenge, artifact_bytes of a seed is code and model together, and bytes_total the largest of them.
     """
-    check_same_configuration(logs)
-    logs = sorted(logs, key=lambda log: log.seed)
-    date = date or max((log.date for log in logs if log.date), default=None)
-    if not date:
-        raise ReportError("the logs name no date (RUN_ID has none); give --date YYYY-MM-DD")
     losses, bpbs = [log.final.val_loss for log in logs], [log.final.bpb for log in logs]
     results = {str(log.seed): dict(val_loss=log.final.val_loss, val_bpb=log.final.bpb, artifact_bytes=log.total_bytes,
                                    steps=log.steps, eval_time_s=log.eval_s) for log in logs}
-    out = dict(
-        author=author, github_id=github_id, name=name, blurb=blurb, date=date, track=track,
+    return dict(
         val_loss=round(mean(losses), 8), val_bpb=round(mean(bpbs), 8),
-        val_bpb_std=round(stdev(bpbs), 8) if len(bpbs) > 1 else None,
-        seeds=[log.seed for log in logs], seed_results=results,
-        bytes_total=max(log.total_bytes for log in logs), bytes_code=logs[0].code_bytes,
-        hardware=logs[0].hardware, pytorch_version=logs[0].run.get("torch"),
-        technique_summary=summary or technique_summary(logs[0]), compliance=derived_compliance(logs),
-        attribution=attribution or {})
+        val_bpb_std=round(stdev(bpbs), 8) if len(bpbs) > 1 else None, seeds=[log.seed for log in logs],
+        seed_results=results, bytes_total=max(log.total_bytes for log in logs), bytes_code=logs[0].code_bytes,
+        hardware=logs[0].hardware, pytorch_version=logs[0].run.get("torch"))
+
+
+def submission(logs, typed, record_bpb=None, record_nats=None):
+    """The dict of submission.json, from the logs of the seeds of one configuration.
+
+    typed: what no log says: author, github_id, name, blurb, track, attribution, and, where not None, date and summary.
+    """
+    check_same_configuration(logs)
+    logs = sorted(logs, key=lambda log: log.seed)
+    date = typed.get("date") or max((log.date for log in logs if log.date), default=None)
+    if not date:
+        raise ReportError("the logs name no date (RUN_ID has none); give --date YYYY-MM-DD")
+    settings = ", ".join(f"{k} {logs[0].config.get(k)}" for k in ("stack", "model_dim", "matrix_bits", "compressor"))
+    out = {key: typed[key] for key in ("author", "github_id", "name", "blurb")}
+    out |= dict(date=date, track=typed["track"], **logged_fields(logs),
+                technique_summary=typed.get("summary") or settings, compliance=derived_compliance(logs),
+                attribution=typed["attribution"])
     if record_bpb is not None or record_nats is not None:
         out["record_test"] = compare_with_record(logs, record_bpb, record_nats)
     return out
 
 
 # -------------------------------------------------------------------------------------------------
-# 5 Figures
+# 4 Figures
 # -------------------------------------------------------------------------------------------------
-# White background, so that they read the same on light and dark pages; labels on the lines, no legends.
+# Made for a README's width, 830 pixels (two of theirs to one of its), on their own white background, so that they
+# read the same on light and dark pages; labels on the lines, no legends; the title says the finding.
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#7F6A00", "#444444")
-PARTS = {"start-up": "#BBBBBB", "training": "#0072B2", "Hessians": "#004C78", "export": "#E69F00",
+PARTS = {"start-up": "#BBBBBB", "training": "#0072B2", "calibration": "#004C78", "export": "#E69F00",
          "evaluation": "#009E73", "diagnostics": "#CFE8DF"}
-MAX_PNG_BYTES = 150_000
+WIDTH_IN, DPI = 8.3, 200
+STYLE = {
+    "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "font.size": 9.5,
+    "axes.labelsize": 9.5, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.spines.top": False,
+    "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4", "axes.axisbelow": True,
+    "svg.fonttype": "none", "svg.hashsalt": "report"}
 
 
-def pyplot():
-    """matplotlib.pyplot without a display and with our style."""
+def new_figure(height_in, rows=1, columns=1, **options):
+    """matplotlib's (figure, axes) in our width and style, without a display."""
     try:
         import matplotlib
     except ImportError:
         raise ReportError("--figures needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({
-        "figure.facecolor": "white", "axes.facecolor": "white", "savefig.facecolor": "white", "font.size": 10,
-        "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left", "axes.spines.top": False,
-        "axes.spines.right": False, "axes.grid": True, "grid.color": "#E4E4E4", "axes.axisbelow": True,
-        "svg.fonttype": "none", "svg.hashsalt": "report", "path.simplify": True})
-    return plt
+    plt.rcParams.update(STYLE)
+    return plt.subplots(rows, columns, figsize=(WIDTH_IN, height_in), **options)
 
 
-def save(fig, folder, name):
-    """Write PNG (at most MAX_PNG_BYTES) and SVG; returns their paths."""
+def save(fig, folder, name, finding):
+    """Give the figure its title, write PNG (128 colours) and SVG, close it; returns their paths."""
+    import matplotlib.pyplot as plt
+    from PIL import Image  # matplotlib needs it, so it is there
+    fig.suptitle(textwrap.fill(finding, 88), x=0.01, ha="left", fontsize=10.5, fontweight="bold")
+    fig.tight_layout()
     folder.mkdir(parents=True, exist_ok=True)
     png, svg = folder / f"{name}.png", folder / f"{name}.svg"
-    from PIL import Image  # matplotlib needs it, so it is there
-    for dpi in (150, 120, 100, 80):
-        fig.savefig(png, dpi=dpi)
-        with Image.open(png) as image:
-            few_colors = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-        few_colors.save(png, optimize=True)
-        if png.stat().st_size <= MAX_PNG_BYTES:
-            break
+    fig.savefig(png, dpi=DPI)
+    with Image.open(png) as image:  # maximum coverage keeps the color of a lone label, median cut does not
+        few_colors = image.convert("RGB").quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    few_colors.save(png, optimize=True)
     fig.savefig(svg, metadata={"Date": None})
+    plt.close(fig)
     return [png, svg]
 
 
-def spread_labels(ax, labels, gap=0.055):
+def spread_labels(ax, labels, gap=0.07):
     """Write (y, text, color) labels right of the axes, at least `gap` of its height apart."""
     low, high = ax.get_ylim()
-    placed = []
-    for y, text, color in sorted(labels):
+    places = []
+    for y, _, _ in sorted(labels):
         place = min(max((y - low) / (high - low), 0.0), 1.0)
-        place = max(place, placed[-1][0] + gap) if placed else place
-        placed.append((place, text, color))
-    overflow = max(0.0, placed[-1][0] - 1.0) if placed else 0.0
-    for place, text, color in placed:
+        places.append(max(place, places[-1] + gap) if places else place)
+    overflow = max(0.0, places[-1] - 1.0) if places else 0.0
+    for place, (_, text, color) in zip(places, sorted(labels)):
         ax.text(1.015, place - overflow, text, color=color, transform=ax.transAxes, va="center", fontsize=9)
+
+
+def run_label(log):
+    """The run's name without the time that RUN_ID begins with, at most 24 letters."""
+    return re.sub(r"^20\d{6}-\d{6}_", "", log.name)[:24]
+
+
+def group_label(group):
+    """A short name for a configuration: its run, or what its runs' names begin with, and the number of seeds."""
+    names = [run_label(log) for log in group]
+    if len(group) == 1:
+        return names[0]
+    shared = re.sub(r"[-_ ]*(seed)?[-_ ]*$", "", os.path.commonprefix(names))
+    return f"{shared or group[0].preset}, {len(group)} seeds"
 
 
 def band(group, points, x, y):
     """Common x, then mean, lowest and highest y of the group's runs, interpolated; None where no run has points."""
-    lines = []
-    for log in group:
-        got = sorted((x(p), y(p)) for p in getattr(log, points).values() if x(p) is not None)
-        if len(got) > 1:
-            lines.append(got)
+    import numpy as np
+    lines = [sorted((x(p), y(p)) for p in getattr(log, points).values() if x(p) is not None and y(p) == y(p))
+             for log in group]  # without nan
+    lines = [list(zip(*line)) for line in lines if len(line) > 1]
     if not lines:
         return None
-    first, last = max(line[0][0] for line in lines), min(line[-1][0] for line in lines)
-    grid = sorted({a for line in lines for a, _ in line if first <= a <= last})
-    values = [[interpolate(line, a) for line in lines] for a in grid]
-    return (grid, [mean(v) for v in values], [min(v) for v in values], [max(v) for v in values]) if grid else None
+    first, last = max(xs[0] for xs, _ in lines), min(xs[-1] for xs, _ in lines)
+    grid = sorted({a for xs, _ in lines for a in xs if first <= a <= last})
+    values = np.array([np.interp(grid, xs, ys) for xs, ys in lines])
+    return (np.array(grid), values.mean(0), values.min(0), values.max(0)) if grid else None
 
 
-def interpolate(line, x):
-    """y at x of a line of sorted (x, y), straight between its points."""
-    for (x0, y0), (x1, y1) in zip(line, line[1:]):
-        if x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0) if x1 > x0 else y1
-    return line[-1][1]
-
-
-def short_name(log):
-    """The run's name without the time that RUN_ID begins with."""
-    return re.sub(r"^20\d{6}-\d{6}_", "", log.name)
-
-
-def group_label(group):
-    """A short name for a configuration: its run, or preset and number of seeds."""
-    if len(group) == 1:
-        return short_name(group[0])
-    return f"{group[0].preset}, {len(group)} seeds"
-
-
-def curve_title(groups):
-    """The finding: the best final score and its distance to the next."""
+def curve_finding(groups):
+    """The best final score and its distance to the next."""
     ranked = sorted((mean(log.final.bpb for log in g), group_label(g)) for g in groups if all(log.final for log in g))
     if not ranked:
         return "Learning curves (no run has finished)"
     if len(ranked) == 1:
-        return f"{ranked[0][1]} ends at {ranked[0][0]:.4f} bpb"
+        return f"{ranked[0][1]}: ends at {ranked[0][0]:.4f} bpb"
     return f"Best: {ranked[0][1]} at {ranked[0][0]:.4f} bpb, {ranked[1][0] - ranked[0][0]:.4f} below {ranked[1][1]}"
 
 
-def draw_curves(ax, groups, points, x, y, label):
+def draw_curves(ax, groups, points, x, y):
     """One panel: a line per configuration, a band over its seeds; the first, steep part runs off the top."""
-    labels, early = [], []
-    for color, group in zip(COLORS * len(groups), groups):
-        found = band(group, points, x, y)
-        if not found:
+    labels, tops = [], []
+    for color, group in zip(cycle(COLORS), groups):
+        if not (found := band(group, points, x, y)):
             continue
         grid, middle, low, high = found
         ax.plot(grid, middle, color=color, lw=1.4 if len(grid) < 60 else 0.9)
         if len(group) > 1:
             ax.fill_between(grid, low, high, color=color, alpha=0.25, lw=0)
         labels.append((middle[-1], group_label(group), color))
-        early.append(next(m for a, m in zip(grid, middle) if a >= 0.04 * grid[-1] or a == grid[-1]))
-        early.append(max(middle[-max(1, len(middle) // 3):]))
+        tops += [middle[grid >= 0.04 * grid[-1]][0], middle[-(len(middle) // 3 + 1):].max()]
     if labels:
-        bottom = min(ax.dataLim.y0, *(value for value, _, _ in labels))
-        top = max(early) + 0.03 * (max(early) - bottom) if len(early) else ax.dataLim.y1
-        if top > bottom:
-            ax.set_ylim(bottom - 0.06 * (top - bottom), top)
-    ax.set_ylabel(label)
+        bottom, top = ax.dataLim.y0, max(tops)
+        ax.set_ylim(bottom - 0.06 * (top - bottom or 1), top + 0.03 * (top - bottom or 1))
     return labels
 
 
 def figure_curves(logs, folder):
-    """Training loss, and validation bpb where the logs have it, against step and against seconds."""
+    """Validation bpb, where the logs have it, and training loss, against step and against seconds."""
     groups = [g for g in by_configuration(logs) if any(len(log.train) > 1 for log in g)]
     if not groups:
         return []
-    plt = pyplot()
-    has_val = any(len(log.val) > 1 for g in groups for log in g)
-    rows = [("train", lambda p: p.loss, "training loss [nats/token]")]
-    rows += [("val", lambda p: p.bpb, "validation bpb [bits/byte]")] if has_val else []
-    fig, axes = plt.subplots(len(rows), 2, figsize=(10, 1.0 + 3.1 * len(rows)), sharey="row", sharex="col",
-                             squeeze=False)
-    for row, (points, y, label) in zip(axes, rows):
-        for ax, x in zip(row, (lambda p: p.step, lambda p: p.seconds)):
-            labels = draw_curves(ax, groups, points, x, y, label if ax is row[0] else "")
-        spread_labels(row[1], labels)
-    for row, letters in zip(axes, ("ab", "cd")):
-        for ax, letter, against in zip(row, letters, ("step", "training time")):
-            ax.set_title(f"({letter}) against {against}", fontweight="normal")
+    panels = [("val", lambda p: p.bpb, "validation bpb [bits/byte]"),
+              ("train", lambda p: p.loss, "training loss [nats/token]")]
+    panels = [panel for panel in panels if any(len(getattr(log, panel[0])) > 1 for g in groups for log in g)]
+    fig, axes = new_figure(0.9 + 2.7 * len(panels), len(panels), 2, sharey="row", sharex="col", squeeze=False)
+    for row, (points, y, label), letters in zip(axes, panels, ("ab", "cd")):
+        for ax, x, letter, against in zip(row, (lambda p: p.step, lambda p: p.seconds), letters,
+                                          ("step", "training time")):
+            labels = draw_curves(ax, groups, points, x, y)
+            ax.set_title(f"({letter}) against {against}")
             ax.set_xlim(left=0)
+        row[0].set_ylabel(label)
+        spread_labels(row[1], labels)
     axes[-1][0].set_xlabel("step")
     axes[-1][1].set_xlabel("training clock [s]")
-    finding = curve_title(groups) + ("; bands: lowest to highest seed" if any(len(g) > 1 for g in groups) else "")
-    fig.suptitle(textwrap.fill(finding, 95), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    fig.tight_layout()
-    return save(fig, folder, "curves")
+    bands = "; bands: lowest to highest seed" if any(len(g) > 1 for g in groups) else ""
+    return save(fig, folder, "curves", curve_finding(groups) + bands)
 
 
 def time_parts(log):
     """(part, what, seconds) of a run in order; `diagnostics` are evaluations that do not count."""
     train = log.train_s
     if train is not None and log.hessian_s:
-        train -= log.hessian_s  # they are inside the training clock
-    parts = [("start-up", "start-up", log.start_up_s), ("training", "training", train),
-             ("Hessians", "Hessians", log.hessian_s),
-             ("diagnostics", "unquantized", log.scores["pre"].seconds if "pre" in log.scores else None),
-             ("export", "export", log.export_s)]
+        train -= log.hessian_s  # calibration is inside the training clock
+    unquantized = log.scores.get("pre")
+    parts = [("start-up", "start-up", number(log.last("kernel").get("start_up"))), ("training", "training", train),
+             ("calibration", "calibration", log.hessian_s),
+             ("diagnostics", "unquantized", unquantized and unquantized.seconds),
+             ("export", "export", number(log.last("artifact").get("export_time")))]
     for method in METHODS:
         counted = bool(log.final and log.final.method == method)
         seconds = log.eval_s if counted else log.scores[method].seconds if method in log.scores else None
@@ -809,180 +775,227 @@ def time_parts(log):
     return [part for part in parts if part[2]]
 
 
-def figure_time(logs, folder):
-    """A bar per run: where the seconds went, against the limit of the training clock."""
-    bars = [(log, time_parts(log)) for log in logs]
-    bars = [(log, parts) for log, parts in bars if parts][:16]
+def seconds_text(seconds):
+    """Such as '8.4 s' and '119 s'."""
+    return f"{seconds:.{1 if seconds < 10 else 0}f} s"
+
+
+def figure_time(logs, folder, most=16):
+    """A bar per run, for the first `most`: where the seconds went; parts too short for a label are named below."""
+    bars = [(log, parts) for log in logs if (parts := time_parts(log))][:most]
     if not bars:
         return []
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(10, 1.75 + 0.62 * len(bars)))
+    fig, ax = new_figure(1.2 + 0.62 * len(bars))
     whole = max(sum(s for *_, s in parts) for _, parts in bars)
-    for i, (_, parts) in enumerate(bars):
+    for y, (_, parts) in enumerate(bars):
         left, small = 0.0, []
         for part, what, seconds in parts:
-            ax.barh(i, seconds, left=left, height=0.6, color=PARTS[part], edgecolor="white", lw=0.8,
+            ax.barh(y, seconds, left=left, height=0.56, color=PARTS[part], edgecolor="white", lw=0.8,
                     hatch="///" if part == "diagnostics" else None)
-            text = f"{what} {seconds:.1f} s" if seconds < 10 else f"{what} {seconds:.0f} s"
-            if seconds > 0.0088 * len(what) * whole:
-                dark = part in ("training", "Hessians", "evaluation")
-                box = None if dark else dict(facecolor=PARTS[part], edgecolor="none", pad=1.0)
-                if seconds < 0.0088 * len(text) * whole:
-                    text = text.replace(" ", "\n", 1)
-                ax.text(left + seconds / 2, i, text, ha="center", va="center", fontsize=8.5, bbox=box,
-                        color="white" if dark else "black")
+            text, light = f"{what}\n{seconds_text(seconds)}", part in ("start-up", "export", "diagnostics")
+            if seconds > 0.0118 * whole * len(what):  # what a letter takes of the width
+                ax.text(left + seconds / 2, y, text, ha="center", va="center", fontsize=8.5,
+                        color="black" if light else "white",
+                        bbox=dict(facecolor=PARTS[part], edgecolor="none", pad=1.0) if light else None)
             else:
-                small.append(text)
+                small.append(text.replace("\n", " "))
             left += seconds
         if small:
-            ax.text(0, i + 0.33, "in order, not labelled: " + ", ".join(small), va="top", fontsize=8, color="#333333")
-    ax.set_yticks(range(len(bars)), [short_name(log) for log, _ in bars])
-    ax.set_ylim(len(bars) - 0.3, -0.5)
-    ax.set_xlim(0, whole * 1.01)
+            ax.text(0, y + 0.31, "in order, not labelled: " + ", ".join(small), va="top", fontsize=8, color="#333333")
+    ax.set_yticks(range(len(bars)), [log.name.replace("_", "\n", 1) for log, _ in bars], fontsize=8.5)
+    ax.set(ylim=(len(bars) - 0.3, -0.5), xlim=(0, whole * 1.01),
+           xlabel="wall clock [s]; hatched: evaluations that do not count")
     ax.grid(axis="y", visible=False)
-    ax.set_xlabel("wall clock [s]; hatched: evaluations that do not count")
-    fig.suptitle(time_title(bars), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    fig.tight_layout()
-    return save(fig, folder, "time")
+    longest = [(what, max((getattr(log, key) or 0 for log, _ in bars)))
+               for what, key in (("training", "train_s"), ("the counted evaluation", "eval_s"))]
+    told = ", ".join(f"{what} {seconds_text(seconds)}" for what, seconds in longest if seconds)
+    return save(fig, folder, "time", f"{'Longest' if len(bars) > 1 else run_label(bars[0][0])}: {told} "
+                                     f"({TIME_LIMIT_S:.0f} s allowed for each)")
 
 
-def time_title(bars):
-    """The finding: the longest training and the longest counted evaluation."""
-    train = max((log.train_s for log, _ in bars if log.train_s), default=None)
-    counted = max((log.eval_s for log, _ in bars if log.eval_s), default=None)
-    parts = [f"training took {train:.0f} s" if train else None,
-             f"the counted evaluation {counted:.{0 if counted >= 10 else 1}f} s" if counted else None]
-    told = ", ".join(p for p in parts if p) + " (600 s allowed for each)"
-    return f"At most: {told}" if len(bars) > 1 else told[:1].upper() + told[1:]
+def last_with(logs, event):
+    """The last log with lines of this event, and those lines; (None, []) without one."""
+    return next(((log, log.events[event]) for log in reversed(logs) if log.events.get(event)), (None, []))
+
+
+def figure_roles(logs, folder):
+    """Where the artifact's bytes are, by role, compressed (solid) and before (outlined); of the last log that says."""
+    log, lines = last_with(logs, "role")
+    rows = [(v.get("name", "?"), *(number(v.get(key)) for key in ("packed_bytes", "raw_bytes", "bits_per_symbol")))
+            for v in lines]
+    rows = sorted((row for row in rows if None not in row), key=lambda row: -row[1])
+    if not rows:
+        return []
+    header = (log.model_bytes or 0) - sum(row[1] for row in rows)
+    rows += [(name, size, size, None) for name, size in (("header", header), ("train_gpt.py", log.code_bytes or 0))
+             if size > 0]
+    largest, total = max(max(row[1:3]) for row in rows), sum(row[1] for row in rows)
+    unit, letters = (1e6, "MB") if largest >= 1e6 else (1e3, "kB")
+    fig, ax = new_figure(1.1 + 0.3 * len(rows))
+    for i, (_, size, raw, bits) in enumerate(rows):
+        ax.barh(i, raw / unit, height=0.62, color="none", edgecolor="#888888", lw=0.8)
+        ax.barh(i, size / unit, height=0.62, color=COLORS[5] if bits is None else COLORS[0])
+        ax.text((max(raw, size) + 0.012 * largest) / unit, i, va="center", fontsize=9,
+                s=f"{size / unit:.3f} {letters}" + (f", {bits:.2f} bits per symbol" if bits is not None else ""))
+    ax.set_yticks(range(len(rows)), [row[0] for row in rows])
+    ax.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.34 * largest / unit),
+           xlabel=f"bytes [{letters}]; outlined: before compression")
+    ax.grid(axis="y", visible=False)
+    return save(fig, folder, "roles", f"{run_label(log)}: {total / 1e6:.3f} MB of {CAP_BYTES / 1e6:.0f} MB, "
+                                      f"{rows[0][1] / total:.0%} of it {rows[0][0]}")
 
 
 def figure_gptq(logs, folder):
-    """Relative quantization error of every matrix, in the order of the log; the worst are named."""
-    logs = [log for log in logs if log.gptq]
-    if not logs:
+    """Relative quantization error of every matrix, kind by layer, of the last log that says."""
+    log, lines = last_with(logs, "gptq")
+    errors, bits_of = {}, {}  # (kind, block or -1) -> relative error; kind -> its bits
+    for values in lines:
+        name, error = values.get("name", "?"), number(values.get("rel_err"))
+        block = re.fullmatch(r"blocks\.(\d+)\.(.+)", name)
+        kind = (block[2] if block else name).replace("_proj", "").replace(".kv.", ".")
+        if error is not None:
+            errors[kind, int(block[1]) if block else -1] = max(error, 1e-9)
+            bits_of.setdefault(kind, {})[f"int{values.get('bits')}"] = None
+    if not errors:
         return []
-    plt = pyplot()
-    log = logs[-1]
-    fig, ax = plt.subplots(figsize=(10, 3.6))
-    kinds = list(dict.fromkeys(bits for _, bits, _ in log.gptq))
-    for color, marker, bits in zip(COLORS, "osD^vP", kinds):
-        xs = [i for i, (_, b, _) in enumerate(log.gptq) if b == bits]
-        ax.plot(xs, [log.gptq[i][2] for i in xs], marker, color=color, ms=5)
-        ax.annotate(f"int{bits}" if bits else "other", (xs[-1], log.gptq[xs[-1]][2]), textcoords="offset points",
-                    xytext=(8, -3), color=color, fontsize=9, annotation_clip=False)
-    n, worst, named = len(log.gptq), sorted(range(len(log.gptq)), key=lambda i: -log.gptq[i][2]), []
-    for i in worst[:4]:
-        side, y = -1 if i > 0.5 * n else 1, log.gptq[i][2]
-        if all(abs(i + 0.1 * n * side - x) > 0.2 * n or abs(y - other) > 0.08 * log.gptq[worst[0]][2]
-               for x, other in named):  # leave out a name that would lie on another
-            ax.annotate(log.gptq[i][0], (i, y), textcoords="offset points", xytext=(7 * side, 4), fontsize=8,
-                        ha="right" if side < 0 else "left")
-            named.append((i + 0.1 * n * side, y))
-    ax.set_ylim(0, 1.15 * log.gptq[worst[0]][2])
-    ax.set_xlabel("matrix, in the order of export")
-    ax.set_ylabel("relative error, rel_err [1]")
-    name, bits, error = log.gptq[worst[0]]
-    middle = median(e for *_, e in log.gptq)
-    ax.set_title(f"{short_name(log)}: largest quantization error {error:.4f} in {name} (int{bits}), "
-                 f"median {middle:.4f}", pad=10)
-    fig.tight_layout()
-    return save(fig, folder, "gptq")
+    from matplotlib.colors import LogNorm
+    columns, kinds = sorted({column for _, column in errors}), list(bits_of)
+    norm = LogNorm(min(errors.values()) / 2, max(errors.values()))  # the least is not white, as a missing one is
+    fig, ax = new_figure(1.2 + 0.25 * len(kinds))
+    ax.imshow([[errors.get((kind, column), math.nan) for column in columns] for kind in kinds], aspect="auto",
+              cmap="Blues", norm=norm)
+    for (kind, column), error in errors.items():
+        if len(columns) <= 20:  # more would not be legible
+            ax.text(columns.index(column), kinds.index(kind), f"{1000 * error:.3g}", ha="center", va="center",
+                    fontsize=8, color="white" if norm(error) > 0.6 else "black")
+    ax.set_xticks(range(len(columns)), ["–" if column < 0 else column for column in columns])
+    ax.set_yticks(range(len(kinds)), [f"{kind} ({'/'.join(bits_of[kind])})" for kind in kinds], fontsize=8.5)
+    ax.grid(visible=False)
+    ax.set_xlabel("block (–: outside the blocks); a shared matrix stands in its first block")
+    (kind, column), error = max(errors.items(), key=lambda item: item[1])
+    where = kind if column < 0 else f"block {column}, {kind}"
+    return save(fig, folder, "gptq", f"{run_label(log)}: relative quantization error x 1000; largest "
+                f"{1000 * error:.3g} ({where}), median {1000 * median(errors.values()):.3g}")
+
+
+def draw_lines(ax, lines, **style):
+    """Plot (xs, ys, label, color) lines, each labelled at its end, right of the axes."""
+    for xs, ys, _, color in lines:
+        ax.plot(xs, ys, color=color, lw=1.4, **style)
+    spread_labels(ax, [(ys[-1], text, color) for _, ys, text, color in lines])
+
+
+def without_learning(log, logs):
+    """Of `logs`, the same artifact scored in the same chunks without learning (TTT_LR=0 or TTT_EPOCHS=0), or None."""
+    def setting(other):
+        return {k: v for k, v in configuration(other).items() if k not in ("ttt_lr", "ttt_epochs", "code_sha256")}
+    same = [other for other in logs if other is not log and setting(other) == setting(log)]
+    return next((other for other in same if log.config.get("artifact", "-") != "-" and
+                 0.0 in (number(other.config.get("ttt_lr")), number(other.config.get("ttt_epochs")))), None)
+
+
+def stream(log, key):
+    """{tokens scored: bits per byte} along the stream of test-time training; `key` is running_bpb or chunk_bpb."""
+    return dict(log.series("ttt", "scored_tokens", key))
 
 
 def figure_ttt(logs, folder):
-    """Running bpb along the validation stream under test-time training, with the unadapted score as a line."""
-    logs = [log for log in logs if len(log.ttt) > 1]
-    if not logs:
+    """Running bpb along the stream under test-time training, with the unadapted score where the log has it; (b) the
+    gain along the stream, where a log scored the same artifact without learning."""
+    colors = [(color, log) for color, log in zip(cycle(COLORS), logs) if len(stream(log, "running_bpb")) > 1]
+    if not colors:
         return []
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(10, 3.6))
-    labels, findings = [], []
-    for color, log in zip(COLORS * len(logs), logs):
-        tokens, bpb = zip(*log.ttt)
-        ax.plot([n / 1e6 for n in tokens], bpb, color=color, lw=1.4)
-        labels.append((bpb[-1], f"{short_name(log)} {bpb[-1]:.4f}", color))
-        base = log.scores.get("exact") or log.scores.get("sliding")
-        if base:
-            ax.axhline(base.bpb, color=color, lw=1, ls="--")
-            labels.append((base.bpb, f"unadapted, {base.method} {base.bpb:.4f}", color))
-            findings.append(base.bpb - bpb[-1])
-    values = [value for log in logs for _, value in log.ttt[len(log.ttt) // 20:]] + [value for value, _, _ in labels]
-    pad = 0.08 * (max(values) - min(values) or 0.01)
-    ax.set_ylim(min(values) - pad, max(values) + pad)
-    ax.set_xlim(left=0)
-    spread_labels(ax, labels, gap=0.07)
-    ax.set_xlabel("tokens scored [millions]")
-    ax.set_ylabel("running bpb [bits/byte]")
-    gain = (f"Test-time training {'gains' if findings[0] > 0 else 'loses'} {abs(findings[0]):.4f} bpb over the stream"
-            if findings else f"Running bpb under test-time training ends at {logs[0].ttt[-1][1]:.4f}")
-    ax.set_title(gain, pad=10)
-    fig.tight_layout()
-    return save(fig, folder, "ttt")
+    pairs = [(color, log, other) for color, log in colors if (other := without_learning(log, logs))]
+    fig, axes = new_figure(3.2 + 2.3 * bool(pairs), 1 + bool(pairs), sharex=True, squeeze=False)
+    lines, gains, values = [], [], []
+    for color, log in colors:
+        tokens, bpb = zip(*stream(log, "running_bpb").items())
+        lines.append(([n / 1e6 for n in tokens], bpb, f"{run_label(log)} {bpb[-1]:.4f}", color))
+        values += bpb[len(bpb) // 20:]  # the first are noise
+        if (base := log.scores.get("exact") or log.scores.get("sliding")) and math.isfinite(base.bpb):
+            axes[0][0].axhline(base.bpb, color=color, lw=1, ls="--")
+            axes[0][0].text(0, base.bpb, f" unadapted, {base.method}: {base.bpb:.4f}", color=color, va="bottom")
+            values.append(base.bpb)
+            gains.append(base.bpb - bpb[-1])
+    pad = 0.1 * (max(values) - min(values) or 0.01)
+    axes[0][0].set(ylim=(min(values) - pad, max(values) + pad), ylabel="running bpb [bits/byte]")
+    draw_lines(axes[0][0], lines)
+    lines = []
+    for color, log, other in pairs:
+        chunk, so_far = ([(n / 1e6, was - stream(log, key)[n]) for n, was in stream(other, key).items()
+                          if n in stream(log, key)] for key in ("chunk_bpb", "running_bpb"))
+        axes[1][0].plot(*zip(*chunk), "o", ms=2.5, color=color, alpha=0.6)
+        lines.append((*zip(*so_far), f"{run_label(log)} {so_far[-1][1]:+.4f}", color))
+    if lines:
+        axes[0][0].set_title("(a) score so far")
+        axes[1][0].set_title("(b) gain over no learning: line so far, dots by chunk")
+        axes[1][0].set_ylabel("gain [bits/byte]")
+        axes[1][0].axhline(0, color="#888888", lw=0.8)
+        draw_lines(axes[1][0], lines)
+        gains = [lines[0][1][-1]]
+    axes[-1][0].set(xlim=(0, None), xlabel="tokens scored [millions]")
+    finding = f"Running bpb under test-time training ends at {bpb[-1]:.4f}"
+    if gains:
+        finding = f"Test-time training {'gains' if gains[0] > 0 else 'loses'} {abs(gains[0]):.4f} bpb over the stream"
+    return save(fig, folder, "ttt", finding)
+
+
+def figure_position(logs, folder):
+    """bpb by a token's distance from the beginning of its document, and each bucket's share of the bytes."""
+    found = [(log, rows) for log in logs if len(rows := log.series("position", "from", "to", "bytes", "val_bpb")) > 1]
+    if not found:
+        return []
+    buckets = sorted({row[:2] for _, rows in found for row in rows})
+    fig, (top, low) = new_figure(3.9, 2, sharex=True, height_ratios=(3, 1))
+    draw_lines(top, [([buckets.index(row[:2]) for row in rows], [row[3] for row in rows], run_label(log), color)
+                     for color, (log, rows) in zip(cycle(COLORS), found)], marker="o", ms=3.5)
+    log, rows = found[0]
+    low.bar([buckets.index(row[:2]) for row in rows], [100 * row[2] / sum(r[2] for r in rows) for row in rows],
+            color="#888888")
+    low.set_xticks(range(len(buckets)), [f"{start:,.0f}" for start, _ in buckets], fontsize=8.5)
+    low.set(ylabel="bytes [%]", xlabel="tokens since the document began, from this many to the next")
+    top.set_ylabel("bpb [bits/byte]")
+    told = (f"{what} {bpb:.3f} from {start:,.0f} to {end:,.0f}" for what, (start, end, _, bpb) in
+            zip(("highest", "lowest"), sorted(rows, key=lambda row: -row[3])[::len(rows) - 1]))
+    return save(fig, folder, "position", f"{run_label(log)}, bpb by tokens since the document began: {', '.join(told)}")
 
 
 def figures(logs, folder):
     """Draw what the logs have data for; returns the paths of the files."""
-    paths = []
-    for draw in (figure_curves, figure_time, figure_gptq, figure_ttt):
-        paths += draw(logs, Path(folder))
-    if paths:
-        pyplot().close("all")
-    return paths
+    draw = (figure_curves, figure_time, figure_roles, figure_gptq, figure_ttt, figure_position)
+    return [path for one in draw for path in one(logs, Path(folder))]
 
 
 # -------------------------------------------------------------------------------------------------
-# 6 Review of a submission folder
+# 5 Review of a submission folder
 # -------------------------------------------------------------------------------------------------
 
-FAULTS = {
-    "missing_file": "a required file is not there",
-    "missing_logs": "fewer than three train_seed<seed>.log",
-    "log_unreadable": "a log holds no line of a training log of this script",
-    "log_unfinished": "a log has no final, size or compliance line",
-    "log_seed": "a log's seed is not the one in its file name",
-    "log_inconsistent": "two lines of a log contradict each other",
-    "configurations_differ": "the seeds were run with different settings, code or machines",
-    "json_invalid": "submission.json is not a JSON object",
-    "json_field": "a field of submission.json is missing",
-    "json_type": "a field of submission.json has the wrong type or form",
-    "seeds": "submission.json's seeds are not those of the logs",
-    "seed_result": "a seed's result in submission.json is not the log's",
-    "mean": "val_loss, val_bpb or val_bpb_std is not that of the logs",
-    "environment": "hardware or pytorch_version is not that of the logs, or not the track's",
-    "code_bytes": "the script's size is not the one logged or declared",
-    "code_sha256": "the script is not the one that ran",
-    "total_bytes": "code and model do not add up to the total, or it is not the one declared",
-    "size_cap": "code and model exceed 16,000,000 bytes",
-    "train_time": "training took more than 600 s, or the log does not say",
-    "eval_time": "evaluation took more than 600 s, or the log does not say",
-    "compliance": "a compliance line says fail, or lacks a check",
-    "compliance_claim": "submission.json claims what the logs deny, or leaves it out",
-    "bytes_per_token": "loss, bpb, bytes and tokens do not belong together",
-    "coverage": "not every validation token was scored once",
-    "final_method": "the final score is not the one of the method that was set beforehand",
-    "readme_score": "the README does not give the mean bpb of the logs",
-    "readme_seed": "a seed's row in the README has a score that its log does not have",
-    "python310": "the script is no Python 3.10",
-    "exec_wrapper": "the script executes code from a string",
-    "import_failed": "the script cannot be imported on a CPU-only machine",
-    "import_effect": "importing the script does more than define things",
-}
 REQUIRED_FILES = ("README.md", "submission.json", "train_gpt.py", "requirements.txt")
-FIELDS = dict(author=str, github_id=str, name=str, blurb=str, date=str, track=str, val_loss=float, val_bpb=float,
-              val_bpb_std=float, seeds=list, seed_results=dict, bytes_total=int, bytes_code=int, hardware=str,
-              pytorch_version=str, technique_summary=str, compliance=dict, attribution=dict)
-RESULT_FIELDS = dict(val_loss=float, val_bpb=float, artifact_bytes=int, steps=int, eval_time_s=float)
-CLAIMS = ("train_under_600s", "artifact_under_16mb", "eval_under_600s", "no_slot", "no_pre_quant_ttt", "no_ngram_cache",
-          "score_first_ttt", "three_seeds")
+TEXTS = ("author", "github_id", "name", "blurb", "date", "track", "technique_summary")  # fields of submission.json
+TABLES = ("seed_results", "compliance", "attribution")
+FAULT_OF_FIELD = dict(val_loss="mean", val_bpb="mean", val_bpb_std="mean", seeds="seeds", bytes_total="total_bytes",
+                      bytes_code="code_bytes", hardware="environment", pytorch_version="environment")
 ROUNDING = 5.1e-6  # submissions give five decimals or more
+DATE = r"20\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
 
 
-def is_type(value, kind):
-    """Whether a JSON value is of `kind`; an int passes for a float, true and false pass for no number."""
-    if kind in (int, float):
-        numeric = (int,) if kind is int else (int, float)
-        return isinstance(value, numeric) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, kind) and (kind is not str or bool(value.strip()))
+def comparable(key, value):
+    """A field of submission.json as it can be compared: machine as number and kind of its GPUs, seeds in order."""
+    if key == "seeds" and isinstance(value, list):
+        return sorted(map(str, value))
+    if key == "hardware" and (found := re.search(r"(\d+)\s*[x×]\s*(?:NVIDIA )?([A-Z]+\d+)", str(value), re.I)):
+        return f"{found[1]}x{found[2].upper()}"  # '8xH100 80GB SXM' is '8xH100 80GB HBM3'
+    return value
+
+
+def rounds_to(value, figure):
+    """Whether `value`, rounded to the decimals of the text `figure`, is that figure."""
+    return abs(value - float(figure)) <= 0.5001 * 10.0 ** -len(figure.split(".")[1])
+
+
+def last_line(text):
+    """The last line of an error output that is not empty."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
 class Review:
@@ -994,10 +1007,19 @@ class Review:
         self.logs, self.json, self.code = [], None, None
 
     def fault(self, kind, text):
-        """Record a fault; `kind` is a key of FAULTS."""
-        if kind not in FAULTS:
-            raise KeyError(kind)
+        """Record a fault; `kind` is one word for it."""
         self.faults.append((kind, text))
+
+    def expect(self, kind, what, found, truth, slack=0.0):
+        """A fault unless `found` is `truth`; numbers may differ by `slack`."""
+        numbers = isinstance(found, (int, float)) and isinstance(truth, (int, float))
+        if not (abs(found - truth) <= slack if numbers else found == truth):
+            self.fault(kind, f"{what} is {found}, expected {truth}")
+
+    def at_most(self, kind, what, found, limit):
+        """A fault unless `found` is a number of at most `limit`."""
+        if found is None or not found <= limit:
+            self.fault(kind, f"{what} is {found}, the limit is {limit:,}")
 
     def run(self):
         """Look at everything that is there; a missing file is one fault, not the end."""
@@ -1011,10 +1033,9 @@ class Review:
         if len(self.logs) > 1 and (found := differences(self.logs)):
             self.fault("configurations_differ", "; ".join(found))
         if self.json is not None:
-            self.check_json_types()
-            self.check_json_seeds()
-            self.check_json_means()
-            self.check_json_claims()
+            self.check_json_form()
+            if self.logs:
+                self.check_json_values()
         self.check_readme()
         if self.code is not None:
             self.check_python()
@@ -1022,7 +1043,7 @@ class Review:
         return self
 
     def read_files(self):
-        """Which files are there; logs, JSON and script."""
+        """Which files are there; logs, JSON, script, and the size of an artifact if one is in the folder."""
         for name in REQUIRED_FILES:
             if not (self.folder / name).is_file():
                 self.fault("missing_file", f"{name} is not in the folder")
@@ -1037,166 +1058,115 @@ class Review:
                 continue
             if not log.ours:
                 self.fault("log_unreadable", f"{path.name}: not a log of this script (no run line with code_sha256)")
-            elif not (log.final and log.compliance and log.total_bytes and log.model_bytes):
+            elif not log.finished:
                 self.fault("log_unfinished", f"{path.name}: lacks its final, size or compliance line")
             else:
                 self.logs.append(log)
+        for path in self.folder.glob("*.artifact"):
+            if (size := path.stat().st_size) not in (logged := [log.model_bytes for log in self.logs]):
+                self.fault("artifact_bytes", f"{path.name} has {size} bytes, the logs' models {logged}")
         script, declared = self.folder / "train_gpt.py", self.folder / "submission.json"
         self.code = script.read_bytes() if script.is_file() else None
         if declared.is_file():
             try:
                 self.json = json.loads(declared.read_text(encoding="utf-8"))
-            except (ValueError, UnicodeDecodeError) as error:
+            except ValueError as error:
                 self.fault("json_invalid", f"submission.json: {error}")
             if self.json is not None and not isinstance(self.json, dict):
-                self.fault("json_invalid", "submission.json: not an object")
-                self.json = None
+                self.json = self.fault("json_invalid", "submission.json: not an object")
+        if not re.fullmatch(DATE + r"_\w.*", name := self.folder.resolve().name):
+            self.notes.append(f"the folder's name, {name}, is not YYYY-MM-DD_Name")
 
     def check_log(self, log):
         """Seed, code and sizes of one log, against its name, the script and itself."""
         name = log.path.name
-        if name != f"train_seed{log.seed}.log":
-            self.fault("log_seed", f"{name}: its run line says seed:{log.seed}")
+        self.expect("log_seed", "the name of the log with seed " + str(log.seed), name, f"train_seed{log.seed}.log")
         if self.code is not None:
-            if log.code_bytes != len(self.code):
-                self.fault("code_bytes", f"{name}: code_bytes:{log.code_bytes}, train_gpt.py has {len(self.code)}")
-            if log.run.get("code_sha256") != hashlib.sha256(self.code).hexdigest():
-                self.fault("code_sha256", f"{name}: ran another train_gpt.py (code_sha256 differs)")
-        if (log.code_bytes or 0) + log.model_bytes != log.total_bytes:
-            self.fault("total_bytes", f"{name}: {log.code_bytes} of code and {log.model_bytes} of model are not "
-                                      f"{log.total_bytes}")
+            self.expect("code_bytes", f"{name}: code_bytes", log.code_bytes, len(self.code))
+            self.expect("code_sha256", f"{name}: code_sha256", log.run.get("code_sha256"),
+                        hashlib.sha256(self.code).hexdigest())
+        self.expect("total_bytes", f"{name}: code and model", (log.code_bytes or 0) + log.model_bytes, log.total_bytes)
         for event in ("run", "final", "compliance"):
-            if log.order.count(event) != 1:
-                self.fault("log_inconsistent", f"{name}: {log.order.count(event)} lines '{event}', a run writes one")
-        told = integer(log.compliance.get("total_bytes"))
-        if told != log.total_bytes:
-            self.fault("log_inconsistent", f"{name}: total_bytes:{told} in the compliance line, {log.total_bytes} in "
-                                           "'Total submission size'")
-        later = log.train_s - log.stopped[0] if log.stopped else 0.0  # Hessians come after the stop, inside the clock
-        if later < -0.1 or later > 0.1 and not log.hessian_s:
-            self.fault("log_inconsistent", f"{name}: training stopped at {log.stopped[0]:.1f} s, the compliance line "
-                                           f"says {log.train_s} s")
+            self.expect("log_inconsistent", f"{name}: the number of its '{event}' lines", log.order.count(event), 1)
+        self.expect("log_inconsistent", f"{name}: total_bytes of the compliance line",
+                    integer(log.compliance.get("total_bytes")), log.total_bytes)
+        stopped = (log.stopped or [log.train_s])[0]
+        later = 0.0 if None in (log.train_s, stopped) else log.train_s - stopped
+        if later < -0.1 or later > 0.1 and not log.hessian_s:  # calibration follows the stop, inside the clock
+            self.fault("log_inconsistent", f"{name}: training stopped at {stopped} s, the compliance line says "
+                                           f"{log.train_s} s")
 
     def check_score(self, log):
         """The final line of one log: its method, coverage, and bytes per token."""
-        name, final = log.path.name, log.final
-        beforehand = log.config.get("final_score")
-        if beforehand not in (None, final.method):
-            self.fault("final_method", f"{name}: final_score was set to {beforehand}, the final line has "
-                                       f"{final.method}")
-        elif (own := log.scores.get(final.method)) is None or (own.val_loss, own.bpb) != (final.val_loss, final.bpb):
-            self.fault("final_method", f"{name}: the final line is not the score of method {final.method}")
-        told = integer(log.compliance.get("tokens_scored"))
-        if told != final.tokens or (log.val_tokens is not None and final.tokens != log.val_tokens - 1):
-            self.fault("coverage", f"{name}: {final.tokens} tokens in the final line, {told} in the compliance line, "
-                                   f"{log.val_tokens} in the validation split (one less is scored)")
+        name, final, own = log.path.name, log.final, log.scores.get(log.final.method)
+        self.expect("final_method", f"{name}: the final line's method", final.method,
+                    log.config.get("final_score", final.method))
+        self.expect("final_method", f"{name}: the final line's score", (final.val_loss, final.bpb),
+                    own and (own.val_loss, own.bpb))
+        scored = integer(log.compliance.get("tokens_scored"))
+        self.expect("coverage", f"{name}: tokens_scored", scored, final.tokens)
+        if split := integer(log.last("model").get("val_tokens")):
+            self.expect("coverage", f"{name}: tokens of the final line", final.tokens, split - 1)
         if not (final.tokens and final.num_bytes and math.isfinite(final.val_loss) and final.bpb > 0):
             return self.fault("bytes_per_token", f"{name}: the final line lacks a finite score, tokens or bytes")
-        by_score, by_count = final.val_loss / (math.log(2) * final.bpb), final.num_bytes / final.tokens
-        declared = number(log.compliance.get("bytes_per_token"))
-        if abs(by_score - by_count) > 2e-6 * by_count or declared is None or abs(declared - by_count) > 1e-5:
-            self.fault("bytes_per_token", f"{name}: val_loss/(ln2 val_bpb) = {by_score:.5f}, bytes/tokens = "
-                                          f"{by_count:.5f}, compliance line {declared}")
+        ratio = final.num_bytes / final.tokens
+        self.expect("bytes_per_token", f"{name}: val_loss/(ln2 val_bpb)", final.val_loss / (math.log(2) * final.bpb),
+                    ratio, slack=2e-6 * ratio)
+        self.expect("bytes_per_token", f"{name}: bytes_per_token", number(log.compliance.get("bytes_per_token")), ratio,
+                    slack=1e-5)
         for tokenizer, known in CHALLENGE_BYTES_PER_TOKEN.items():
-            if tokenizer in log.config.get("tokenizer_path", "") and abs(by_count - known) > 0.005 * known:
-                self.fault("bytes_per_token", f"{name}: {by_count:.5f} with {tokenizer}, whose split has {known}")
+            if tokenizer in log.config.get("tokenizer_path", ""):
+                self.expect("bytes_per_token", f"{name}: bytes per token with {tokenizer}", ratio, known, 0.005 * known)
 
     def check_limits(self, log):
         """Caps and verdicts of one log."""
-        name = log.path.name
-        total = log.model_bytes + (len(self.code) if self.code is not None else log.code_bytes or 0)
-        if max(total, log.total_bytes) > CAP_BYTES:
-            self.fault("size_cap", f"{name}: {max(total, log.total_bytes):,} bytes, the cap is {CAP_BYTES:,}")
-        if integer(cap := log.compliance.get("cap_bytes")) != CAP_BYTES:
-            self.fault("size_cap", f"{name}: ran with cap_bytes:{cap}, the cap is {CAP_BYTES:,}")
-        for kind, seconds in (("train_time", number(log.compliance.get("train_s"))),
-                              ("eval_time", number(log.compliance.get("eval_s")))):
-            if seconds is None or not seconds <= TIME_LIMIT_S:
-                self.fault(kind, f"{name}: {DASH if seconds is None else seconds} s, the limit is {TIME_LIMIT_S:.0f} s")
-        found = {key: log.compliance.get(key, "missing") for key in (*CHECKS, "verdict")}
-        if broken := [f"{key}:{value}" for key, value in found.items() if value != "ok"]:
+        name, told = log.path.name, log.compliance
+        self.at_most("size_cap", f"{name}: code and model [bytes]",
+                     max(log.total_bytes, log.model_bytes + len(self.code or b"")), CAP_BYTES)
+        self.expect("size_cap", f"{name}: cap_bytes", integer(told.get("cap_bytes")), CAP_BYTES)
+        self.at_most("train_time", f"{name}: train_s", number(told.get("train_s")), TIME_LIMIT_S)
+        for end, in log.series("hessians", "hessian_end_s"):
+            self.at_most("train_time", f"{name}: hessian_end_s", end, TIME_LIMIT_S)
+        self.at_most("eval_time", f"{name}: eval_s", number(told.get("eval_s")), TIME_LIMIT_S)
+        if broken := [f"{k}:{told.get(k, 'missing')}" for k in (*CHECKS, "verdict") if told.get(k) != "ok"]:
             self.fault("compliance", f"{name}: {' '.join(broken)}")
 
-    def check_json_types(self):
-        """Fields and types of submission.json; a field of the wrong type is dropped, so that it is one fault."""
-        for key, kind in FIELDS.items():
+    def check_json_form(self):
+        """All fields of submission.json, and the kinds of those that no log gives; a wrong one is then left out."""
+        for key in (*TEXTS, *TABLES, *FAULT_OF_FIELD):
+            kind, value = (str if key in TEXTS else dict if key in TABLES else object), self.json.get(key)
             if key not in self.json:
                 self.fault("json_field", f"submission.json: {key} is missing")
-            elif not is_type(self.json[key], kind):
+            elif not isinstance(value, kind) or kind is str and not value.strip():
                 self.fault("json_type", f"submission.json: {key} is {json.dumps(self.json.pop(key))[:60]}, not a "
-                                        f"{'non-empty ' if kind is str else ''}{kind.__name__}")
-        date = self.json.get("date")
-        if date and not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", date):
+                                        f"{'text' if kind is str else 'table'}")
+        if not re.fullmatch(DATE, date := self.json.get("date", "2026-01-01")):
             self.fault("json_type", f"submission.json: date is {date!r}, not YYYY-MM-DD")
-        for seed, result in self.json.get("seed_results", {}).items():
-            for key, kind in RESULT_FIELDS.items():
-                if not isinstance(result, dict) or key not in result:
-                    self.fault("json_field", f"submission.json: seed_results {seed} has no {key}")
-                elif not is_type(result[key], kind):
-                    self.fault("json_type", f"submission.json: seed_results {seed} {key} is {result[key]!r}")
 
-    def check_json_seeds(self):
-        """seeds and seed_results against the logs."""
-        logged, results = {log.seed: log for log in self.logs}, self.json.get("seed_results", {})
-        if "seeds" in self.json and sorted(map(str, self.json["seeds"])) != sorted(map(str, logged)):
-            self.fault("seeds", f"submission.json: seeds {self.json['seeds']}, logs of {sorted(map(str, logged))}")
-        if "seed_results" in self.json and set(results) != set(map(str, logged)):
-            self.fault("seeds", f"submission.json: seed_results of {sorted(results)}, "
-                                f"logs of {sorted(map(str, logged))}")
-        for seed, log in logged.items():
-            result = results.get(str(seed))
-            if not isinstance(result, dict):
-                continue
-            truth = dict(val_loss=(log.final.val_loss, ROUNDING), val_bpb=(log.final.bpb, ROUNDING),
-                         steps=(log.steps, 0), artifact_bytes=(log.total_bytes, 0), eval_time_s=(log.eval_s, 0.051))
-            for key, (value, slack) in truth.items():
-                told = result.get(key)
-                if is_type(told, float) and (value is None or abs(told - value) > slack):
-                    self.fault("seed_result", f"submission.json: seed {seed} has {key} {told}, the log {value}")
-
-    def check_json_means(self):
-        """Means, sizes and machine against the logs."""
-        if not self.logs:
-            return
-        losses, bpbs = [log.final.val_loss for log in self.logs], [log.final.bpb for log in self.logs]
-        truth = dict(val_loss=mean(losses), val_bpb=mean(bpbs), val_bpb_std=stdev(bpbs) if len(bpbs) > 1 else None)
-        for key, value in truth.items():
-            if value is not None and key in self.json and abs(self.json[key] - value) > ROUNDING:
-                self.fault("mean", f"submission.json: {key} {self.json[key]}, the logs give {value:.8f}")
-        total = max(log.total_bytes for log in self.logs)
-        if (told := self.json.get("bytes_total", total)) != total:
-            self.fault("total_bytes", f"submission.json: bytes_total {told}, the logs' largest {total}")
-        size = len(self.code) if self.code is not None else self.logs[0].code_bytes
-        if self.json.get("bytes_code", size) != size:
-            self.fault("code_bytes", f"submission.json: bytes_code {self.json['bytes_code']}, train_gpt.py has {size}")
-        ran = self.logs[0].hardware
-        if self.json.get("pytorch_version", self.logs[0].run.get("torch")) != self.logs[0].run.get("torch"):
-            self.fault("environment", f"submission.json: pytorch_version {self.json['pytorch_version']}, the logs say "
-                                      f"{self.logs[0].run.get('torch')}")
-        if "hardware" in self.json and not same_hardware(self.json["hardware"], ran):
-            self.fault("environment", f"submission.json: hardware {self.json['hardware']}, the logs say {ran}")
-        if self.json.get("track", "").removeprefix("track_") == "10min_16mb" and not same_hardware("8xH100", ran):
-            self.fault("environment", f"track 10min_16mb is run on 8xH100, the logs say {ran}")
-
-    def check_json_claims(self):
-        """The compliance table of submission.json against the logs' own lines."""
-        claims = self.json.get("compliance", {})
-        if not self.logs:
-            return
-        truth = derived_compliance(self.logs)
-        for key in CLAIMS:
-            if key not in claims:
-                self.fault("compliance_claim", f"submission.json: compliance has no {key}")
-            elif not isinstance(claims[key], bool):
-                self.fault("json_type", f"submission.json: compliance {key} is {claims[key]!r}, not true or false")
-        for key, held in truth.items():
-            if claims.get(key) is True and not held:
-                self.fault("compliance_claim", f"submission.json: claims {key}, the logs do not show it")
-            elif claims.get(key) is False:
-                self.fault("compliance_claim", f"submission.json: {key} is false")
+    def check_json_values(self):
+        """The other fields of submission.json against what follows from the logs and the script."""
+        truth, told = logged_fields(self.logs), self.json
+        truth["bytes_code"] = len(self.code) if self.code is not None else truth["bytes_code"]
+        for key in told.keys() & FAULT_OF_FIELD.keys():
+            self.expect(FAULT_OF_FIELD[key], f"submission.json: {key}", comparable(key, told[key]),
+                        comparable(key, truth[key]), slack=ROUNDING)
+        if told.get("track", "").removeprefix("track_") == "10min_16mb":
+            self.expect("environment", "the machine of track 10min_16mb", comparable("hardware", truth["hardware"]),
+                        "8xH100")
+        results = told.get("seed_results", truth["seed_results"])
+        self.expect("seeds", "submission.json: seed_results of", sorted(results), sorted(truth["seed_results"]))
+        for seed in results.keys() & truth["seed_results"].keys():
+            result = results[seed] if isinstance(results[seed], dict) else {}
+            for key, value in truth["seed_results"][seed].items():
+                self.expect("seed_result", f"submission.json: seed {seed} {key}", result.get(key), value,
+                            slack=0.051 if key == "eval_time_s" else ROUNDING)
+        for key, held in derived_compliance(self.logs).items() if "compliance" in told else ():
+            if (claim := told["compliance"].get(key)) is not True or not held:
+                self.fault("compliance_claim", f"submission.json: compliance {key} is {json.dumps(claim)}, the logs "
+                                               f"say {json.dumps(held)}")
 
     def check_readme(self):
-        """The README's mean, and the scores in its rows of single seeds, against the logs."""
+        """The README's mean and deviation, and the numbers in its rows of single seeds, against the logs."""
         path = self.folder / "README.md"
         if not path.is_file() or not self.logs:
             return
@@ -1205,161 +1175,124 @@ class Review:
         if not any(rounds_to(average, figure) for figure in re.findall(r"\d\.\d{4,}", text)):
             self.fault("readme_score", f"README.md: the logs' mean, {average:.5f} bpb, is not in it (4 decimals or "
                                        "more)")
+        scores = [list(log.scores.values()) for log in self.logs]
+        spreads = [stdev([getattr(score, key) for score in same]) for same in zip(*scores) if len(same) > 1
+                   for key in ("bpb", "val_loss")]
+        for figure in re.findall(r"± *(\d\.\d{4,})", text):
+            if not any(rounds_to(value, figure) for value in spreads):
+                self.fault("readme_score", f"README.md: ± {figure} is no standard deviation of the logs' scores")
         if not re.search(r"\btrack[ -]?[AB]\b", text, re.IGNORECASE):
             self.notes.append("README.md does not declare Track A (nothing built from evaluated tokens) or Track B")
         for log in self.logs:
-            known = [v for s in (*log.scores.values(), log.final) for v in (s.bpb, s.val_loss)]
             for line in text.splitlines():
-                cells = [cell.strip(" *`") for cell in line.split("|")]
-                if str(log.seed) not in cells:
-                    continue
-                for figure in re.findall(r"(?<![\d.,-])[0-9]\.\d{4,}(?![\d.])", line):
-                    if float(figure) >= 0.5 and not any(rounds_to(v, figure) for v in known):
-                        self.fault("readme_seed", f"README.md: {figure} in the row of seed {log.seed} is no score of "
-                                                  "its log")
+                if str(log.seed) in [part.strip(" *`") for part in line.split("|")]:
+                    self.check_readme_row(log, line)
+
+    def check_readme_row(self, log, row):
+        """Scores (4 decimals or more) and counts (1,000 or more) in a row of the README on this seed."""
+        scores = [*log.scores.values(), log.final]
+        values = [v for s in scores for v in (s.bpb, s.val_loss)]
+        counts = {log.seed, log.steps, log.model_bytes, log.total_bytes, log.code_bytes, log.peak_mib,
+                  round(log.tok_s or 0), *(n for s in scores for n in (s.tokens, s.num_bytes))}
+        wrong = [figure for figure in re.findall(r"(?<![\d.,-])[0-9]\.\d{4,}(?![\d.])", row)
+                 if float(figure) >= 0.5 and not any(rounds_to(v, figure) for v in values)]
+        wrong += [figure for figure in re.findall(r"(?<![\w.,-])(?:\d{1,3}(?:,\d{3})+|\d{4,})(?![\w.,-])", row)
+                  if int(figure.replace(",", "")) not in counts]
+        for figure in wrong:
+            self.fault("readme_seed", f"README.md: {figure} in the row of seed {log.seed} is not in its log")
 
     def check_python(self):
         """Python 3.10 syntax, by the parser here and by python3.10 where there is one; no exec wrapper."""
-        path = self.folder / "train_gpt.py"
         try:
-            tree = ast.parse(self.code, filename=path.name, feature_version=(3, 10))
+            tree = ast.parse(self.code, filename="train_gpt.py", feature_version=(3, 10))
         except (SyntaxError, ValueError) as error:
             return self.fault("python310", f"train_gpt.py: {error}")
         for node in ast.walk(tree):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("exec", "eval"):
                 self.fault("exec_wrapper", f"train_gpt.py: {node.func.id}() in line {node.lineno}")
-        here = "ast.parse(feature_version=(3, 10)) in Python {}.{}".format(*sys.version_info)
-        command = shutil.which(self.python310)
-        version = "import sys; sys.exit(sys.version_info[:2] != (3, 10))"
-        if not command or subprocess.run([command, "-I", "-c", version], capture_output=True).returncode:
-            self.notes.append(f"Python 3.10 syntax checked by {here}; no working {self.python310} here for py_compile")
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            compile_ = "import py_compile, sys; py_compile.compile(sys.argv[1], sys.argv[2], doraise=True)"
-            done = subprocess.run([command, "-I", "-c", compile_, str(path.resolve()), str(Path(scratch) / "x.pyc")],
-                                  capture_output=True, text=True)
-        self.notes.append(f"Python 3.10 syntax checked by {here} and by py_compile of {self.python310}")
-        if done.returncode:
-            self.fault("python310", f"train_gpt.py: {self.python310} py_compile: {last_line(done.stderr)}")
+        judge, version = "ast.parse(feature_version=(3, 10)) in Python {}.{}".format(*sys.version_info), ""
+        compile_ = ("import sys; print('%d.%d' % sys.version_info[:2], flush=True); "
+                    "compile(sys.stdin.buffer.read(), 'train_gpt.py', 'exec')")
+        if command := shutil.which(self.python310):
+            done = subprocess.run([command, "-I", "-c", compile_], input=self.code, capture_output=True)
+            version = done.stdout.decode().strip()
+        if version == "3.10":
+            self.notes.append(f"Python 3.10 syntax checked by {self.python310}, and by {judge}")
+            if done.returncode:
+                self.fault("python310", f"train_gpt.py: {self.python310}: {last_line(done.stderr.decode())}")
+        else:
+            self.notes.append(f"Python 3.10 syntax checked by {judge}; no working {self.python310} here")
 
     def check_import(self):
         """Import the script in a process without a GPU, in an empty folder, and see what it did."""
         with tempfile.TemporaryDirectory() as scratch:
-            work, result = Path(scratch) / "work", Path(scratch) / "seen.json"
+            work, result = Path(scratch, "work"), Path(scratch, "seen.json")
             work.mkdir()
-            env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT") if k in os.environ}
+            env = {k: os.environ[k] for k in ("PATH", "LD_LIBRARY_PATH") if k in os.environ}
             env |= {"CUDA_VISIBLE_DEVICES": "", "HOME": scratch, "TMPDIR": scratch}
-            script = (self.folder / "train_gpt.py").resolve()
+            command = [sys.executable, "-B", "-c", IMPORT_PROBE, self.folder.resolve(), result]
             try:
-                done = subprocess.run([sys.executable, "-B", "-c", IMPORT_PROBE, str(script), str(result)], cwd=work,
-                                      env=env, capture_output=True, text=True, timeout=180, stdin=subprocess.DEVNULL)
+                done = subprocess.run(command, cwd=work, env=env, capture_output=True, text=True, timeout=180,
+                                      stdin=subprocess.DEVNULL)
             except subprocess.TimeoutExpired:
                 return self.fault("import_failed", "train_gpt.py: the import did not end within 180 s")
             if not result.is_file():
                 why = last_line(done.stderr) or "exited during the import"
                 return self.fault("import_failed", f"train_gpt.py: {why}")
-            seen = json.loads(result.read_text())
+            seen = json.loads(result.read_text()) + ["prints"] * bool(done.stdout)
             seen += [f"leaves {path.name} in the working directory" for path in sorted(work.iterdir())]
         for what in dict.fromkeys(seen):
             self.fault("import_effect", f"train_gpt.py: importing it {what}")
 
 
-# Runs in a fresh interpreter: argv is the script and the file that gets the list of what its import did.
+# Runs in a fresh interpreter: argv is the script's folder and the file that gets the list of what its import did.
 # An act counts as the script's where the nearest caller outside the standard library is the script itself;
 # network, threads and CUDA count whoever started them.
 IMPORT_PROBE = r'''
-import importlib.util, json, os, sys, threading
-script, result = sys.argv[1], sys.argv[2]
-library, seen = os.path.dirname(os.__file__), []
-sys.argv = [script]
+import json, os, sys, threading
+folder, result = sys.argv[1:]
+script, library, seen = os.path.join(folder, "train_gpt.py"), os.path.dirname(os.__file__), []
 
 def by_script():
     frame = sys._getframe(2)
-    while frame:
+    while frame and frame.f_code.co_filename != script:
         name = frame.f_code.co_filename
-        if name == script:
-            return True
-        if name.startswith("<frozen importlib") or not (
-                name.startswith(("<frozen", "<string>")) or name.startswith(library) and "site-packages" not in name):
+        standard = name.startswith(("<frozen", "<string>")) or name.startswith(library) and "site-packages" not in name
+        if name.startswith("<frozen importlib") or not standard:
             return False
         frame = frame.f_back
-    return False
-
-FILES = {"open": "opens", "os.listdir": "lists", "os.scandir": "lists", "os.mkdir": "makes", "os.remove": "removes"}
-ALWAYS = {"socket.connect": "connects to a network", "socket.getaddrinfo": "looks up a network name"}
-STARTS = {"subprocess.Popen": "starts a process", "os.system": "starts a process"}
+    return frame is not None
 
 def audit(event, args):
-    if event in FILES and by_script():
-        seen.append("%s the file %s" % (FILES[event], args[0]))
-    elif event in ALWAYS:
-        seen.append(ALWAYS[event])
-    elif event in STARTS and by_script():
-        seen.append(STARTS[event])
+    acts = ("open", "os.listdir", "os.scandir", "os.mkdir", "os.remove", "os.system", "subprocess.Popen")
+    if event in ("socket.connect", "socket.getaddrinfo") or event in acts and by_script():
+        seen.append("does %s(%s)" % (event, args[0]))
 
-get, loop = os._Environ.__getitem__, os._Environ.__iter__
+get = os._Environ.__getitem__
 def read(self, key):
     if by_script():
-        seen.append("reads the environment variable %s" % key)
+        seen.append("reads the environment variable " + key)
     return get(self, key)
-def iterate(self):
-    if by_script():
-        seen.append("reads the environment")
-    return loop(self)
 
-class Screen:
-    def __init__(self, stream):
-        self.stream = stream
-    def write(self, text):
-        if by_script():
-            seen.append("prints")
-        return self.stream.write(text)
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-os._Environ.__getitem__, os._Environ.__iter__ = read, iterate
-sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+os._Environ.__getitem__ = read
 threads, home = threading.active_count(), os.getcwd()
 sys.addaudithook(audit)
-spec = importlib.util.spec_from_file_location("train_gpt", script)
-module = importlib.util.module_from_spec(spec)
-sys.modules["train_gpt"] = module
-spec.loader.exec_module(module)
-events, seen = list(seen), []
+sys.path.insert(0, folder)
+import train_gpt
+events, torch = list(seen), sys.modules.get("torch")
 if threading.active_count() > threads:
     events.append("starts a thread")
 if os.getcwd() != home:
     events.append("changes the working directory")
-torch = sys.modules.get("torch")
 if hasattr(torch, "cuda") and torch.cuda.is_initialized():
     events.append("initialises CUDA")
-if hasattr(torch, "distributed") and torch.distributed.is_available() and torch.distributed.is_initialized():
-    events.append("starts torch.distributed")
 with open(result, "w") as file:
     json.dump(events, file)
 '''
 
 
-def last_line(text):
-    """The last line of an error output that is not empty."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
-
-
-def rounds_to(value, figure):
-    """Whether `value`, rounded to the decimals of the text `figure`, is that figure."""
-    return abs(value - float(figure)) <= 0.5001 * 10.0 ** -len(figure.split(".")[1])
-
-
-def same_hardware(declared, ran):
-    """Whether two descriptions have the same number of GPUs of one kind: '8xH100 80GB SXM' and '8xH100 80GB HBM3'."""
-    def short(text):
-        match = re.search(r"(\d+)\s*[x×]\s*(?:NVIDIA )?([A-Z]+\d+)", text or "", re.IGNORECASE)
-        return (match[1], match[2].upper()) if match else (text or "").strip().upper()
-    return short(declared) == short(ran)
-
-
 # -------------------------------------------------------------------------------------------------
-# 7 Command line
+# 6 Command line
 # -------------------------------------------------------------------------------------------------
 
 
@@ -1395,8 +1328,8 @@ def write_submission(logs, args):
     wrong = [item for item in args.attribution if "=" not in item]
     if wrong:
         raise ReportError(f"--attribution {wrong[0]}: give WHAT=WHOM")
-    out = submission(logs, args.author, args.github_id, args.name, args.blurb, args.date, args.track, args.summary,
-                     dict(item.split("=", 1) for item in args.attribution), args.record_bpb, args.record_nats)
+    typed = vars(args) | dict(attribution=dict(item.split("=", 1) for item in args.attribution))
+    out = submission(logs, typed, args.record_bpb, args.record_nats)
     Path(args.submission).write_text(json.dumps(out, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"\n{args.submission}: {out['val_bpb']:.5f} bpb, {len(out['seeds'])} seed(s), {out['bytes_total']:,} bytes")
     if "record_test" in out:
