@@ -3422,13 +3422,18 @@ def verdict_of(path):
 
 
 def begin_log(path, cfg):
-    """Create the log of a new run, or make that of a resumed one ready to go on; raises SettingError."""
+    """Create the log of a new run, or make that of a resumed one ready to go on; returns whether it had begun.
+
+    Raises SettingError.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a+b" if cfg.resume else "x+b") as f:
             f.seek(0)
-            if not f.read().endswith(b"\n") and f.tell():  # a killed run may have left half a line
+            begun = f.read()
+            if begun and not begun.endswith(b"\n"):  # a killed run may have left half a line
                 f.write(b"\n")
+            return bool(begun)
     except FileExistsError:
         raise SettingError(f"RUN_ID={cfg.run_id}: {path} exists; set another RUN_ID, move that run away, or go on with "
                            "it by RESUME=auto") from None
@@ -3440,11 +3445,11 @@ def begin_log(path, cfg):
 def start_log(cfg, run):
     """Begin the run's log, or go on with it, with machine and settings; an earlier run's is never overwritten."""
     path = Path(cfg.out_dir) / f"{cfg.run_id}.txt"
-    run.from_rank_0(lambda: begin_log(path, cfg))
+    begun = run.from_rank_0(lambda: begin_log(path, cfg))
     run.log_path, code = path, code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.device.type == "cuda" else "none"
-    run.log("run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu, torch=torch.__version__,
-            code_bytes=len(code), code_sha256=hashlib.sha256(code).hexdigest(),
+    run.log("rerun" if begun else "run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu,
+            torch=torch.__version__, code_bytes=len(code), code_sha256=hashlib.sha256(code).hexdigest(),
             max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}", date=f"{datetime.now(timezone.utc):%Y-%m-%d}")
     for f in fields(cfg):
         value, default = getattr(cfg, f.name), f.default
