@@ -63,8 +63,9 @@ def test_functions_and_tests_of_the_compliance_table_exist():
     text = README.read_text(encoding="utf-8")
     part = text[text.index("## Compliance"):]
     names = set(re.findall(r"`([A-Za-z_][\w.]*)`", part[:part.index("\n## ")]))
-    defined = {n.name for n in ast.walk(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8")))
-               if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {f.name.upper() for f in fields(t.Config)}
+    nodes = list(ast.walk(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))))
+    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {
+        n.attr for n in nodes if isinstance(n, ast.Attribute)} | {f.name.upper() for f in fields(t.Config)}
     files = {path.name for path in (ROOT / "tests").iterdir()} | {"train_gpt.py"}
     missing = {n for n in names if n not in files and not set(n.split(".")) <= defined} - {"final", "adapt", "evaluate"}
     assert len(names) > 10 and not missing, missing
