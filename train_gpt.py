@@ -2670,6 +2670,8 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
         if progress and parts[-1][1] <= ledger.next_target:
             continue  # scored before this evaluation was resumed
         scored = scorer(parts)
+        if scorer.adapter:
+            scorer.adapter.verify(scored.first)
         ledger = ledger.join(scored)
         if adapt and ledger.next_target < total:
             with torch.inference_mode(False), torch.enable_grad():
@@ -2686,11 +2688,13 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
 class Tilt(NamedTuple):
     """Which token followed a context most often in the text scored so far; such a hint's logit is raised by `beta`.
 
-    Contexts of 1 .. order - 1 tokens are hashed to a bucket: `count` (buckets,) of its most frequent follower, and
-    the lowest and highest token that is one; if they differ it is a tie and no hint.  `pairs` counts (context, token).
+    A context of 1 .. order - 1 tokens is hashed to a bucket, which the first that comes owns: `owner` (buckets,) its
+    hash, `count` of its most frequent follower, and the lowest and highest token that is one: if they differ it is a
+    tie and no hint.   `pairs` (4 buckets,) counts (context, token).
     """
     order: int
     beta: float
+    owner: Tensor
     count: Tensor
     low: Tensor
     high: Tensor
@@ -2698,13 +2702,15 @@ class Tilt(NamedTuple):
 
 
 TILT_BEFORE = 7  # tokens before a row that its first contexts may reach: TTT_TILT_ORDER is at most this and 2
+NO_HASH = 2**31 - 1  # above every token id and hash but itself
 
 
 def new_tilt(cfg, num_targets, device):
-    """An empty Tilt with about a bucket for every context that num_targets can bring, at most 2^24."""
+    """An empty Tilt with a bucket for every context that num_targets can bring, or 2^24 (0.5 GiB in all)."""
     size = 1 << min(24, max(10, (num_targets * (cfg.ttt_tilt_order - 1)).bit_length()))
-    count, low, high, pairs = (torch.zeros(size, dtype=torch.int32, device=device) for _ in range(4))
-    return Tilt(cfg.ttt_tilt_order, cfg.ttt_tilt, count, low, high - 1, pairs)
+    parts = ((size, NO_HASH), (size, 0), (size, NO_HASH), (size, -1), (4 * size, 0))
+    return Tilt(cfg.ttt_tilt_order, cfg.ttt_tilt,
+                *(torch.full((n,), value, dtype=torch.int32, device=device) for n, value in parts))
 
 
 def mixed(h, x):
@@ -2729,8 +2735,8 @@ def tilted(logits, tilt, ids, before):
     hint = torch.full_like(ids, -1)
     for h in reversed(contexts(ids, before, tilt.order)):
         bucket = h % len(tilt.low)
-        found = torch.where(tilt.low[bucket] == tilt.high[bucket], tilt.low[bucket], -1)
-        hint = torch.where(hint < 0, found, hint)
+        known = (tilt.owner[bucket] == h) & (tilt.low[bucket] == tilt.high[bucket])
+        hint = torch.where((hint < 0) & known, tilt.low[bucket], hint)
     raised = (hint >= 0).unsqueeze(-1) * tilt.beta
     return logits.scatter_add(-1, hint.clamp_min(0).long().unsqueeze(-1), raised.to(logits.dtype))
 
@@ -2740,15 +2746,18 @@ def learn(tilt, tokens, first, last):
     rows = make_rows(tokens, [first], [first], [last], last - first, tilt.low.device)
     follower = rows.targets[0]
     for h in contexts(rows.ids, rows.before, tilt.order):
-        h, pair = (x[0] % len(tilt.low) for x in (h, mixed(h, rows.targets)))
-        tilt.pairs.index_add_(0, pair, torch.ones_like(follower))
-        count, was = tilt.pairs[pair], tilt.count[h]
-        now = tilt.count.scatter_reduce_(0, h, count, "amax")[h]
-        risen, top = now > was, count == now  # a context whose best count rose forgets the followers that had it
-        tilt.low.scatter_(0, h, torch.where(risen, 1 << 30, tilt.low[h]))
-        tilt.high.scatter_(0, h, torch.where(risen, -1, tilt.high[h]))
-        tilt.low.scatter_reduce_(0, h, torch.where(top, follower, 1 << 30), "amin")
-        tilt.high.scatter_reduce_(0, h, torch.where(top, follower, -1), "amax")
+        pair, h = mixed(h, rows.targets)[0] % len(tilt.pairs), h[0]
+        bucket = h % len(tilt.low)
+        free = torch.where(tilt.owner[bucket] == NO_HASH, h.int(), NO_HASH)
+        mine = tilt.owner.scatter_reduce_(0, bucket, free, "amin")[bucket] == h
+        count, was = tilt.pairs.index_add_(0, pair, mine.int())[pair] * mine, tilt.count[bucket]
+        now = tilt.count.scatter_reduce_(0, bucket, count, "amax")[bucket]
+        top = mine & (count == now)
+        # A context whose best count rose forgets the followers that had the best before.
+        tilt.low.scatter_(0, bucket, torch.where(now > was, NO_HASH, tilt.low[bucket]))
+        tilt.high.scatter_(0, bucket, torch.where(now > was, -1, tilt.high[bucket]))
+        tilt.low.scatter_reduce_(0, bucket, torch.where(top, follower, NO_HASH), "amin")
+        tilt.high.scatter_reduce_(0, bucket, torch.where(top, follower, -1), "amax")
 
 
 def summed_nll(model, ids, targets, wanted, state=None):
@@ -2796,7 +2805,7 @@ class Adapter:
 
     Rows of TRAIN_SEQ_LEN, split over ranks; with exact scoring they begin from the states that scoring had there.  Each
     pass over a chunk is one step on the mean of its targets, so that any number of ranks does the same.  `in_order`
-    turns False if weights or hints changed between two calls, that is, while something was being scored.
+    turns False if weights or hints changed while something was scored, or knew of it before.
     """
 
     def __init__(self, model, num_targets, run):
@@ -2855,6 +2864,10 @@ class Adapter:
         """A number that changes when any weight or any hint does."""
         return fingerprint(self.model) + (float(self.tilt.count.sum() + self.tilt.high.sum()) if self.tilt else 0.0)
 
+    def verify(self, first):
+        """After targets from `first` on were scored: none of them was trained on, no weight or hint changed since."""
+        self.in_order &= self.seen <= first and self._fingerprint() == self.mark
+
     def _batches(self, tokens, first, last):
         """This rank's (Rows, state) batches of the chunk of targets first .. last - 1."""
         T, most = self.cfg.train_seq_len, training_rows(self.cfg)
@@ -2863,7 +2876,7 @@ class Adapter:
             return batched(kept[slice(*self.run.share(len(kept)))] if self.cfg.ttt_spans == 1 else kept, most)
         starts = np.arange(first, last, T)
         a, b = self.run.share(len(starts))
-        size = min(most, -(-len(starts) // self.run.world_size))
+        size = max(1, min(most, -(-len(starts) // self.run.world_size)))
         out = []
         for i in range(a, b, size):
             part = np.pad(starts[i:min(i + size, b)], (0, size - min(size, b - i)), constant_values=last)  # empty rows
@@ -2872,7 +2885,6 @@ class Adapter:
 
     def __call__(self, scored):
         """scored: np.uint16, the text up to and including the last scored target."""
-        self.in_order &= self._fingerprint() == self.mark
         began, first, self.seen = time.perf_counter(), self.seen, len(scored) - 1
         if self.tilt:
             learn(self.tilt, scored, first, self.seen)
@@ -2895,14 +2907,12 @@ class Adapter:
 
     def reset(self):
         """Put back the artifact's weights and forget all that training left."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.params, self.base)
-            torch._foreach_copy_(self.raw, self.base[:len(self.raw)])
-            for one in self.leaves:
-                one.m.zero_()
-                one.v.zero_()
-            for group in self.low_rank:
-                torch._foreach_zero_(group.B.params)
+        copy_all(self.params, self.base)
+        copy_all(self.raw, self.base)
+        for x in (x for one in self.leaves for x in (one.m, one.v)):
+            x.zero_()
+        for group in self.low_rank:
+            torch._foreach_zero_(group.B.params)
         self.pending, self.steps = [], 0
 
     def close(self):
@@ -2917,9 +2927,7 @@ class Adapter:
         """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
         loss_of, chunks = compiled(summed_nll, self.cfg.compile), [chunk for chunk in self.pending if chunk[1]]
         average = [p.detach().clone() for p in self.params] if self.raw else []
-        if average:
-            with torch.no_grad():
-                torch._foreach_copy_(self.params, self.raw)
+        copy_all(self.params, self.raw)
         for batches, num_targets in chunks * self.cfg.ttt_epochs:
             self.flat_grad.zero_()
             for rows, state in batches:
@@ -2928,10 +2936,8 @@ class Adapter:
             self._step()
             if average:
                 torch._foreach_lerp_(average, [p.detach() for p in self.params], 1 - self.cfg.ttt_ema)
-        if average:
-            with torch.no_grad():
-                torch._foreach_copy_(self.raw, self.params)
-                torch._foreach_copy_(self.params, average)
+        copy_all(self.raw, self.params)
+        copy_all(self.params, average)
         self.pending = []
 
     @torch.no_grad()
@@ -2983,6 +2989,13 @@ class Adapter:
 
 
 LOG_LINES = 64  # most `ttt` lines of an evaluation
+
+
+@torch.no_grad()
+def copy_all(tensors, values):
+    """Copy values into tensors, one for one; nothing if either list is empty."""
+    if tensors and values:
+        torch._foreach_copy_(tensors, values)
 
 
 def leaf(rule, params, grad):
@@ -3263,7 +3276,7 @@ def plan_evaluation(model, cfg, run, num_targets):
     seconds, epoch_s = run.broadcast((seconds, epoch_s))
     epochs = cfg.ttt_epochs if method == "ttt" else 0
     needed, budget = seconds + epochs * epoch_s, cfg.eval_budget_seconds
-    fit = int(max(-1.0, (budget - seconds) / epoch_s)) if epoch_s else epochs - (needed > budget)
+    fit = math.floor((budget - seconds) / epoch_s) if epoch_s else -1  # epochs that the budget has room for
     if needed > budget and (cfg.eval_overrun == "error" or fit < 0 or method != "ttt"):
         how = OVERRUN_ADVICE.get(method) or (
             "TTT_EPOCHS" if fit >= 0 else "EVAL_STRIDE" if cfg.ttt_scoring == "sliding" else
