@@ -266,7 +266,7 @@ class Config:
     ttt_roles: str = knob(",".join(ROLES), "comma list of the weights that train; empty = none",
                           Rule("a comma list of " + ", ".join(ROLES), lambda v: set(v.split(",")) <= {*ROLES, ""}))
     ttt_grad_clip: float = knob(1.0, "global gradient norm of a step; 0 = off", at_least(0))
-    ttt_lora_rank: int = knob(0, "rank of adapters trained in place of the matrices themselves; 0 = no adapters",
+    ttt_lora: int = knob(0, "rank of adapters trained in place of the matrices themselves; 0 = no adapters",
                               at_least(0))
     ttt_ema: float = knob(0.0, "decay, per step, of the averaged weights that score; 0 = the newest weights score",
                           between(0, 0.9999))
@@ -1397,8 +1397,10 @@ class Embedding(nn.Module):
         return EmbedState(torch.full((B, 2), -1, dtype=torch.int64, device=device),
                           torch.zeros(B, 1, self.cfg.model_dim, dtype=dtype, device=device))
 
-    def ngram_rows(self, ids, prev1, prev2, buckets):
-        """Rows in a table of `buckets` of the bigram (prev1, id) and the trigram (prev2, prev1, id); no token is -1."""
+    def ngram_rows(self, ids, prev1, prev2, buckets=0):
+        """Rows of the bigram (prev1, id) and the trigram (prev2, prev1, id), a list, in a table of `buckets`, or by
+        default the model's own; absent tokens are -1."""
+        buckets = buckets or self.cfg.ngram_buckets
         h = (ids * 0x2545F491 + (prev1 + 1) * 0x1B873593) & 0x7FFFFFFF
         rows = [(h ^ (h >> 15)) % buckets]
         if self.cfg.ngram_order == 3:
@@ -1420,7 +1422,7 @@ class Embedding(nn.Module):
             starts[:, 0] = state.ids[:, 1] == self.cfg.bos_id
             prev2 = torch.where(first | starts, -1, shifted(ids, state.ids, 2, None))
         if self.cfg.ngram_buckets:
-            rows = self.ngram_rows(ids, prev1, prev2, self.cfg.ngram_buckets)
+            rows = self.ngram_rows(ids, prev1, prev2)
             x = x + linear(sum(F.embedding(r, self.ngram_table) for r in rows).to(dtype), self.ngram_proj)
         if self.hash_table is not None:
             rows = self.ngram_rows(ids, prev1, prev2, len(self.hash_table))
@@ -2804,7 +2806,9 @@ class Adapter:
     """Score-first test-time training: called by `evaluate` with the text scored so far, trains on its newest chunk.
 
     Rows of TRAIN_SEQ_LEN, split over ranks; with exact scoring they begin from the states that scoring had there.  Each
-    pass over a chunk is one step on the mean of its targets, so that any number of ranks does the same.  `in_order`
+    pass over a chunk is one step on the mean of its targets, so that any number of ranks does the same.  Forward passes
+    per token: to score 1 + TTT_SPANS * TTT_WARMUP_TOKENS / TTT_CHUNK_TOKENS, or by windows TRAIN_SEQ_LEN / EVAL_STRIDE;
+    to train 3 * TTT_EPOCHS.  131,072 targets in 64 spans with 2,048 tokens before each fill 8 GPUs at 2.  `in_order`
     turns False if weights or hints changed while something was scored, or knew of it before.
     """
 
@@ -2827,9 +2831,9 @@ class Adapter:
         if name == "embed.hash_table":
             return "hash"
         r = route(name)
-        if frozen or r.role not in cfg.ttt_roles.split(",") or cfg.ttt_lora_rank and r.optimizer != "muon":
+        if frozen or r.role not in cfg.ttt_roles.split(",") or cfg.ttt_lora and r.optimizer != "muon":
             return ""
-        if cfg.ttt_lora_rank:
+        if cfg.ttt_lora:
             return "lora"
         return "sgd" if cfg.ttt_optimizer == "muon" and r.optimizer != "muon" else cfg.ttt_optimizer
 
@@ -2851,7 +2855,7 @@ class Adapter:
             for p, p_grad in zip(group, grad):
                 p.grad = p_grad
             if rule == "lora":
-                (R, C), rank = shape, min(self.cfg.ttt_lora_rank, *shape)
+                (R, C), rank = shape, min(self.cfg.ttt_lora, *shape)
                 A = torch.randn(len(group), rank, C, generator=rng).to(self.run.device) * C**-0.5
                 sides = [leaf(self.cfg.ttt_optimizer, list(x.unbind()), torch.zeros_like(x))
                          for x in (A, A.new_zeros(len(group), R, rank))]
@@ -3088,7 +3092,7 @@ def evaluation_key(blob, tokens, method, cfg):
     """A text that two evaluations share only if artifact, text, method and all settings that matter are the same."""
     names = [f.name for f in fields(cfg) if f.name.startswith("ttt_") or f.name in (
         "eval_stride", "eval_spans", "eval_warmup_tokens", "eval_batch_tokens", "beta1", "beta2", "seed")]
-    parts = hashlib.sha256(blob).hexdigest(), hashlib.sha256(tokens.tobytes()).hexdigest(), method, *(
+    parts = hashlib.sha256(blob).hexdigest(), hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest(), method, *(
         getattr(cfg, name) for name in names)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -3210,8 +3214,10 @@ def rehearse(model, method, num_targets, run):
         # Two tensors: one passed twice would compile a graph for aliased inputs, which no evaluation has.
         ids, targets = torch.zeros(2, B, T, dtype=torch.int32, device=run.device).unbind()
         _, state = score(model, ids, targets)
-        if carried and cfg.compile == "1":
-            score(model, ids, targets, state)
+        if cfg.compile == "1":
+            score(model, ids, targets, state if carried else None)
+            every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, min(PROBE_CANDIDATES, cfg.vocab_size))
+            score_rows(model, ids[:1, :PROBE_TOKENS], every)  # what a probe calls
         run.synchronize()
         began = time.perf_counter()
         score(model, ids, targets, state if carried else None)
@@ -3235,11 +3241,11 @@ def rehearse(model, method, num_targets, run):
 def rehearse_adapting(model, num_targets, run):
     """Seconds that an evaluation with test-time training will take for scoring and for each of TTT_EPOCHS.
 
-    Scores and trains on two chunks of synthetic tokens and puts the weights back.
+    Scores three chunks of synthetic tokens, trains on two of them and puts the weights back.
     """
     cfg = model.cfg
     model.cfg = replace(cfg, ttt_epochs=min(1, cfg.ttt_epochs), ttt_phase_chunks=1)
-    chunks, total = -(-num_targets // cfg.ttt_chunk_tokens), min(num_targets, 2 * cfg.ttt_chunk_tokens + 1)
+    chunks, total = -(-num_targets // cfg.ttt_chunk_tokens), min(num_targets, 3 * cfg.ttt_chunk_tokens)
     tokens = np.random.default_rng(cfg.seed).integers(0, cfg.vocab_size, total + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
@@ -3251,8 +3257,7 @@ def rehearse_adapting(model, num_targets, run):
         scoring_s = time.perf_counter() - began - adapter.train_s
         adapter.close()
     model.cfg = cfg
-    rounds = total / cfg.ttt_chunk_tokens
-    return scoring_s * chunks / rounds, adapter.train_s * chunks / max(1, adapter.calls)
+    return scoring_s * num_targets / total, adapter.train_s * chunks / max(1, adapter.calls)
 
 
 OVERRUN_ADVICE = {"roundtrip": "EVAL_BATCH_TOKENS", "exact": "EVAL_SPANS and EVAL_WARMUP_TOKENS",
@@ -3302,7 +3307,8 @@ def train(model, data, cfg, run):
     """Train until ITERATIONS or the clock ends it; leaves the averaged weights in the model.  Returns StopWatch."""
     began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
     warm_up(model, cfg, run, micro_rows)
-    plan_evaluation(model, cfg, run, len(data.val) - 1)
+    if cfg.compile == "1":  # compiles evaluation too, and stops here if it would take too long
+        plan_evaluation(model, cfg, run, len(data.val) - 1)
     run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile == "1" else "eager",
             micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
     optimizer, average = Optimizer(model, cfg, run), Average(model, cfg)

@@ -115,6 +115,19 @@ REFUSED = [
     ("EVAL_BATCH_TOKENS", "0", "at least 64"),
     ("EVAL_BUDGET_SECONDS", "0", "at least 1"),
     ("TTT_CHUNK_TOKENS", "0", "at least 1"),
+    ("EVAL_OVERRUN", "skip", "one of error, trim"),
+    ("EVAL_SAVE_SECONDS", "-1", "at least 0"),
+    ("TTT_SPANS", "0", "at least 1"),
+    ("TTT_WARMUP_TOKENS", "-1", "at least 0"),
+    ("TTT_SCHEDULE", "linear", "one of cosine, constant"),
+    ("TTT_PHASE_CHUNKS", "0", "at least 1"),
+    ("TTT_ROLES", "mlp,attention", "a comma list of embed, gate, mlp, mixer, control"),
+    ("TTT_LORA", "-1", "at least 0"),
+    ("TTT_EMA", "1", "between 0 and 0.9999"),
+    ("TTT_TILT", "-1", "at least 0"),
+    ("TTT_TILT_ORDER", "10", "between 2 and 9"),
+    ("TTT_HASH_BUCKETS", "-1", "at least 0"),
+    ("TTT_HASH_LR", "-1", "at least 0"),
 ]
 
 

@@ -657,3 +657,22 @@ def test_the_plan_is_the_time_of_one_call_times_their_number(method, monkeypatch
         planned, clock[0] = t.rehearse(model, method, n - 1, t.Run()), 0.0
         t.evaluate(model, random_text(n), TABLE, method)
         assert clock[0] <= planned <= 1.3 * clock[0]
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault, word", [
+    ({}, "verdict:ok"), (dict(causal=1e-3), "causal:fail"), (dict(causal=math.nan), "causal:fail"),
+    (dict(normalized=1e-3), "normalized:fail"), (dict(tokens=98), "coverage:fail"), (dict(first=1), "coverage:fail"),
+    (dict(in_order=False), "score_first:fail"), (dict(text_bytes=399), "bytes:fail"), (dict(eval_s=601.0), "eval"),
+    (dict(artifact_bytes=16_000_000), "size")])
+def test_each_fault_fails_the_verdict(fault, word, monkeypatch, capsys):
+    found = dict(first=0, tokens=99, causal=0.0, normalized=0.0, in_order=True, text_bytes=400, eval_s=1.0,
+                 artifact_bytes=1000) | fault
+    monkeypatch.setattr(t, "decoded_bytes", lambda *arguments: (400, found["text_bytes"]))
+    ledger = t.Ledger(found["first"], found["tokens"], 100.0, 400, found["causal"], found["normalized"])
+    held = t.report(LM, ledger, found["artifact_bytes"], None, found["eval_s"], found["in_order"],
+                    t.Data([], random_text(100), None, TABLE), t.Run())
+    out = capsys.readouterr().out
+    assert held == (not fault) and word in out and ("verdict:fail" in out) == bool(fault)

@@ -32,8 +32,8 @@ OPTIONS = {
     "ema": dict(ttt_ema=0.5),
     "phase": SPANS | dict(ttt_phase_chunks=2),
     "reset": dict(ttt_reset=True),
-    "lora": SPANS | dict(ttt_lora_rank=2, ttt_optimizer="adamw"),
-    "lora muon": dict(ttt_lora_rank=2, ttt_optimizer="muon"),
+    "lora": SPANS | dict(ttt_lora=2, ttt_optimizer="adamw"),
+    "lora muon": dict(ttt_lora=2, ttt_optimizer="muon"),
     "tilt alone": TILT | dict(ttt_epochs=0),
     "hash alone": HASH | dict(ttt_roles=""),
     "all at once": SPANS | TILT | HASH | dict(ttt_optimizer="muon", ttt_ema=0.5, ttt_phase_chunks=2),
@@ -149,7 +149,7 @@ def test_frozen_blocks_stay_and_the_others_move():
 
 @pytest.mark.parametrize("settings, pattern", [
     (dict(ttt_roles="mlp"), r"\.mlp\."), (dict(ttt_roles="embed,gate"), r"^embed\.(weight|ngram_table)|\.[ab]_proj"),
-    (dict(ttt_roles=""), r"^$"), (dict(ttt_roles="", **HASH), "hash_table"), (dict(ttt_lora_rank=1), "_proj$")])
+    (dict(ttt_roles=""), r"^$"), (dict(ttt_roles="", **HASH), "hash_table"), (dict(ttt_lora=1), "_proj$")])
 def test_only_the_wanted_roles_train(settings, pattern):
     cfg = ttt_config(ttt_freeze_blocks=0, **settings)
     names = {name for name, _ in tiny_model(cfg).named_parameters()} | ({"embed.hash_table"} if HASH.items() <=
@@ -182,7 +182,7 @@ def test_directions_are_those_of_torch(rule, build):
 
 def test_low_rank_gradients_are_those_of_the_product():
     """One SGD step of A and B through an Adapter against autograd through base + B A."""
-    cfg, tokens = ttt_config(ttt_lora_rank=2, ttt_epochs=1, ttt_grad_clip=0.0, ttt_schedule="constant"), text()
+    cfg, tokens = ttt_config(ttt_lora=2, ttt_epochs=1, ttt_grad_clip=0.0, ttt_schedule="constant"), text()
     model = tiny_model(cfg)
     adapter = t.Adapter(model, len(tokens) - 1, t.Run())
     group = adapter.low_rank[0]
@@ -301,7 +301,8 @@ def evaluate_options(run, folder, name=None):
     """The Ledger of every option, and whether its order was kept, saved under the rank or a name."""
     out, run.log = {}, lambda *event, **values: None
     for option in OPTIONS:
-        ledger, adapter, _ = adapted(ttt_config(option, ttt_chunk_tokens=80), text(200), run, probing=True)
+        cfg = ttt_config(option, ttt_chunk_tokens=80)
+        ledger, adapter, _ = adapted(replace(cfg, ttt_epochs=min(1, cfg.ttt_epochs)), text(200), run, probing=True)
         out[option] = (ledger.tokens, ledger.bytes, ledger.nats, ledger.causal, ledger.normalized, adapter.in_order)
     torch.save(out, f"{folder}/{name or run.rank}.pt")
 
