@@ -276,7 +276,7 @@ class Config:
     ttt_tilt_order: int = knob(4, "longest n-gram that such a hint comes from [tokens]", between(2, 9))
     ttt_hash_buckets: int = knob(0, "rows of an embedding of hashed n-grams that starts at zero and is trained, by "
                                  "AdamW, in evaluation only; 0 = none", at_least(0))
-    ttt_hash_lr: float = knob(0.003, "its learning rate, on the same schedule", at_least(0))
+    ttt_hash_lr: float = knob(0.01, "its learning rate, on the same schedule", at_least(0))
 
     def __post_init__(self):
         """Raise SettingError for the first value that breaks its rule or contradicts another."""
@@ -406,7 +406,8 @@ def parse_stack(text):
 PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
-    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, ttt_enabled=True, final_score="ttt"),
+    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, ttt_enabled=True, final_score="ttt", ttt_ema=0.5,
+                   ttt_tilt=0.5, ttt_hash_buckets=16384),
     # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
     "pr1698": dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
                    muon_momentum=0.95, average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd",
@@ -2666,7 +2667,7 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
     run, cfg, total = run or Run(device=next(model.parameters()).device), model.cfg, len(tokens) - 1
     scorer = Scorer(model, tokens, table, run, adapt, probing)
     if scorer.adapter:
-        scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry else None
+        scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry and scorer.adapter.trains else None
     ledger = progress.restore(scorer) if progress else Ledger()
     for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None):
         if progress and parts[-1][1] <= ledger.next_target:
@@ -2821,8 +2822,10 @@ class Adapter:
         if cfg.ttt_hash_buckets:
             model.embed.hash_table = nn.Parameter(torch.zeros(cfg.ttt_hash_buckets, cfg.model_dim, device=run.device))
         self._lay_out()
-        self.base = [p.detach().clone() for p in self.params]
-        self.raw = [p.clone() for p in self.base] if cfg.ttt_ema else []
+        self.trains = bool(cfg.ttt_epochs and self.params)
+        self.weights = self.params + [w for group in self.low_rank for w in group.A.params + group.B.params]
+        self.base = [p.detach().clone() for p in self.weights]
+        self.raw = [p.clone() for p in self.base[:len(self.params)]] if cfg.ttt_ema else []
         self.mark = self._fingerprint()
 
     def _rule(self, name, frozen):
@@ -2865,8 +2868,8 @@ class Adapter:
                 self.leaves.append(leaf(rule, group, grad))
 
     def _fingerprint(self):
-        """A number that changes when any weight or any hint does."""
-        return fingerprint(self.model) + (float(self.tilt.count.sum() + self.tilt.high.sum()) if self.tilt else 0.0)
+        """Numbers that change when any weight or any hint does."""
+        return fingerprint(self.model), [int(x.sum()) for x in self.tilt[2:]] if self.tilt else []
 
     def verify(self, first):
         """After targets from `first` on were scored: none of them was trained on, no weight or hint changed since."""
@@ -2895,7 +2898,7 @@ class Adapter:
         shape = 0.5 * (1 + math.cos(math.pi * self.calls / max(1, self.chunks)))
         self.rate = shape if self.cfg.ttt_schedule == "cosine" else 1.0
         self.calls += 1
-        if self.cfg.ttt_epochs and self.params:
+        if self.trains:
             batches = self._batches(scored, first, self.seen)
             begins = np.flatnonzero(scored[first + 1:] == self.cfg.bos_id) if self.cfg.ttt_reset else ()
             if len(begins):  # a document began: forget the others, train on what was seen of this one
@@ -2911,12 +2914,11 @@ class Adapter:
 
     def reset(self):
         """Put back the artifact's weights and forget all that training left."""
-        copy_all(self.params, self.base)
-        copy_all(self.raw, self.base)
-        for x in (x for one in self.leaves for x in (one.m, one.v)):
-            x.zero_()
-        for group in self.low_rank:
-            torch._foreach_zero_(group.B.params)
+        copy_all(self.weights, self.base)
+        copy_all(self.raw, self.base[:len(self.raw)])
+        for one in self.leaves:
+            one.m.zero_()
+            one.v.zero_()
         self.pending, self.steps = [], 0
 
     def close(self):
@@ -2974,9 +2976,8 @@ class Adapter:
 
     def tensors(self):
         """{name: Tensor} of all that a resumed evaluation needs, the live ones: copy into them to restore."""
-        lists = dict(param=self.params, raw=self.raw, m=[one.m for one in self.leaves],
-                     v=[one.v for one in self.leaves], side=[w for g in self.low_rank for w in g.A.params + g.B.params],
-                     tilt=self.tilt[2:] if self.tilt else [])
+        lists = dict(weight=self.weights, raw=self.raw, m=[one.m for one in self.leaves],
+                     v=[one.v for one in self.leaves], tilt=self.tilt[2:] if self.tilt else [])
         return {f"{name}{i}": x for name, xs in lists.items() for i, x in enumerate(xs)}
 
     def counters(self):
