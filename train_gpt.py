@@ -3227,13 +3227,11 @@ def rehearse(model, method, num_targets, run):
 
     with torch.inference_mode():
         if method == "exact":
-            spans = cut(0, total, cfg.eval_spans)
-            a, b = run.share(len(spans))
-            longest = min(total, -(-total // len(spans)) + cfg.eval_warmup_tokens)
-            parts = cut(0, b - a, -(-(b - a) // rows)) if b > a else []
-            B = min(rows, b - a)
-            T = segment_length(longest, max(1, B), cfg)
-            return len(parts) * -(-longest // T) * call_s(B, T, longest > T) if parts else 0.0
+            spans, units = len(cut(0, total, cfg.eval_spans)), EXACT_UNITS if cfg.eval_save_seconds else 1
+            mine = -(-spans // units // run.world_size)  # of a unit, on the rank with most
+            B, longest = min(rows, mine), min(total, -(-total // spans) + cfg.eval_warmup_tokens)
+            T = segment_length(longest, B, cfg)
+            return min(units, spans) * -(-mine // rows) * -(-longest // T) * call_s(B, T, longest > T)
         stride = cfg.eval_stride if method == "sliding" else cfg.train_seq_len
         count = 1 + max(0, -(-(total - cfg.train_seq_len) // stride))
         return -(-count // run.world_size // rows) * call_s(rows, cfg.train_seq_len, False)
@@ -3275,6 +3273,8 @@ def plan_evaluation(model, cfg, run, num_targets):
     if cfg.compile == "1":  # what else will be called: validation, and diagnostics if wanted
         for other in ("roundtrip", *(("exact", "sliding") if cfg.eval_diagnostics else ())):
             rehearse(model, other, num_targets, run)
+        if cfg.ttt_enabled and method != "ttt":
+            rehearse_adapting(model, num_targets, run)
     if method == "ttt":
         seconds, epoch_s = rehearse_adapting(model, num_targets, run)
     else:

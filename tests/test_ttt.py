@@ -157,6 +157,10 @@ def test_only_the_wanted_roles_train(settings, pattern):
     assert moved(cfg) == {name for name in names if re.search(pattern, name)}
 
 
+def test_roles_are_those_of_the_routes():
+    assert set(t.ROLES) == {r.role for r in t.ROUTES}
+
+
 def test_close_leaves_the_model_as_it_was():
     cfg = ttt_config("all at once")
     _, adapter, model = adapted(cfg, text())
