@@ -2784,14 +2784,22 @@ def batched(pairs, most):
     return out
 
 
-@dataclass
 class Leaf:
     """Weights of one shape under one rule: `params` (views), stacks (n, *shape) of their gradients and moments."""
-    rule: str
-    params: list
-    grad: Tensor
-    m: Tensor
-    v: Tensor
+
+    def __init__(self, rule, params, grad):
+        self.rule, self.params, self.grad, self.m = rule, params, grad, torch.zeros_like(grad)
+        self.v = torch.zeros_like(grad) if rule in ("adamw", "hash") else grad.new_zeros(0)
+
+    def direction(self, steps, cfg):
+        """What step number `steps` subtracts at learning rate 1, (n, *shape) float32; updates the moments."""
+        if self.rule == "muon":
+            return muon_update(self.grad, self.m, cfg.ttt_momentum, cfg.muon_backend_steps).float()
+        if self.rule == "sgd":
+            return self.m.mul_(cfg.ttt_momentum).add_(self.grad)
+        self.m.lerp_(self.grad, 1 - cfg.beta1)
+        self.v.lerp_(self.grad.square(), 1 - cfg.beta2)
+        return self.m / (1 - cfg.beta1**steps) / ((self.v / (1 - cfg.beta2**steps)).sqrt() + 1e-8)
 
 
 class LowRank(NamedTuple):
@@ -2860,12 +2868,12 @@ class Adapter:
             if rule == "lora":
                 (R, C), rank = shape, min(self.cfg.ttt_lora, *shape)
                 A = torch.randn(len(group), rank, C, generator=rng).to(self.run.device) * C**-0.5
-                sides = [leaf(self.cfg.ttt_optimizer, list(x.unbind()), torch.zeros_like(x))
+                sides = [Leaf(self.cfg.ttt_optimizer, list(x.unbind()), torch.zeros_like(x))
                          for x in (A, A.new_zeros(len(group), R, rank))]
                 self.low_rank.append(LowRank(group, grad, torch.stack([p.detach() for p in group]), *sides))
                 self.leaves += sides
             else:
-                self.leaves.append(leaf(rule, group, grad))
+                self.leaves.append(Leaf(rule, group, grad))
 
     def _fingerprint(self):
         """Numbers that change when any weight or any hint does."""
@@ -2959,7 +2967,7 @@ class Adapter:
         self.steps += 1
         for one in self.leaves:
             lr = self.rate * (cfg.ttt_hash_lr if one.rule == "hash" else cfg.ttt_lr)
-            torch._foreach_add_(one.params, list(direction(one, self.steps, cfg).unbind()), alpha=-lr)
+            torch._foreach_add_(one.params, list(one.direction(self.steps, cfg).unbind()), alpha=-lr)
         for group in self.low_rank:
             weights = group.base + torch.stack(group.B.params) @ torch.stack(group.A.params)
             torch._foreach_copy_(group.params, list(weights.unbind()))
@@ -3001,23 +3009,6 @@ def copy_all(tensors, values):
     """Copy values into tensors, one for one; nothing if either list is empty."""
     if tensors and values:
         torch._foreach_copy_(tensors, values)
-
-
-def leaf(rule, params, grad):
-    """A Leaf at rest."""
-    adam = rule in ("adamw", "hash")
-    return Leaf(rule, params, grad, torch.zeros_like(grad), torch.zeros_like(grad) if adam else grad.new_zeros(0))
-
-
-def direction(one, steps, cfg):
-    """What a step subtracts from a Leaf's weights at learning rate 1, (n, *shape) float32; updates its moments."""
-    if one.rule == "muon":
-        return muon_update(one.grad, one.m, cfg.ttt_momentum, cfg.muon_backend_steps).float()
-    if one.rule == "sgd":
-        return one.m.mul_(cfg.ttt_momentum).add_(one.grad).clone()
-    one.m.lerp_(one.grad, 1 - cfg.beta1)
-    one.v.lerp_(one.grad.square(), 1 - cfg.beta2)
-    return one.m / (1 - cfg.beta1**steps) / ((one.v / (1 - cfg.beta2**steps)).sqrt() + 1e-8)
 
 
 def fingerprint(model):

@@ -612,7 +612,8 @@ def test_distance_lines_say_bounds_and_add_up():
 
 @pytest.mark.parametrize("method, adapting", [("roundtrip", False), ("sliding", False), ("sliding", True),
                                               ("exact", True)])
-def test_a_long_text_is_listed_a_unit_at_a_time(method, adapting):
+def test_a_long_text_is_listed_a_unit_at_a_time(method, adapting, monkeypatch):
+    monkeypatch.setattr(t, "UNIT_TARGETS", 5000)
     units = t.scoring_units(10**9, method, tiny_config(eval_stride=1), adapting, saving=False)
     first, second = next(units), next(units)
     assert len(first) <= t.UNIT_TARGETS and second[0] > first[-1]

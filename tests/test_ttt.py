@@ -175,12 +175,12 @@ def test_close_leaves_the_model_as_it_was():
 def test_directions_are_those_of_torch(rule, build):
     cfg, rng, grad = ttt_config(), torch.Generator().manual_seed(0), torch.zeros(2, 3, 4)
     p = torch.zeros(2, 3, 4, requires_grad=True)
-    one, ours, theirs = t.leaf(rule, [], grad), torch.zeros(2, 3, 4), build(p, cfg)
+    one, ours, theirs = t.Leaf(rule, [], grad), torch.zeros(2, 3, 4), build(p, cfg)
     for step in range(1, 5):
         grad.copy_(torch.randn(grad.shape, generator=rng))
         p.grad = grad.clone()
         theirs.step()
-        ours -= t.direction(one, step, cfg)
+        ours -= one.direction(step, cfg)
     torch.testing.assert_close(ours, p.detach(), rtol=1e-5, atol=1e-6)
 
 
@@ -306,7 +306,8 @@ def evaluate_options(run, folder, name=None):
     out, run.log = {}, lambda *event, **values: None
     for option in OPTIONS:
         cfg = ttt_config(option, ttt_chunk_tokens=80)
-        ledger, adapter, _ = adapted(replace(cfg, ttt_epochs=min(1, cfg.ttt_epochs)), text(200), run, probing=True)
+        cfg = replace(cfg, ttt_epochs=min(1, cfg.ttt_epochs))
+        ledger, adapter, _ = adapted(cfg, text(200), run, probing=name is not None)
         out[option] = (ledger.tokens, ledger.bytes, ledger.nats, ledger.causal, ledger.normalized, adapter.in_order)
     torch.save(out, f"{folder}/{name or run.rank}.pt")
 
@@ -319,7 +320,7 @@ def test_two_ranks_score_as_one_and_every_option_is_legal(tmp_path):
         one, *both = (ranks[option] for ranks in found)
         for other in both:
             assert other[:2] == one[:2] == (199, 199) and other[2] == pytest.approx(one[2], rel=1e-6), option
-            assert one[3] == other[3] == 0 and max(one[4], other[4]) < 1e-5 and one[5] and other[5], option
+            assert one[3] == 0 and 0 < one[4] < 1e-5 and one[5] and other[5], option
         assert both[0] == both[1], option
 
 
@@ -452,7 +453,7 @@ def stopped_and_resumed(cfg, method, adapting, folder, tokens, stop_after):
     return whole, resumed, scored
 
 
-@every_option
+@pytest.mark.parametrize("option", ["sliding", "exact", "adamw", "ema", "phase", "reset", "lora", "all at once"])
 def test_resumed_test_time_training_ends_at_the_same_ledger(option, tmp_path):
     cfg = ttt_config(option, ttt_chunk_tokens=64)
     whole, resumed, (units, before, after) = stopped_and_resumed(cfg, cfg.ttt_scoring, True, tmp_path, text(), 3)
