@@ -2470,7 +2470,10 @@ def score_rows(model, ids, targets, state=None, tilt=None, before=None):
 def compiled(function, enabled):
     """`function` under torch.compile (one graph, static shapes) if enabled is '1'; one wrapper per function."""
     torch._dynamo.config.cache_size_limit = 64  # shapes per function: validation, exact with and without state, ...
-    return torch.compile(function, fullgraph=True, dynamic=False) if enabled == "1" else function
+    if enabled != "1":
+        return function
+    # torch 2.13's in-place reuse overwrites a tensor inside a concatenation that is still read (SmearGate): off.
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"inplace_buffers": False})
 
 
 class Rows(NamedTuple):

@@ -4,6 +4,7 @@ they may see, and the run's own probes against planted faults.
 """
 
 import math
+import shutil
 import threading
 from dataclasses import replace
 
@@ -677,3 +678,20 @@ def test_each_fault_fails_the_verdict(fault, word, monkeypatch, capsys):
                     t.Data([], random_text(100), None, TABLE), t.Run())
     out = capsys.readouterr().out
     assert held == (not fault) and word in out and ("verdict:fail" in out) == bool(fault)
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+def smeared(embedding, ids):
+    """The Embedding's output alone: no state keeps the unsmeared one alive."""
+    return embedding(ids, embedding.fresh_state(1, ids.device, torch.float32), None, torch.float32)[0]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs a C++ compiler")
+def test_compiled_function_computes_the_same():
+    """With torch's in-place reuse of what was concatenated, SmearGate would come out wrong by several percent."""
+    ids = torch.from_numpy(random_text(64).astype(np.int64))[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(t.compiled(smeared, "1")(LM.embed, ids), smeared(LM.embed, ids), rtol=1e-4,
+                                   atol=1e-5)
