@@ -45,7 +45,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import cache
+from functools import cache, reduce
 from pathlib import Path
 from typing import NamedTuple
 
@@ -76,6 +76,10 @@ class ArtifactError(GolfError, ValueError):
 
 class FileError(GolfError, RuntimeError):
     """A file of the run cannot be written, or what it holds is not what this script wrote."""
+
+
+class ScoreError(GolfError, RuntimeError):
+    """Targets would be scored twice, out of order or not at all, or a score is no number."""
 
 
 class RankError(GolfError, RuntimeError):
@@ -131,6 +135,9 @@ def knob(default, help, rule=None):
 def group(title, default, help, rule=None):
     """Like `knob`, and the first of a new group in --help and in the log."""
     return field(default=default, metadata={"help": help, "rule": rule, "group": title})
+
+
+ROLES = ("embed", "gate", "mlp", "mixer", "control")  # of the parameters, in ROUTES
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -250,17 +257,43 @@ class Config:
     eval_warmup_tokens: int = knob(8192, "text before a span that is run but not scored [tokens]", at_least(0))
     eval_batch_tokens: int = knob(131072, "tokens of one evaluation pass on one rank", at_least(64))
     eval_budget_seconds: float = knob(600.0, "most seconds of evaluation", at_least(1))
+    eval_overrun: str = knob("error", "what to do if evaluation is projected to take longer: stop before it starts, or "
+                             "trim TTT_EPOCHS (targets are never left out)", one_of("error", "trim"))
+    eval_save_seconds: float = knob(0.0, "time between savings of an evaluation that can be resumed; 0 = never [s]",
+                                    at_least(0))
     ttt_enabled: bool = group("test-time training", False, "1: also score while training on what has been scored")
     ttt_scoring: str = knob("sliding", "how a chunk is scored before it is trained on: sliding windows by EVAL_STRIDE, "
-                            "or exact, one stream with the state carried across chunks", one_of("sliding", "exact"))
+                            "or exact, by carried state", one_of("sliding", "exact"))
+    ttt_spans: int = knob(1, "exact: spans that each chunk is cut into, side by side; 1 = one unbroken stream",
+                          at_least(1))
+    ttt_warmup_tokens: int = knob(2048, "text before such a span that is run but not scored [tokens]", at_least(0))
+    ttt_carry: bool = knob(True, "exact: 1: the state goes on from one chunk to the next, and training rows begin from "
+                           "the states that scoring had; 0: both begin without one")
     ttt_optimizer: str = knob("sgd", "sgd with momentum, adamw, or muon for matrices and sgd for the rest",
                               one_of("sgd", "adamw", "muon"))
-    ttt_lr: float = knob(0.005, "learning rate of the first chunk; falls by a cosine to 0 at the last", at_least(0))
+    ttt_lr: float = knob(0.005, "learning rate of the first chunk", at_least(0))
+    ttt_schedule: str = knob("cosine", "of that rate over the chunks: cosine to 0, or constant",
+                             one_of("cosine", "constant"))
     ttt_momentum: float = knob(0.9, "momentum of sgd and muon", between(0, 0.9999))
-    ttt_epochs: int = knob(3, "passes over a chunk after it was scored", at_least(0))
+    ttt_epochs: int = knob(3, "passes over a chunk after it was scored, one step each", at_least(0))
     ttt_chunk_tokens: int = knob(32768, "targets scored before each round of training [tokens]", at_least(1))
+    ttt_phase_chunks: int = knob(1, "chunks that are scored, one by one, before they are trained on together",
+                                 at_least(1))
     ttt_freeze_blocks: int = knob(2, "first blocks whose weights stay as they are", at_least(0))
+    ttt_roles: str = knob(",".join(ROLES), "comma list of the weights that train; empty = none",
+                          Rule("a comma list of " + ", ".join(ROLES), lambda v: set(v.split(",")) <= {*ROLES, ""}))
     ttt_grad_clip: float = knob(1.0, "global gradient norm of a step; 0 = off", at_least(0))
+    ttt_lora: int = knob(0, "rank of adapters trained in place of the matrices themselves; 0 = no adapters",
+                              at_least(0))
+    ttt_ema: float = knob(0.0, "decay, per step, of the averaged weights that score; 0 = the newest weights score",
+                          between(0, 0.9999))
+    ttt_reset: bool = knob(False, "1: where a document began in a chunk, forget all that was learned before it")
+    ttt_tilt: float = knob(0.0, "added to the logit of the token that followed the last ones most often in the text "
+                           "scored so far; 0 = off", at_least(0))
+    ttt_tilt_order: int = knob(4, "longest n-gram that such a hint comes from [tokens]", between(2, 9))
+    ttt_hash_buckets: int = knob(0, "rows of an embedding of hashed n-grams that starts at zero and is trained, by "
+                                 "AdamW, in evaluation only; 0 = none", at_least(0))
+    ttt_hash_lr: float = knob(0.01, "its learning rate, on the same schedule", at_least(0))
 
     def __post_init__(self):
         """Raise SettingError for the first value that breaks its rule or contradicts another."""
@@ -299,9 +332,6 @@ class Config:
             (not (self.resume and (self.eval_only or self.prompt)),
              f"RESUME={self.resume}: EVAL_ONLY and PROMPT read an artifact, not a checkpoint; unset one of them"),
             (self.final_score != "ttt" or self.ttt_enabled, "FINAL_SCORE=ttt: needs TTT_ENABLED=1"),
-            (self.ttt_scoring != "exact" or not self.ttt_enabled or self.ttt_chunk_tokens <= self.eval_batch_tokens,
-             f"TTT_CHUNK_TOKENS={self.ttt_chunk_tokens}: with TTT_SCORING=exact at most "
-             f"EVAL_BATCH_TOKENS={self.eval_batch_tokens}"),
             (self.bos_id < self.vocab_size,
              f"BOS_ID={self.bos_id}: must be below VOCAB_SIZE={self.vocab_size}"),
             (self.rope_dims % 2 == 0 and self.rope_dims * self.num_heads <= self.model_dim,
@@ -399,7 +429,8 @@ def parse_stack(text):
 PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
-    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, ttt_enabled=True, final_score="ttt"),
+    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, ttt_enabled=True, final_score="ttt", ttt_ema=0.5,
+                   ttt_tilt=0.5, ttt_hash_buckets=16384),
     # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
     "pr1698": dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
                    muon_momentum=0.95, average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd",
@@ -418,7 +449,7 @@ PRESETS = {
         gptq_calibration_batches=16, gptq_reserve_seconds=5.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0,
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
-        ttt_chunk_tokens=4096),
+        ttt_chunk_tokens=4096, ttt_warmup_tokens=256),
 }
 
 # STACK of PRESET=NAME,sample where it is not the sample's own: the same kinds of layers, fewer of them.
@@ -1433,11 +1464,14 @@ def check_kernels(cfg, run):
 
 
 def token_nll(logits, targets):
-    """Negative log-likelihood of each target in nats, float32 (B, T): a cross entropy over the whole vocabulary.
+    """Negative log-likelihood of each target in nats, float32, the shape of targets: a cross entropy over the whole
+    vocabulary.
 
-    logits: (B, T, vocab) float32.   targets: (B, T) integer.
+    logits: (B, T, vocab) float32.   targets: (B, T) integer, or (B, T, n): n candidates at every position.
     """
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long(), reduction="none").view(targets.shape)
+    if targets.dim() == 3:
+        logits = logits.unsqueeze(2).expand(*targets.shape, -1)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none").view(targets.shape)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1496,6 +1530,7 @@ class Embedding(nn.Module):
 
     `weight` (vocab, D).  The n-gram table (buckets, ngram_dim) is shared by both orders and projected to D.
     No n-gram and no smear crosses the token `bos_id`.  State: the two ids and the one embedding before.
+    `hash_table` (buckets, D), indexed by the same n-grams: None, or made and trained by an Adapter (TTT_HASH_BUCKETS).
     """
 
     def __init__(self, cfg):
@@ -1507,19 +1542,22 @@ class Embedding(nn.Module):
             self.ngram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.ngram_dim))
         if cfg.smear:
             self.smear_gate = nn.Parameter(torch.empty(cfg.model_dim))
+        self.register_parameter("hash_table", None)
 
     def fresh_state(self, B, device, dtype):
         """The state before any text: ids -1 (no token), zero embedding."""
         return EmbedState(torch.full((B, 2), -1, dtype=torch.int64, device=device),
                           torch.zeros(B, 1, self.cfg.model_dim, dtype=dtype, device=device))
 
-    def ngram_rows(self, ids, prev1, prev2):
-        """Table rows of the bigram (prev1, id) and the trigram (prev2, prev1, id), a list; absent tokens are -1."""
+    def ngram_rows(self, ids, prev1, prev2, buckets=0):
+        """Rows of the bigram (prev1, id) and the trigram (prev2, prev1, id), a list, in a table of `buckets`, or by
+        default the model's own; absent tokens are -1."""
+        buckets = buckets or self.cfg.ngram_buckets
         h = (ids * 0x2545F491 + (prev1 + 1) * 0x1B873593) & 0x7FFFFFFF
-        rows = [(h ^ (h >> 15)) % self.cfg.ngram_buckets]
+        rows = [(h ^ (h >> 15)) % buckets]
         if self.cfg.ngram_order == 3:
             h = (h * 5 + (prev2 + 1) * 0x19D699A5 + 0x3C6EF372) & 0x7FFFFFFF
-            rows.append((h ^ (h >> 15)) % self.cfg.ngram_buckets)
+            rows.append((h ^ (h >> 15)) % buckets)
         return rows
 
     def forward(self, ids, state, packing, dtype):
@@ -1530,13 +1568,17 @@ class Embedding(nn.Module):
             first = first | (packing.position == 0)
         prev1 = torch.where(first, -1, shifted(ids, state.ids, 1, None))
         x = F.embedding(ids, self.weight).to(dtype)
-        if self.cfg.ngram_buckets:
+        if self.cfg.ngram_buckets or self.hash_table is not None:
             # The token two back counts only if the one before was not itself the first of its document.
             starts = F.pad(first[:, :-1], (1, 0))
             starts[:, 0] = state.ids[:, 1] == self.cfg.bos_id
             prev2 = torch.where(first | starts, -1, shifted(ids, state.ids, 2, None))
+        if self.cfg.ngram_buckets:
             rows = self.ngram_rows(ids, prev1, prev2)
             x = x + linear(sum(F.embedding(r, self.ngram_table) for r in rows).to(dtype), self.ngram_proj)
+        if self.hash_table is not None:
+            rows = self.ngram_rows(ids, prev1, prev2, len(self.hash_table))
+            x = x + sum(F.embedding(r, self.hash_table) for r in rows).to(dtype)
         x = rms_norm(x)
         after = EmbedState(last_tokens(state.ids, ids, 2), x[:, -1:])
         if self.cfg.smear:
@@ -2489,13 +2531,22 @@ def estimate_artifact_bytes(model, cfg):
 # Targets are tokens 1 .. n-1 of the concatenated split, numbered 0 .. n-2: target j is token j + 1, predicted
 # from tokens up to j.  Every target is scored exactly once, in order: Ledger.add refuses anything else.
 # score_rows() is the only place where a model meets targets, Ledger.bpb the only place where bits are made.
+# A Scorer probes its own calls while it scores; an Adapter gets text only after the Ledger has it.
+
+DISTANCES = 27  # buckets of the distance since a document began [tokens]: below 64, below 128, ... below 2^32
 
 
 class Ledger:
-    """Running sums over the targets first .. `next_target` - 1, each entered exactly once and in order."""
+    """Running sums over the targets first .. `next_target` - 1, each entered exactly once and in order.
 
-    def __init__(self, first=0, tokens=0, nats=0.0, num_bytes=0):
+    `causal`, `normalized`: the largest faults that the Scorer's probes found in these scores.   `by_distance`
+    (DISTANCES, 3) float64: tokens, bytes and nats by the tokens since the document began (`place`).
+    """
+
+    def __init__(self, first=0, tokens=0, nats=0.0, num_bytes=0, causal=0.0, normalized=0.0, *by_distance):
         self.first, self.tokens, self.nats, self.bytes = int(first), int(tokens), float(nats), int(num_bytes)
+        self.causal, self.normalized = causal, normalized
+        self.by_distance = np.array(by_distance or [0.0] * 3 * DISTANCES).reshape(DISTANCES, 3)
 
     @property
     def next_target(self):
@@ -2505,24 +2556,38 @@ class Ledger:
     def add(self, first, nll, num_bytes):
         """Enter targets first .. first + len - 1: nll (len,) nats and num_bytes (len,) int.
 
-        Raises RuntimeError on a gap, an overlap, a repeat, unequal lengths, or a score that is not finite.
+        Raises ScoreError on a gap, an overlap, a repeat, unequal lengths, or a score that is not finite.
         """
         if first != self.next_target:
-            raise RuntimeError(f"ledger: targets from {first} offered, {self.next_target} is next: a gap or a repeat")
+            raise ScoreError(f"ledger: targets from {first} offered, {self.next_target} is next: a gap or a repeat")
         if nll.shape != num_bytes.shape or nll.dim() != 1:
-            raise RuntimeError(f"ledger: {tuple(nll.shape)} scores for {tuple(num_bytes.shape)} byte counts")
+            raise ScoreError(f"ledger: {tuple(nll.shape)} scores for {tuple(num_bytes.shape)} byte counts")
         nats = float(nll.double().sum())
         if not math.isfinite(nats) or bool((nll < 0).any()):
-            raise RuntimeError(f"ledger: scores from target {first} are negative or not finite")
+            raise ScoreError(f"ledger: scores from target {first} are negative or not finite: the model has diverged; "
+                             "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
         self.nats += nats
         self.tokens += nll.numel()
         self.bytes += int(num_bytes.sum())
 
+    def place(self, distance, nll, num_bytes):
+        """Sum what was entered by np.int64 (len,) distance, the tokens between the document's start and the target."""
+        bucket = np.frexp(distance >> 6)[1]  # 0 below 64, then one more for each doubling
+        for column, weights in enumerate((None, num_bytes.numpy(), nll.double().numpy())):
+            self.by_distance[:, column] += np.bincount(bucket, weights, DISTANCES)
+
     def join(self, other):
-        """Append a ledger that begins where this one ends; raises RuntimeError otherwise."""
+        """Append a ledger that begins where this one ends; raises ScoreError otherwise."""
         if other.first != self.next_target:
-            raise RuntimeError(f"ledger: a part from {other.first} offered, {self.next_target} is next: gap or repeat")
-        return Ledger(self.first, self.tokens + other.tokens, self.nats + other.nats, self.bytes + other.bytes)
+            raise ScoreError(f"ledger: a part from {other.first} offered, {self.next_target} is next: gap or repeat")
+        return Ledger(self.first, self.tokens + other.tokens, self.nats + other.nats, self.bytes + other.bytes,
+                      max(self.causal, other.causal), max(self.normalized, other.normalized),
+                      *(self.by_distance + other.by_distance).flat)
+
+    def numbers(self):
+        """All of it as floats: Ledger(*ledger.numbers()) is an equal one."""
+        return [float(v) for v in (self.first, self.tokens, self.nats, self.bytes, self.causal, self.normalized,
+                                   *self.by_distance.flat)]
 
     @property
     def val_loss(self):
@@ -2539,6 +2604,13 @@ class Ledger:
         return dict(val_loss=f"{self.val_loss:.{digits}f}", val_bpb=f"{self.bpb:.{digits}f}", tokens=self.tokens,
                     bytes=self.bytes)
 
+    def log_distances(self, log):
+        """One line per bucket of the distance since the document began; log: called as Run.log."""
+        for i, (tokens, num_bytes, nats) in enumerate(self.by_distance):
+            if num_bytes:
+                log("position", **{"from": 32 << i if i else 0}, to=64 << i, tokens=int(tokens), bytes=int(num_bytes),
+                    val_bpb=Ledger(0, tokens, nats, num_bytes).bpb)
+
 
 def windows(num_targets, seq_len, stride):
     """Yield (start, end, score_from) of the windows over num_targets targets, all absolute target indexes.
@@ -2552,9 +2624,50 @@ def windows(num_targets, seq_len, stride):
         start += stride
 
 
-def score_rows(model, ids, targets, state=None):
-    """Nats of each target (B, T) float32, given the tokens up to it, and the state behind the row."""
+def cut(first, last, parts):
+    """[first, last) in `parts` contiguous parts of nearly equal size, empty ones left out."""
+    edges = [first + (last - first) * i // parts for i in range(parts + 1)]
+    return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+
+
+UNIT_TARGETS = 1 << 20  # targets of which the windows are listed at one time; also a resumable unit of scoring
+EXACT_UNITS = 8  # resumable units of the exact method; one where nothing is saved, so that all spans run side by side
+
+
+def scoring_units(total, method, cfg, adapting, saving):
+    """Yield lists of parts, left to right: windows (start, end, score_from), or for exact spans (first, last).
+
+    When adapting, a list is one chunk of TTT_CHUNK_TOKENS; a window belongs to the chunk of its first scored target.
+    """
+    stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len, "exact": 0}[method]
+    if not stride and not adapting:
+        spans = cut(0, total, cfg.eval_spans)
+        step = -(-len(spans) // (EXACT_UNITS if saving else 1))
+        yield from (spans[i:i + step] for i in range(0, len(spans), step))
+        return
+    chunk, pending = cfg.ttt_chunk_tokens if adapting else UNIT_TARGETS, None
+    if stride:
+        pending = iter(windows(total, cfg.train_seq_len, stride))
+        held = next(pending)
+    for first in range(0, total, chunk):
+        last, parts = min(first + chunk, total), []
+        while pending and held and held[2] < last:
+            parts.append(held)
+            held = next(pending, None)
+        parts = parts if pending else cut(first, last, cfg.ttt_spans)
+        if parts:
+            yield parts
+
+
+def score_rows(model, ids, targets, state=None, tilt=None, before=None):
+    """Nats of each target, float32, given the tokens up to it, and the state behind the row.
+
+    ids: (B, T).   targets: (B, T), or (B, T, n) for n candidates at every position.   state: behind the text before.
+    tilt: None or a Tilt, whose hints come from `ids` and from `before` (B, TILT_BEFORE), the tokens before the row.
+    """
     logits, state = model(ids, state)
+    if tilt is not None:
+        logits = tilted(logits, tilt, ids, before)
     return token_nll(logits, targets), state
 
 
@@ -2562,65 +2675,179 @@ def score_rows(model, ids, targets, state=None):
 def compiled(function, enabled):
     """`function` under torch.compile (one graph, static shapes) if enabled is '1'; one wrapper per function."""
     torch._dynamo.config.cache_size_limit = 64  # shapes per function: validation, exact with and without state, ...
-    return torch.compile(function, fullgraph=True, dynamic=False) if enabled == "1" else function
+    if enabled != "1":
+        return function
+    # torch 2.13's in-place reuse overwrites a tensor inside a concatenation that is still read (SmearGate): off.
+    return torch.compile(function, fullgraph=True, dynamic=False, options={"inplace_buffers": False})
 
 
 class Rows(NamedTuple):
-    """A batch to score on the device: ids, targets (B, T), `wanted` (B, T) marks the targets that count."""
+    """A batch on the device: ids, targets (B, T), `wanted` (B, T) marks the targets that count, `before`
+    (B, TILT_BEFORE) the tokens left of each row (-1: none), `starts` (B,) absolute positions."""
     ids: Tensor
     targets: Tensor
     wanted: Tensor
+    before: Tensor
+    starts: Tensor
 
 
 def make_rows(tokens, starts, score_from, score_to, T, device):
     """Rows of T tokens from absolute starts (B,), of which row i scores targets score_from[i] .. score_to[i] - 1.
 
-    tokens: np.uint16 (n,).  Positions outside the text repeat its ends and never count.
+    tokens: np.uint16 (n,).  Positions behind the text repeat its end and never count.
     """
-    index = np.asarray(starts)[:, None] + np.arange(T)
-    wanted = (index >= np.asarray(score_from)[:, None]) & (index < np.asarray(score_to)[:, None])
-    last = len(tokens) - 1
-    ids, targets = (tokens[np.clip(i, 0, last)].astype(np.int32) for i in (index, index + 1))
-    return Rows(*(torch.from_numpy(x).to(device, non_blocking=True) for x in (ids, targets, wanted)))
+    starts = np.asarray(starts, np.int64)
+    index = starts[:, None] + np.arange(-TILT_BEFORE, T + 1)
+    text = np.where(index < 0, -1, tokens[np.clip(index, 0, len(tokens) - 1)].astype(np.int32))
+    inputs = index[:, TILT_BEFORE:-1]
+    wanted = (inputs >= np.asarray(score_from)[:, None]) & (inputs < np.asarray(score_to)[:, None])
+    parts = text[:, TILT_BEFORE:-1], text[:, TILT_BEFORE + 1:], wanted, text[:, :TILT_BEFORE], starts
+    return Rows(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in parts))
 
 
-def score_windows(model, tokens, table, spans, seq_len, ledger, run):
-    """Score consecutive windows [(start, end, score_from), ...] into `ledger`, in batches of fixed shape."""
-    score = compiled(score_rows, model.cfg.compile)
-    batch = max(1, model.cfg.eval_batch_tokens // seq_len)
-    for i in range(0, len(spans), batch):
-        part = spans[i:i + batch]
-        starts, ends, froms = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
-        rows = make_rows(tokens, starts, froms, ends, seq_len, run.device)
-        nll, _ = score(model, rows.ids, rows.targets)
-        num_bytes = count_bytes(table, rows.ids, rows.targets)
-        ledger.add(part[0][2], nll[rows.wanted].cpu(), num_bytes[rows.wanted].cpu())
+def map_states(function, *states):
+    """The StreamState of function(x, ...) over the tensors of StreamStates of one form; None for None."""
+    if states[0] is None:
+        return None
+    layers = (type(parts[0])(*map(function, *parts)) for parts in zip(*(s.layers for s in states)))
+    return StreamState(EmbedState(*map(function, *(s.embed for s in states))), tuple(layers))
 
 
-def score_streams(model, tokens, table, spans, run):
-    """Score spans [(first, last), ...] of targets with carried state, side by side; returns one Ledger per span.
+def state_tensors(state):
+    """The tensors of a StreamState in order; none for None."""
+    return [] if state is None else [*state.embed, *(x for layer in state.layers for x in layer)]
 
-    Each row begins EVAL_WARMUP_TOKENS before its span, unscored, and goes through it segment by segment; the state
-    goes from one segment to the next, so that a token is predicted from all the text since its row's beginning.
+
+PROBE_TOKENS, PROBE_CANDIDATES = 64, 256  # positions of a normalisation probe; vocabulary entries scored at once
+
+
+class Scorer:
+    """Scores parts of a text on this rank, and probes some of its own calls.
+
+    Called with the parts of a unit, shares them over ranks and returns their Ledger, the same on every rank.
+    `state`: behind the text so far, where an adapting evaluation goes on in one stream (TTT_SPANS=1).
     """
-    cfg, score = model.cfg, compiled(score_rows, model.cfg.compile)
-    ledgers = [Ledger(first) for first, _ in spans]
-    rows_at_once = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
-    for i in range(0, len(spans), rows_at_once):
-        part, books = spans[i:i + rows_at_once], ledgers[i:i + rows_at_once]
-        starts = np.array([max(0, first - cfg.eval_warmup_tokens) for first, _ in part])
-        longest = int(max(last - start for (_, last), start in zip(part, starts)))
-        T, state = segment_length(longest, len(part), cfg), None
-        for done in range(0, longest, T):
-            rows = make_rows(tokens, starts + done, *zip(*part), T, run.device)
-            nll, state = score(model, rows.ids, rows.targets, state)
-            num_bytes, wanted = count_bytes(table, rows.ids, rows.targets).cpu(), rows.wanted.cpu()
-            nll = nll.cpu()
-            for row, book in enumerate(books):
-                mask = wanted[row]
-                if mask.any():
-                    book.add(max(part[row][0], int(starts[row]) + done), nll[row][mask], num_bytes[row][mask])
-    return ledgers
+
+    def __init__(self, model, tokens, table, run, adapt, probing):
+        self.model, self.tokens, self.run, self.cfg, self.state = model, tokens, run, model.cfg, None
+        self.table, self.score = table.to(run.device), compiled(score_rows, model.cfg.compile)
+        self.adapter, self.adapting = adapt if isinstance(adapt, Adapter) else None, adapt is not None
+        self.begins = np.concatenate([[0], np.flatnonzero(tokens == self.cfg.bos_id)])  # of documents
+        self.calls, self.probing, self.faults = 0, probing, [0.0, 0.0]
+
+    def __call__(self, parts):
+        """Score the unit `parts`: windows or spans in order."""
+        exact, mine = len(parts[0]) == 2, None
+        if exact and self.adapting and self.cfg.ttt_spans == 1:
+            return self.carried(*parts[0])
+        a, b = self.run.share(len(parts))
+        if b > a:
+            mine = (self.streams if exact else self.windows)(parts[a:b])
+            mine.causal, mine.normalized = self.faults
+        ledger = Ledger(parts[0][0 if exact else 2])
+        for values in self.run.gather(mine.numbers() if mine else [-1.0] * len(ledger.numbers())):
+            if values[0] >= 0:
+                ledger = ledger.join(Ledger(*values))
+        return ledger
+
+    def call(self, rows, state=None):
+        """Nats (B, T) of one batch and the state behind it; the 1st, 2nd, 4th, 8th, ... call is probed."""
+        tilt = self.adapter.tilt if self.adapter else None
+        more = (tilt, rows.before) if tilt else ()
+        nll, after = self.score(self.model, rows.ids, rows.targets, state, *more)
+        self.calls += 1
+        if self.probing and self.calls & (self.calls - 1) == 0:
+            self.probe(rows, state, nll, more)
+        return nll, after
+
+    def probe(self, rows, state, nll, more):
+        """Score a batch again with other tokens behind a place in each row, and the whole vocabulary at some places.
+
+        Keeps the largest change before those places, and the largest distance of a sum of probabilities from 1.  Same
+        function, weights, state, tilt and shape as the scores that count, so a leak in any of them shows.
+        """
+        (B, T), vocab = rows.ids.shape, self.cfg.vocab_size
+        later = (torch.arange(T) >= torch.linspace(1, T - 1, B + 2)[1:-1].long().clamp_min(1)[:, None]).to(nll.device)
+        rng = torch.Generator().manual_seed(self.calls)
+        noise = torch.randint(1, vocab, (B, T), generator=rng, dtype=torch.int32).to(nll.device)
+        changed = torch.where(later, (rows.ids + noise) % vocab, rows.ids)
+        other, _ = self.score(self.model, changed, rows.targets, state, *more)
+        leak = (nll - other).abs().masked_fill(later, 0.0).max()
+        row = int(rows.wanted.any(1).int().argmax())
+        ids, state = rows.ids[row:row + 1, :PROBE_TOKENS], map_states(lambda x: x[row:row + 1], state)
+        more = (more[0], more[1][row:row + 1]) if more else ()
+        total = torch.zeros(ids.shape, dtype=torch.float64, device=nll.device)
+        for some in torch.arange(vocab, device=nll.device).split(PROBE_CANDIDATES):
+            scores, _ = score_rows(self.model, ids, some.expand(*ids.shape, -1), state, *more)
+            total += scores.double().neg().exp().sum(-1)
+        found = torch.stack([leak.double(), (total - 1).abs().max()]).tolist()
+        self.faults = [max(old, new) if new == new else math.inf for old, new in zip(self.faults, found)]
+
+    def enter(self, ledger, first, nll, num_bytes):
+        """Enter targets first .. with the distances since their documents began."""
+        nll, num_bytes, target = nll.cpu(), num_bytes.cpu(), np.arange(first, first + len(nll))
+        if self.table.sidecar is not None:
+            num_bytes = torch.from_numpy(self.table.sidecar[target + 1].astype(np.int64))
+        ledger.add(first, nll, num_bytes)
+        ledger.place(target - self.begins[np.searchsorted(self.begins, target, "right") - 1], nll, num_bytes)
+
+    def windows(self, parts):
+        """The Ledger of consecutive windows, scored in batches of fixed shape."""
+        T, ledger = self.cfg.train_seq_len, Ledger(parts[0][2])
+        batch = max(1, self.cfg.eval_batch_tokens // T)
+        for i in range(0, len(parts), batch):
+            part = parts[i:i + batch]
+            starts, ends, froms = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
+            rows = make_rows(self.tokens, starts, froms, ends, T, self.run.device)
+            nll, num_bytes = self.call(rows)[0], count_bytes(self.table, rows.ids, rows.targets)
+            self.enter(ledger, part[0][2], nll[rows.wanted], num_bytes[rows.wanted])
+        return ledger
+
+    def streams(self, spans):
+        """The Ledger of consecutive spans (first, last) of targets, scored side by side with carried state.
+
+        Each row begins EVAL_WARMUP_TOKENS (adapting: TTT_WARMUP_TOKENS) before its span, unscored, and goes through it
+        segment by segment, so that a token is predicted from all the text since its row's beginning.
+        """
+        cfg, books = self.cfg, [Ledger(first) for first, _ in spans]
+        warmup = cfg.ttt_warmup_tokens if self.adapting else cfg.eval_warmup_tokens
+        at_once = training_rows(cfg) if self.adapting else max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+        for i in range(0, len(spans), at_once):
+            part = spans[i:i + at_once]
+            starts = np.array([max(0, first - warmup) for first, _ in part])
+            longest = int(max(last - start for (_, last), start in zip(part, starts)))
+            T = cfg.train_seq_len if self.adapting else segment_length(longest, len(part), cfg)
+            state = None
+            for done in range(0, longest, T):
+                rows = make_rows(self.tokens, starts + done, *zip(*part), T, self.run.device)
+                nll, after = self.call(rows, state)
+                nll, wanted = nll.cpu(), rows.wanted.cpu()
+                if self.adapter and self.adapter.kept is not None and wanted.any():
+                    self.adapter.kept.append((rows, state))
+                state, num_bytes = after, count_bytes(self.table, rows.ids, rows.targets).cpu()
+                for row, (first, _) in enumerate(part):
+                    if wanted[row].any():
+                        self.enter(books[i + row], max(first, int(starts[row]) + done), nll[row][wanted[row]],
+                                   num_bytes[row][wanted[row]])
+        return reduce(Ledger.join, books)
+
+    def carried(self, first, last):
+        """The Ledger of one span, scored as one stream from `state` on, in rows of TRAIN_SEQ_LEN.
+
+        Every rank does the same.  The text's last row is filled up, to keep its shape; nothing follows it.
+        """
+        ledger, T, end = Ledger(first), self.cfg.train_seq_len, len(self.tokens) - 1
+        self.state = self.state if self.cfg.ttt_carry else None
+        for a in range(first, last, T):
+            b = min(a + T, last)
+            rows = make_rows(self.tokens, [a], [a], [b], T if b == end else b - a, self.run.device)
+            nll, after = self.call(rows, self.state)
+            if self.adapter and self.adapter.kept is not None:
+                self.adapter.kept.append((rows, self.state))
+            num_bytes, self.state = count_bytes(self.table, rows.ids, rows.targets), after
+            self.enter(ledger, a, nll[rows.wanted], num_bytes[rows.wanted])
+        ledger.causal, ledger.normalized = (max(v) for v in zip(*self.run.gather(self.faults)))
+        return ledger
 
 
 def segment_length(longest, rows, cfg):
@@ -2630,181 +2857,446 @@ def segment_length(longest, rows, cfg):
     return -(-longest // parts // GDN_CHUNK) * GDN_CHUNK
 
 
-def cut(first, last, parts):
-    """[first, last) in `parts` contiguous parts of nearly equal size, empty ones left out."""
-    edges = [first + (last - first) * i // parts for i in range(parts + 1)]
-    return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
-
-
-def score_parts(model, tokens, table, parts, run, streams):
-    """Score `parts`, consecutive spans (streams) or windows, shared over ranks; every rank gets the whole Ledger."""
-    a, b = run.share(len(parts))
-    mine, most = [], -(-len(parts) // run.world_size) if streams else 1
-    if b > a and streams:
-        mine = score_streams(model, tokens, table, parts[a:b], run)
-    elif b > a:
-        mine = [Ledger(parts[a][2])]
-        score_windows(model, tokens, table, parts[a:b], model.cfg.train_seq_len, mine[0], run)
-    flat = [v for book in mine for v in (book.first, book.tokens, book.nats, book.bytes)]
-    ledger = Ledger(parts[0][0 if streams else 2])
-    for values in run.gather(flat + [-1.0] * 4 * (most - len(mine))):
-        for at in range(0, len(values), 4):
-            if values[at] >= 0:
-                ledger = ledger.join(Ledger(*values[at:at + 4]))
-    return ledger
-
-
-def score_carried(model, tokens, table, span, state, run):
-    """Score one span (first, last) as one stream from the state behind target first - 1; returns Ledger and state.
-
-    Every rank does the same.  The last span of a text may be short: then the row is filled up and its state useless.
-    """
-    score, (first, last) = compiled(score_rows, model.cfg.compile), span
-    rows = make_rows(tokens, [first], [first], [last], model.cfg.ttt_chunk_tokens, run.device)
-    nll, state = score(model, rows.ids, rows.targets, state)
-    ledger = Ledger(first)
-    ledger.add(first, nll[rows.wanted].cpu(), count_bytes(table, rows.ids, rows.targets)[rows.wanted].cpu())
-    return ledger, state
+def training_rows(cfg):
+    """Most rows of one backward pass of an Adapter: it keeps its activations, so a quarter of EVAL_BATCH_TOKENS."""
+    return max(1, cfg.eval_batch_tokens // 4 // cfg.train_seq_len)
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, table, method="exact", adapt=None, run=None):
+def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progress=None, probing=False):
     """Score every target of `tokens` exactly once; the only scorer of this script.
 
     model: LM; its cfg holds the evaluation settings.   tokens: np.uint16 (n,).   table: ByteTable.
-    method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact (state carried; with
-    `adapt` as one stream, its state carried across chunks and changes of weights).
+    method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact (state carried through
+    EVAL_SPANS spans; with `adapt` through TTT_SPANS spans of each chunk, or if that is 1 through the whole text).
     adapt: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the tokens scored so
     far, np.uint16 up to and including the last scored target: it cannot see what is yet to be scored.
-    Returns the Ledger over all n - 1 targets, equal on all ranks; raises RuntimeError if any is missing.
+    progress: None or the Progress that keeps this evaluation on disk.   probing: check some calls (Scorer.probe).
+    Returns the Ledger over all n - 1 targets, equal on all ranks; raises ScoreError if any is missing.
     """
     run, cfg, total = run or Run(device=next(model.parameters()).device), model.cfg, len(tokens) - 1
-    table, ledger = table.to(run.device), Ledger()
-    stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len, "exact": None}[method]
-    pending = deque(windows(total, cfg.train_seq_len, stride)) if stride else None
-    chunk, state = cfg.ttt_chunk_tokens if adapt else total, None
-    for first in range(0, total, chunk):
-        last = min(first + chunk, total)
-        if stride:  # a window belongs to the chunk of its first scored target
-            parts = []
-            while pending and pending[0][2] < last:
-                parts.append(pending.popleft())
-        else:
-            parts = cut(first, last, 1 if adapt else cfg.eval_spans)
-        if not parts:
-            continue
-        if adapt and not stride:
-            scored, state = score_carried(model, tokens, table, parts[0], state, run)
-        else:
-            scored = score_parts(model, tokens, table, parts, run, streams=not stride)
-        if table.sidecar is not None:
-            scored.bytes = int(table.sidecar[scored.first + 1:scored.next_target + 1].sum(dtype=np.int64))
+    scorer = Scorer(model, tokens, table, run, adapt, probing)
+    if scorer.adapter:
+        scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry and scorer.adapter.trains else None
+    ledger = progress.restore(scorer) if progress else Ledger()
+    for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None):
+        if progress and parts[-1][1] <= ledger.next_target:
+            continue  # scored before this evaluation was resumed
+        scored = scorer(parts)
+        if scorer.adapter:
+            scorer.adapter.verify(scored.first)
         ledger = ledger.join(scored)
         if adapt and ledger.next_target < total:
             with torch.inference_mode(False), torch.enable_grad():
                 adapt(tokens[:ledger.next_target + 1])
+        if scorer.adapter:
+            scorer.adapter.report(ledger, scored)
+        if progress:
+            progress.save(ledger, scorer)
     if ledger.first != 0 or ledger.next_target != total:
-        raise RuntimeError(f"evaluation scored targets {ledger.first} .. {ledger.next_target - 1} of 0 .. {total - 1}")
+        raise ScoreError(f"evaluation scored targets {ledger.first} .. {ledger.next_target - 1} of 0 .. {total - 1}")
     return ledger
 
 
-def summed_nll(model, ids, targets, wanted):
+class Tilt(NamedTuple):
+    """Which token followed a context most often in the text scored so far; such a hint's logit is raised by `beta`.
+
+    A context of 1 .. order - 1 tokens is hashed to a bucket, which the first that comes owns: `owner` (buckets,) its
+    hash, `count` of its most frequent follower, and the lowest and highest token that is one: if they differ it is a
+    tie and no hint.   `pairs` (4 buckets,) counts (context, token).
+    """
+    order: int
+    beta: float
+    owner: Tensor
+    count: Tensor
+    low: Tensor
+    high: Tensor
+    pairs: Tensor
+
+
+TILT_BEFORE = 7  # tokens before a row that its first contexts may reach: TTT_TILT_ORDER is at most this and 2
+NO_HASH = 2**31 - 1  # above every token id and hash but itself
+
+
+def new_tilt(cfg, num_targets, device):
+    """An empty Tilt with a bucket for every context that num_targets can bring, or 2^24 (0.5 GiB in all)."""
+    size = 1 << min(24, max(10, (num_targets * (cfg.ttt_tilt_order - 1)).bit_length()))
+    parts = ((size, NO_HASH), (size, 0), (size, NO_HASH), (size, -1), (4 * size, 0))
+    return Tilt(cfg.ttt_tilt_order, cfg.ttt_tilt,
+                *(torch.full((n,), value, dtype=torch.int32, device=device) for n, value in parts))
+
+
+def mixed(h, x):
+    """A new 31-bit hash, int64, of a hash and one token id more (-1 .. 65535)."""
+    return ((h ^ (h >> 15)) * 0x2545F491 + (x + 1) * 0x1B873593) & 0x7FFFFFFF
+
+
+def contexts(ids, before, order):
+    """Hashes (B, T) of the contexts of 1, 2, .. order - 1 tokens that end at each of ids (B, T), a list."""
+    text, h, out = torch.cat([before, ids], 1).long(), torch.zeros_like(ids, dtype=torch.int64), []
+    for back in range(order - 1):
+        h = mixed(h, text[:, TILT_BEFORE - back:text.shape[1] - back])
+        out.append(h)
+    return out
+
+
+def tilted(logits, tilt, ids, before):
+    """logits (B, T, vocab) with beta added to each position's hinted token, that of the longest context which has one.
+
+    A softmax of these is p' ~ p exp(beta [token = hint]): one normalised distribution, whatever the target is.
+    """
+    hint = torch.full_like(ids, -1)
+    for h in reversed(contexts(ids, before, tilt.order)):
+        bucket = h % len(tilt.low)
+        known = (tilt.owner[bucket] == h) & (tilt.low[bucket] == tilt.high[bucket])
+        hint = torch.where((hint < 0) & known, tilt.low[bucket], hint)
+    raised = (hint >= 0).unsqueeze(-1) * tilt.beta
+    return logits.scatter_add(-1, hint.clamp_min(0).long().unsqueeze(-1), raised.to(logits.dtype))
+
+
+def learn(tilt, tokens, first, last):
+    """Count targets first .. last - 1 of `tokens` (np.uint16), all scored, into `tilt`; the order does not matter."""
+    rows = make_rows(tokens, [first], [first], [last], last - first, tilt.low.device)
+    follower = rows.targets[0]
+    for h in contexts(rows.ids, rows.before, tilt.order):
+        pair, h = mixed(h, rows.targets)[0] % len(tilt.pairs), h[0]
+        bucket = h % len(tilt.low)
+        free = torch.where(tilt.owner[bucket] == NO_HASH, h.int(), NO_HASH)
+        mine = tilt.owner.scatter_reduce_(0, bucket, free, "amin")[bucket] == h
+        count, was = tilt.pairs.index_add_(0, pair, mine.int())[pair] * mine, tilt.count[bucket]
+        now = tilt.count.scatter_reduce_(0, bucket, count, "amax")[bucket]
+        top = mine & (count == now)
+        # A context whose best count rose forgets the followers that had the best before.
+        tilt.low.scatter_(0, bucket, torch.where(now > was, NO_HASH, tilt.low[bucket]))
+        tilt.high.scatter_(0, bucket, torch.where(now > was, -1, tilt.high[bucket]))
+        tilt.low.scatter_reduce_(0, bucket, torch.where(top, follower, NO_HASH), "amin")
+        tilt.high.scatter_reduce_(0, bucket, torch.where(top, follower, -1), "amax")
+
+
+def summed_nll(model, ids, targets, wanted, state=None):
     """Nats of the wanted targets, summed: the loss that an Adapter trains on."""
-    logits, _ = model(ids)
+    logits, _ = model(ids, state)
     return (token_nll(logits, targets) * wanted).sum()
+
+
+def batched(pairs, most):
+    """(Rows, state) pairs joined along the batch where their forms agree, `most` rows at most, as normal tensors."""
+    groups = {}
+    for rows, state in pairs:
+        form = rows.ids.shape, state is None, *(x.shape for x in state_tensors(state))
+        groups.setdefault(form, []).append((rows, state))
+    out = []
+    for (shape, *_), group in groups.items():
+        step = max(1, most // shape[0])
+        for i in range(0, len(group), step):
+            rows, states = zip(*group[i:i + step])
+            out.append((Rows(*map(torch.cat, zip(*rows))), map_states(lambda *xs: torch.cat(xs), *states)))
+    return out
+
+
+class Leaf:
+    """Weights of one shape under one rule: `params` (views), stacks (n, *shape) of their gradients and moments."""
+
+    def __init__(self, rule, params, grad):
+        self.rule, self.params, self.grad, self.m = rule, params, grad, torch.zeros_like(grad)
+        self.v = torch.zeros_like(grad) if rule in ("adamw", "hash") else grad.new_zeros(0)
+
+    def direction(self, steps, cfg):
+        """What step number `steps` subtracts at learning rate 1, (n, *shape) float32; updates the moments."""
+        if self.rule == "muon":
+            return muon_update(self.grad, self.m, cfg.ttt_momentum, cfg.muon_backend_steps).float()
+        if self.rule == "sgd":
+            return self.m.mul_(cfg.ttt_momentum).add_(self.grad)
+        self.m.lerp_(self.grad, 1 - cfg.beta1)
+        self.v.lerp_(self.grad.square(), 1 - cfg.beta2)
+        return self.m / (1 - cfg.beta1**steps) / ((self.v / (1 - cfg.beta2**steps)).sqrt() + 1e-8)
+
+
+class LowRank(NamedTuple):
+    """Weights (n, R, C) as `base` + B A: their `params` (views), `grad`, and A (n, r, C), B (n, R, r) as Leafs."""
+    params: list
+    grad: Tensor
+    base: Tensor
+    A: Leaf
+    B: Leaf
 
 
 class Adapter:
     """Score-first test-time training: called by `evaluate` with the text scored so far, trains on its newest chunk.
 
-    Rows of TRAIN_SEQ_LEN, split over ranks; each of TTT_EPOCHS passes is one step on the mean of the whole chunk, so
-    that any number of ranks does the same.  `in_order` turns False if weights changed between two calls, that is,
-    while something was being scored.
+    Rows of TRAIN_SEQ_LEN, split over ranks; with exact scoring they begin from the states that scoring had there.  Each
+    pass over a chunk is one step on the mean of its targets, so that any number of ranks does the same.  Forward passes
+    per token: to score 1 + TTT_SPANS * TTT_WARMUP_TOKENS / TTT_CHUNK_TOKENS, or by windows TRAIN_SEQ_LEN / EVAL_STRIDE;
+    to train 3 * TTT_EPOCHS.  131,072 targets in 64 spans with 2,048 tokens before each fill 8 GPUs at 2.  `in_order`
+    turns False if weights or hints changed while something was scored, or knew of it before.
     """
 
     def __init__(self, model, num_targets, run):
         cfg = model.cfg
-        self.model, self.cfg, self.run = model, cfg, run
+        self.model, self.cfg, self.run, self.began = model, cfg, run, time.perf_counter()
         self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
-        frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks] for p in block.parameters()}
-        self.params = [p.requires_grad_() for p in model.parameters() if id(p) not in frozen]
-        self.flat_grad = torch.zeros(sum(p.numel() for p in self.params), device=run.device)
-        for p, part in zip(self.params, self.flat_grad.split([p.numel() for p in self.params])):
-            p.grad = part.view_as(p)
-        self.optimizers = self._optimizers()
-        self.weights = fingerprint(model)
+        self.kept, self.pending, self.steps, self.rate, self.train_s = None, [], 0, 0.0, 0.0
+        self.tilt = new_tilt(cfg, num_targets, run.device) if cfg.ttt_tilt else None
+        if cfg.ttt_hash_buckets:
+            model.embed.hash_table = nn.Parameter(torch.zeros(cfg.ttt_hash_buckets, cfg.model_dim, device=run.device))
+        self._lay_out()
+        self.trains = bool(cfg.ttt_epochs and self.params)
+        self.weights = self.params + [w for group in self.low_rank for w in group.A.params + group.B.params]
+        self.base = [p.detach().clone() for p in self.weights]
+        self.raw = [p.clone() for p in self.base[:len(self.params)]] if cfg.ttt_ema else []
+        self.mark = self._fingerprint()
 
-    def _optimizers(self):
-        """torch.optim optimizers that together hold every trained parameter once."""
-        cfg, matrices = self.cfg, [p for p in self.params if p.dim() == 2]
-        if cfg.ttt_optimizer == "adamw":
-            return [torch.optim.AdamW(self.params, lr=cfg.ttt_lr, betas=(cfg.beta1, cfg.beta2), weight_decay=0.0)]
-        if cfg.ttt_optimizer == "sgd":
-            return [torch.optim.SGD(self.params, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)]
-        rest = [p for p in self.params if p.dim() != 2]
-        return [torch.optim.Muon(matrices, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum, weight_decay=0.0),
-                torch.optim.SGD(rest, lr=cfg.ttt_lr, momentum=cfg.ttt_momentum)]
+    def _rule(self, name, frozen):
+        """How the parameter `name` is updated: sgd, adamw, muon, hash (AdamW at TTT_HASH_LR), lora, or '' for not."""
+        cfg = self.cfg
+        if name == "embed.hash_table":
+            return "hash"
+        r = route(name)
+        if frozen or r.role not in cfg.ttt_roles.split(",") or cfg.ttt_lora and r.optimizer != "muon":
+            return ""
+        if cfg.ttt_lora:
+            return "lora"
+        return "sgd" if cfg.ttt_optimizer == "muon" and r.optimizer != "muon" else cfg.ttt_optimizer
 
-    def rows(self, tokens, first, last):
-        """This rank's rows of the chunk of targets first .. last - 1; as many on every rank, some perhaps empty."""
-        T = self.cfg.train_seq_len
+    def _lay_out(self):
+        """One flat gradient for all trained weights, grouped by rule and shape: `params`, `leaves`, `low_rank`."""
+        frozen = {id(p) for block in self.model.blocks[:self.cfg.ttt_freeze_blocks] for p in block.parameters()}
+        groups, rng = {}, torch.Generator().manual_seed(self.cfg.seed)
+        for name, p in self.model.named_parameters():
+            rule = self._rule(name, id(p) in frozen)
+            p.requires_grad_(bool(rule))
+            if rule:
+                groups.setdefault((rule, tuple(p.shape)), []).append(p)
+        self.params = [p for group in groups.values() for p in group]
+        self.flat_grad = torch.zeros(sum(p.numel() for p in self.params), device=self.run.device)
+        self.leaves, self.low_rank = [], []
+        parts = self.flat_grad.split([len(group) * math.prod(shape) for (_, shape), group in groups.items()])
+        for ((rule, shape), group), part in zip(groups.items(), parts):
+            grad = part.view(len(group), *shape)
+            for p, p_grad in zip(group, grad):
+                p.grad = p_grad
+            if rule == "lora":
+                (R, C), rank = shape, min(self.cfg.ttt_lora, *shape)
+                A = torch.randn(len(group), rank, C, generator=rng).to(self.run.device) * C**-0.5
+                sides = [Leaf(self.cfg.ttt_optimizer, list(x.unbind()), torch.zeros_like(x))
+                         for x in (A, A.new_zeros(len(group), R, rank))]
+                self.low_rank.append(LowRank(group, grad, torch.stack([p.detach() for p in group]), *sides))
+                self.leaves += sides
+            else:
+                self.leaves.append(Leaf(rule, group, grad))
+
+    def _fingerprint(self):
+        """Numbers that change when any weight or any hint does."""
+        return fingerprint(self.model), [int(x.sum()) for x in self.tilt[2:]] if self.tilt else []
+
+    def verify(self, first):
+        """After targets from `first` on were scored: none of them was trained on, no weight or hint changed since."""
+        self.in_order &= self.seen <= first and self._fingerprint() == self.mark
+
+    def _batches(self, tokens, first, last):
+        """This rank's (Rows, state) batches of the chunk of targets first .. last - 1."""
+        T, most = self.cfg.train_seq_len, training_rows(self.cfg)
+        if self.kept is not None:  # exact scoring: the rows that were scored, by this rank or in one stream by all
+            kept, self.kept = self.kept, []
+            return batched(kept[slice(*self.run.share(len(kept)))] if self.cfg.ttt_spans == 1 else kept, most)
         starts = np.arange(first, last, T)
-        count = -(-len(starts) // self.run.world_size)
-        mine = starts[self.run.rank * count:(self.run.rank + 1) * count]
-        starts = np.concatenate([mine, np.full(count - len(mine), last)])  # a row that begins at `last` is empty
-        return make_rows(tokens, starts, starts, np.minimum(starts + T, last), T, self.run.device)
+        a, b = self.run.share(len(starts))
+        size = max(1, min(most, -(-len(starts) // self.run.world_size)))
+        out = []
+        for i in range(a, b, size):
+            part = np.pad(starts[i:min(i + size, b)], (0, size - min(size, b - i)), constant_values=last)  # empty rows
+            out.append((make_rows(tokens, part, part, np.minimum(part + T, last), T, self.run.device), None))
+        return out
 
     def __call__(self, scored):
         """scored: np.uint16, the text up to and including the last scored target."""
-        self.in_order &= fingerprint(self.model) == self.weights
-        first, self.seen = self.seen, len(scored) - 1
-        lr = self.cfg.ttt_lr * 0.5 * (1 + math.cos(math.pi * self.calls / max(1, self.chunks)))
-        loss_of, rows = compiled(summed_nll, self.cfg.compile), self.rows(scored, first, self.seen)
-        for _ in range(self.cfg.ttt_epochs):
-            (loss_of(self.model, *rows) / (self.seen - first)).backward()
-            self.run.all_sum(self.flat_grad)
-            if self.cfg.ttt_grad_clip:
-                self.flat_grad.mul_((self.cfg.ttt_grad_clip / (self.flat_grad.norm() + 1e-6)).clamp(max=1.0))
-            for optimizer in self.optimizers:
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = lr
-                optimizer.step()
-            self.flat_grad.zero_()
+        began, first, self.seen = time.perf_counter(), self.seen, len(scored) - 1
+        if self.tilt:
+            learn(self.tilt, scored, first, self.seen)
+        shape = 0.5 * (1 + math.cos(math.pi * self.calls / max(1, self.chunks)))
+        self.rate = shape if self.cfg.ttt_schedule == "cosine" else 1.0
         self.calls += 1
-        self.weights = fingerprint(self.model)
+        if self.trains:
+            batches = self._batches(scored, first, self.seen)
+            begins = np.flatnonzero(scored[first + 1:] == self.cfg.bos_id) if self.cfg.ttt_reset else ()
+            if len(begins):  # a document began: forget the others, train on what was seen of this one
+                self.reset()
+                first += 1 + int(begins[-1])
+                batches = [(rows._replace(wanted=rows.wanted & (rows.starts[:, None] + torch.arange(
+                    rows.ids.shape[1], device=rows.starts.device) >= first)), state) for rows, state in batches]
+            self.pending.append((batches, self.seen - first))
+            if self.calls % self.cfg.ttt_phase_chunks == 0:
+                self._train()
+        self.mark = self._fingerprint()  # waits for the device
+        self.train_s += time.perf_counter() - began
+
+    def reset(self):
+        """Put back the artifact's weights and forget all that training left."""
+        copy_all(self.weights, self.base)
+        copy_all(self.raw, self.base[:len(self.raw)])
+        for one in self.leaves:
+            one.m.zero_()
+            one.v.zero_()
+        self.pending, self.steps = [], 0
+
+    def close(self):
+        """Leave the model as it was."""
+        self.reset()
+        self.model.embed.hash_table = None
+        for p in self.model.parameters():
+            p.grad = None
+            p.requires_grad_()
+
+    def _train(self):
+        """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
+        loss_of, chunks = compiled(summed_nll, self.cfg.compile), [chunk for chunk in self.pending if chunk[1]]
+        average = [p.detach().clone() for p in self.params] if self.raw else []
+        copy_all(self.params, self.raw)
+        for batches, num_targets in chunks * self.cfg.ttt_epochs:
+            self.flat_grad.zero_()
+            for rows, state in batches:
+                (loss_of(self.model, rows.ids, rows.targets, rows.wanted, state) / num_targets).backward()
+            self.run.all_sum(self.flat_grad)
+            self._step()
+            if average:
+                torch._foreach_lerp_(average, [p.detach() for p in self.params], 1 - self.cfg.ttt_ema)
+        copy_all(self.raw, self.params)
+        copy_all(self.params, average)
+        self.pending = []
+
+    @torch.no_grad()
+    def _step(self):
+        """One step from the summed gradient; A and B get theirs by the chain rule: dA = B^T dW, dB = dW A^T."""
+        cfg, grads = self.cfg, [one.grad for one in self.leaves]
+        for group in self.low_rank:
+            torch.matmul(torch.stack(group.B.params).mT, group.grad, out=group.A.grad)
+            torch.matmul(group.grad, torch.stack(group.A.params).mT, out=group.B.grad)
+        if cfg.ttt_grad_clip:
+            norm = torch.stack(torch._foreach_norm(grads)).norm()
+            torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
+        self.steps += 1
+        for one in self.leaves:
+            lr = self.rate * (cfg.ttt_hash_lr if one.rule == "hash" else cfg.ttt_lr)
+            torch._foreach_add_(one.params, list(one.direction(self.steps, cfg).unbind()), alpha=-lr)
+        for group in self.low_rank:
+            weights = group.base + torch.stack(group.B.params) @ torch.stack(group.A.params)
+            torch._foreach_copy_(group.params, list(weights.unbind()))
+
+    def report(self, ledger, scored):
+        """One line for a chunk, `scored` its own Ledger; at most LOG_LINES of them in an evaluation."""
+        chunk = -(-ledger.next_target // self.cfg.ttt_chunk_tokens)
+        if chunk % -(-self.chunks // LOG_LINES) and chunk < self.chunks:
+            return
+        rate = self.rate if self.seen == ledger.next_target else 0.0  # nothing is trained on the last chunk
+        self.run.log("ttt", chunk=f"{chunk}/{self.chunks}", scored_tokens=ledger.tokens, running_bpb=ledger.bpb,
+                     chunk_bpb=scored.bpb, lr=f"{rate * self.cfg.ttt_lr:.6f}",
+                     time=f"{1000 * (time.perf_counter() - self.began):.0f}ms")
+
+    def tensors(self):
+        """{name: Tensor} of all that a resumed evaluation needs, the live ones: copy into them to restore."""
+        lists = dict(weight=self.weights, raw=self.raw, m=[one.m for one in self.leaves],
+                     v=[one.v for one in self.leaves], tilt=self.tilt[2:] if self.tilt else [])
+        return {f"{name}{i}": x for name, xs in lists.items() for i, x in enumerate(xs)}
+
+    def counters(self):
+        """What a resumed evaluation needs besides `tensors`, JSON-able."""
+        return dict(calls=self.calls, seen=self.seen, steps=self.steps, in_order=self.in_order)
+
+    @torch.no_grad()
+    def restore(self, tensors, counters):
+        """Go on from another Adapter's `tensors` and `counters`."""
+        for name, x in self.tensors().items():
+            x.copy_(tensors[name])
+        self.calls, self.seen, self.steps, self.in_order = (counters[k] for k in ("calls", "seen", "steps", "in_order"))
+        self.mark = self._fingerprint()
+
+
+LOG_LINES = 64  # most `ttt` lines of an evaluation
+
+
+@torch.no_grad()
+def copy_all(tensors, values):
+    """Copy values into tensors, one for one; nothing if either list is empty."""
+    if tensors and values:
+        torch._foreach_copy_(tensors, values)
 
 
 def fingerprint(model):
     """A number that changes when any weight does."""
-    return float(torch.stack([p.detach().double().abs().sum() for p in model.parameters()]).sum())
+    return float(torch.stack(torch._foreach_norm([p.detach() for p in model.parameters()], 1, torch.float64)).sum())
 
 
-@torch.inference_mode()
-def probe_causality(model, tokens, run):
-    """Largest change of a target's nats when only later tokens change, over a batch of windows, through score_rows."""
-    cfg, score = model.cfg, compiled(score_rows, model.cfg.compile)
-    T, batch = cfg.train_seq_len, max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
-    starts = np.linspace(0, max(0, len(tokens) - T - 1), batch).astype(np.int64)
-    rows = make_rows(tokens, starts, starts, starts + T, T, run.device)
-    cuts = torch.linspace(1, T - 1, batch + 2)[1:-1].long()
-    later = torch.arange(T) >= cuts[:, None]
-    noise = torch.randint(cfg.vocab_size, (batch, T), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    changed = torch.where(later, noise, rows.ids.cpu()).to(run.device)
-    nll, _ = score(model, rows.ids, rows.targets)
-    other, _ = score(model, changed, rows.targets)
-    return float((nll - other).abs().cpu()[~later].max())
+class Progress:
+    """Keeps an evaluation on disk, so that one that was stopped goes on where it was and scores nothing twice.
+
+    key: names artifact, text, method and settings; a file of another key is not used.   every_s: seconds between
+    savings, 0 = never.   resume: go on from `path` if it holds this evaluation.
+    """
+
+    def __init__(self, path, key, run, every_s, resume=False):
+        self.path, self.key, self.run, self.every_s, self.resume = Path(path), key, run, every_s, resume
+        self.saved = time.perf_counter()
+
+    def restore(self, scorer):
+        """The Ledger to go on from, an empty one without a file of this evaluation; Scorer and Adapter put in place."""
+        found = None
+        if self.resume and self.run.rank == 0 and self.path.exists():
+            try:
+                found = load_tensors(self.path)
+            except FileError as error:
+                self.run.log("evaluation_resume", used="no", reason=str(error).replace(" ", "_"))
+            if found and found[1].get("key") != self.key:
+                self.run.log("evaluation_resume", used="no", reason="another_artifact_text_or_setting")
+                found = None
+        found = self.run.broadcast(found)
+        if not found:
+            return Ledger()
+        tensors, facts = found
+        state = [tensors[f"state{i}"] for i in range(facts["state"])]
+        scorer.state = state_from(state, scorer.model, self.run.device) if state else None
+        if scorer.adapter:
+            scorer.adapter.restore(tensors, facts["adapter"])
+        ledger = Ledger(*facts["ledger"])
+        self.run.log("evaluation_resume", used="yes", next_target=ledger.next_target)
+        return ledger
+
+    def save(self, ledger, scorer):
+        """Write what `restore` needs, if it is time."""
+        adapter, due = scorer.adapter, self.every_s and time.perf_counter() - self.saved >= self.every_s
+        if adapter and adapter.pending or not self.run.broadcast(bool(due)):
+            return
+        if self.run.rank == 0:
+            state = state_tensors(scorer.state)
+            tensors = {f"state{i}": x for i, x in enumerate(state)} | (adapter.tensors() if adapter else {})
+            save_tensors(self.path, tensors, dict(key=self.key, ledger=ledger.numbers(), state=len(state),
+                                                  adapter=adapter.counters() if adapter else None))
+        self.saved = time.perf_counter()
+
+    def remove(self):
+        """The evaluation is done: delete the file."""
+        if self.run.rank == 0:
+            self.path.unlink(missing_ok=True)
 
 
-@torch.inference_mode()
-def probe_normalization(model, tokens, run, positions=16):
-    """Largest distance from 1 of the probabilities that token_nll gives to the whole vocabulary, at some positions."""
-    T = min(model.cfg.train_seq_len, len(tokens) - 1)
-    ids = torch.from_numpy(tokens[:T].astype(np.int32)).to(run.device)[None]
-    logits, _ = model(ids)
-    picked = logits[0, torch.linspace(0, T - 1, min(positions, T), device=run.device).long()]  # (positions, vocab)
-    every = torch.arange(model.cfg.vocab_size, device=run.device).expand(len(picked), -1)
-    nll = token_nll(picked[:, None].expand(-1, every.shape[1], -1), every)
-    return float((nll.double().neg().exp().sum(-1) - 1).abs().max())
+def state_from(tensors, model, device):
+    """The StreamState that `state_tensors` took apart, with 16-bit parts on CUDA as a forward makes them."""
+    parts = iter(tensors)
+
+    def take(exact=False):
+        x = next(parts).to(device)
+        return x if exact or device.type == "cpu" else x.to(torch.bfloat16)
+    embed = EmbedState(take(exact=True), take())
+    return StreamState(embed, tuple(GDNState(take(), take(exact=True)) if isinstance(block.mixer, GatedDeltaNet)
+                                    else KVState(take(), take()) for block in model.blocks))
+
+
+def evaluation_key(blob, tokens, method, cfg):
+    """A text that two evaluations share only if artifact, text, method and all settings that matter are the same."""
+    names = [f.name for f in fields(cfg) if f.name.startswith("ttt_") or f.name in (
+        "eval_stride", "eval_spans", "eval_warmup_tokens", "eval_batch_tokens", "beta1", "beta2", "seed")]
+    parts = hashlib.sha256(blob).hexdigest(), hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest(), method, *(
+        getattr(cfg, name) for name in names)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -2913,46 +3405,98 @@ def warm_up(model, cfg, run, micro_rows):
         p.grad = None
 
 
-def warm_up_scoring(model, run, num_targets):
-    """Compile what `evaluate` will call on num_targets targets, on synthetic tokens, with the shapes it will have."""
-    cfg = model.cfg
-    if cfg.compile != "1":
-        return
-    score, rows = compiled(score_rows, cfg.compile), max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
-    with torch.inference_mode():
+def rehearse(model, method, num_targets, run):
+    """Seconds that scoring num_targets by `method` will take, from one call on synthetic tokens in the shape to come.
+
+    Compiles what `evaluate` will call.
+    """
+    cfg, score, total = model.cfg, compiled(score_rows, model.cfg.compile), num_targets
+    rows = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+
+    def call_s(B, T, carried):
         # Two tensors: one passed twice would compile a graph for aliased inputs, which no evaluation has.
-        ids, targets = torch.zeros(2, rows, cfg.train_seq_len, dtype=torch.int32, device=run.device).unbind()
-        score(model, ids, targets)
-        if cfg.final_score == "exact" or cfg.eval_diagnostics:
-            spans = cut(0, num_targets, cfg.eval_spans)
-            a, b = run.share(len(spans))
-            starts = [max(0, first - cfg.eval_warmup_tokens) for first, _ in spans[a:b][:rows]]
-            longest = max((last - start for (_, last), start in zip(spans[a:b], starts)), default=0)
-            if longest:
-                T = segment_length(longest, len(starts), cfg)
-                ids, targets = torch.zeros(2, len(starts), T, dtype=torch.int32, device=run.device).unbind()
-                _, state = score(model, ids, targets)
-                score(model, ids, targets, state)
-    if cfg.ttt_enabled:
-        warm_up_adapter(model, run)
-    run.synchronize()
+        ids, targets = torch.zeros(2, B, T, dtype=torch.int32, device=run.device).unbind()
+        _, state = score(model, ids, targets)
+        if cfg.compile == "1":
+            score(model, ids, targets, state if carried else None)
+            every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, min(PROBE_CANDIDATES, cfg.vocab_size))
+            score_rows(model, ids[:1, :PROBE_TOKENS], every)  # what a probe calls
+        run.synchronize()
+        began = time.perf_counter()
+        score(model, ids, targets, state if carried else None)
+        run.synchronize()
+        return time.perf_counter() - began
+
+    with torch.inference_mode():
+        if method == "exact":
+            spans, units = len(cut(0, total, cfg.eval_spans)), EXACT_UNITS if cfg.eval_save_seconds else 1
+            mine = -(-spans // units // run.world_size)  # of a unit, on the rank with most
+            B, longest = min(rows, mine), min(total, -(-total // spans) + cfg.eval_warmup_tokens)
+            T = segment_length(longest, B, cfg)
+            return min(units, spans) * -(-mine // rows) * -(-longest // T) * call_s(B, T, longest > T)
+        stride = cfg.eval_stride if method == "sliding" else cfg.train_seq_len
+        count = 1 + max(0, -(-(total - cfg.train_seq_len) // stride))
+        return -(-count // run.world_size // rows) * call_s(rows, cfg.train_seq_len, False)
 
 
-def warm_up_adapter(model, run):
-    """Compile an Adapter's loss and its chunk's scoring on synthetic tokens; gradients are dropped."""
+def rehearse_adapting(model, num_targets, run):
+    """Seconds that an evaluation with test-time training will take for scoring and for each of TTT_EPOCHS.
+
+    Scores three chunks of synthetic tokens, trains on two of them and puts the weights back.
+    """
     cfg = model.cfg
-    count = math.ceil(math.ceil(cfg.ttt_chunk_tokens / cfg.train_seq_len) / run.world_size)
-    starts = np.zeros(count, np.int64)
-    rows = make_rows(np.zeros(2, np.uint16), starts, starts, starts, cfg.train_seq_len, run.device)
-    compiled(summed_nll, cfg.compile)(model, *rows).backward()
-    for p in model.parameters():
-        p.grad = None
-    if cfg.ttt_scoring == "exact":
-        with torch.inference_mode():
-            score = compiled(score_rows, cfg.compile)
-            ids, targets = torch.zeros(2, 1, cfg.ttt_chunk_tokens, dtype=torch.int32, device=run.device).unbind()
-            _, state = score(model, ids, targets)
-            score(model, ids, targets, state)
+    model.cfg = replace(cfg, ttt_epochs=min(1, cfg.ttt_epochs), ttt_phase_chunks=1)
+    chunks, total = -(-num_targets // cfg.ttt_chunk_tokens), min(num_targets, 3 * cfg.ttt_chunk_tokens)
+    tokens = np.random.default_rng(cfg.seed).integers(0, cfg.vocab_size, total + 1).astype(np.uint16)
+    nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
+    table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
+    for _ in range(1 + (cfg.compile == "1")):  # the first time compiles
+        adapter = Adapter(model, num_targets, run)
+        adapter.report = lambda ledger, scored: None
+        began = time.perf_counter()
+        evaluate(model, tokens, table, cfg.ttt_scoring, adapter, run)
+        scoring_s = time.perf_counter() - began - adapter.train_s
+        adapter.close()
+    model.cfg = cfg
+    return scoring_s * num_targets / total, adapter.train_s * chunks / max(1, adapter.calls)
+
+
+OVERRUN_ADVICE = {"roundtrip": "EVAL_BATCH_TOKENS", "exact": "EVAL_SPANS and EVAL_WARMUP_TOKENS",
+                  "sliding": "EVAL_STRIDE"}
+
+
+def plan_evaluation(model, cfg, run, num_targets):
+    """Compile evaluation, log how long it will take, on synthetic tokens alone; model.cfg may get fewer TTT_EPOCHS.
+
+    Raises SettingError, naming the setting, if the reported method would overrun EVAL_BUDGET_SECONDS and EVAL_OVERRUN
+    does not allow to trim it.
+    """
+    method, seconds, epoch_s = cfg.final_score, 0.0, 0.0
+    if cfg.compile == "1":  # what else will be called: validation, and diagnostics if wanted
+        for other in ("roundtrip", *(("exact", "sliding") if cfg.eval_diagnostics else ())):
+            rehearse(model, other, num_targets, run)
+        if cfg.ttt_enabled and method != "ttt":
+            rehearse_adapting(model, num_targets, run)
+    if method == "ttt":
+        seconds, epoch_s = rehearse_adapting(model, num_targets, run)
+    else:
+        seconds = rehearse(model, method, num_targets, run)
+    seconds, epoch_s = run.broadcast((seconds, epoch_s))
+    epochs = cfg.ttt_epochs if method == "ttt" else 0
+    needed, budget = seconds + epochs * epoch_s, cfg.eval_budget_seconds
+    fit = math.floor((budget - seconds) / epoch_s) if epoch_s else -1  # epochs that the budget has room for
+    if needed > budget and (cfg.eval_overrun == "error" or fit < 0 or method != "ttt"):
+        how = OVERRUN_ADVICE.get(method) or (
+            "TTT_EPOCHS" if fit >= 0 else "EVAL_STRIDE" if cfg.ttt_scoring == "sliding" else
+            f"TTT_SPANS={cfg.ttt_spans} and TTT_WARMUP_TOKENS={cfg.ttt_warmup_tokens}")
+        raise SettingError(f"FINAL_SCORE={method} would take about {needed:.0f} s for {num_targets} targets, more than "
+                           f"EVAL_BUDGET_SECONDS={budget:g}; change {how}")
+    if needed > budget:
+        model.cfg, epochs = replace(model.cfg, ttt_epochs=fit), fit
+        run.log("warning", ttt_epochs=fit, instead_of=cfg.ttt_epochs, reason="EVAL_BUDGET_SECONDS")
+    run.log("evaluation_plan", method=method, targets=num_targets, scoring_s=f"{seconds:.1f}",
+            training_s=f"{epochs * epoch_s:.1f}", projected_s=f"{seconds + epochs * epoch_s:.1f}",
+            budget_s=f"{budget:g}")
 
 
 class StopRequest:
@@ -3129,7 +3673,8 @@ def train(model, data, cfg, run, checkpoints, saved=None):
     began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
     if not (saved and saved[1]["trained"]):
         warm_up(model, cfg, run, micro_rows)
-    warm_up_scoring(model, run, len(data.val) - 1)
+    if cfg.compile == "1":  # compiles evaluation too, and stops here if it would take too long
+        plan_evaluation(model, cfg, run, len(data.val) - 1)
     run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile == "1" else "eager",
             micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
     job = Training(model, data, cfg, run, saved)
@@ -3274,11 +3819,11 @@ def code_bytes():
     return Path(__file__).read_bytes()
 
 
-def timed_evaluation(event, model, data, method, run, adapt=None, **facts):
+def timed_evaluation(event, model, data, method, run, adapt=None, progress=None, **facts):
     """Evaluate by `method`, print the event's line; returns the Ledger and the seconds it took."""
     run.synchronize()
     began = time.perf_counter()
-    ledger = evaluate(model, data.val, data.table, method, adapt, run)
+    ledger = evaluate(model, data.val, data.table, method, adapt, run, progress, probing=True)
     run.synchronize()
     seconds = run.broadcast(time.perf_counter() - began)
     run.log(event, **ledger.as_log(), eval_time=f"{1000 * seconds:.0f}ms", **facts)
@@ -3290,9 +3835,10 @@ FINAL_EVENTS = {"roundtrip": "final_int6_roundtrip", "exact": "final_int6_exact"
 TTT_EVENT = "final_int6_ttt"
 
 
-def evaluate_artifact(blob, data, cfg, run):
+def evaluate_artifact(blob, data, cfg, run, resume=False):
     """Reload the artifact from its bytes, score it, print the final lines.
 
+    resume: go on from the run's evaluation.npz, if it holds this evaluation.
     Returns the model, the Ledger that counts, its seconds, and whether no weight changed while text was scored.
     """
     began = time.perf_counter()
@@ -3300,27 +3846,40 @@ def evaluate_artifact(blob, data, cfg, run):
     if model.cfg.vocab_size != cfg.vocab_size:
         raise ArtifactError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, but the tokenizer "
                             f"has VOCAB_SIZE={cfg.vocab_size}")
-    cfg, before = model.cfg, fingerprint(model)
-    reload_s = time.perf_counter() - began
+    before, reload_s = fingerprint(model), time.perf_counter() - began
+    plan_evaluation(model, model.cfg, run, len(data.val) - 1)
+    cfg = model.cfg
     facts = {"roundtrip": {}, "exact": dict(spans=cfg.eval_spans, warmup_tokens=cfg.eval_warmup_tokens),
              "sliding": dict(stride=cfg.eval_stride)}
+    progress = {}
+    if resume or cfg.eval_save_seconds:
+        key = evaluation_key(blob, data.val, cfg.final_score, cfg)
+        path = Path(cfg.out_dir) / f"{cfg.run_id}.ckpt" / "evaluation.npz"
+        progress[cfg.final_score] = Progress(path, key, run, cfg.eval_save_seconds, resume)
     results = {}
     for method, event in FINAL_EVENTS.items():
         if method == cfg.final_score or cfg.eval_diagnostics:
-            results[method] = timed_evaluation(event, model, data, method, run, bits=cfg.matrix_bits, **facts[method])
-    in_order = fingerprint(model) == before
-    if cfg.ttt_enabled:  # last, since it changes the weights
+            results[method] = timed_evaluation(event, model, data, method, run, progress=progress.get(method),
+                                               bits=cfg.matrix_bits, **facts[method])
+    in_order = True
+    if cfg.ttt_enabled:
         adapter = Adapter(model, len(data.val) - 1, run)
-        results["ttt"] = timed_evaluation(TTT_EVENT, model, data, cfg.ttt_scoring, run, adapter, bits=cfg.matrix_bits,
-                                          scoring=cfg.ttt_scoring, optimizer=cfg.ttt_optimizer, epochs=cfg.ttt_epochs)
-        in_order &= adapter.in_order
+        results["ttt"] = timed_evaluation(TTT_EVENT, model, data, cfg.ttt_scoring, run, adapter, progress.get("ttt"),
+                                          bits=cfg.matrix_bits, scoring=cfg.ttt_scoring, optimizer=cfg.ttt_optimizer,
+                                          epochs=cfg.ttt_epochs)
+        adapter.close()
+        in_order = adapter.in_order
+    in_order &= fingerprint(model) == before
+    for kept in progress.values():
+        kept.remove()
     ledger, seconds = results[cfg.final_score]
     run.log("final", method=cfg.final_score, **ledger.as_log())
+    ledger.log_distances(run.log)
     return model, ledger, seconds + reload_s, in_order
 
 
 def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
-    """Print sizes and the compliance line, each verdict from a check made now; returns whether all hold."""
+    """Print sizes and the compliance line, each verdict from a check made in this run; returns whether all hold."""
     cfg, code = model.cfg, code_bytes()
     total = len(code) + artifact_bytes
     coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
@@ -3328,8 +3887,7 @@ def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
     run.write(f"Total submission size {coder}: {total} bytes")
     counted, by_text = decoded_bytes(data.sp, data.val, cfg.bos_id, 1_000_000, data.table.sidecar)
     checks = dict(
-        causal=probe_causality(model, data.val, run) <= 1e-5,
-        normalized=probe_normalization(model, data.val, run) <= 1e-5,
+        causal=ledger.causal <= 1e-5, normalized=ledger.normalized <= 1e-5,  # Scorer.probe, of calls that counted
         score_first=in_order,  # no weight changed while text was scored
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
         bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if case_marks(data.sp) else 0))
@@ -3485,7 +4043,7 @@ def main(env):
             start_log(cfg, run)
         else:
             stop, blob = make_artifact(data, cfg, run)
-        model, ledger, eval_s, in_order = evaluate_artifact(blob, data, cfg, run)
+        model, ledger, eval_s, in_order = evaluate_artifact(blob, data, cfg, run, resume=bool(cfg.resume))
         return 0 if report(model, ledger, len(blob), stop, eval_s, in_order, data, run) else 1
     finally:
         run.close()

@@ -64,8 +64,8 @@ def test_events_come_in_the_order_of_the_run(finished):
     order = [event for i, event in enumerate(events) if not i or events[i - 1] != event]
     order = [event for event in order if event not in ("config", "config_changed")]
     assert order == ["run", "model", "kernel", "step", "hessians", "pre_quantization_post_ema", "fill_cap", "gptq",
-                     "artifact", "final_int6_roundtrip", "final_int6_exact", "final_int6_sliding_window", "final",
-                     "compliance"]
+                     "artifact", "evaluation_plan", "final_int6_roundtrip", "final_int6_exact",
+                     "final_int6_sliding_window", "final", "position", "compliance"]
     assert finished.out.splitlines()[-3].startswith("Serialized model int6+brotli: ")
     assert finished.out.splitlines()[-2].startswith("Total submission size int6+brotli: ")
 

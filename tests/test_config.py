@@ -118,6 +118,19 @@ REFUSED = [
     ("EVAL_BATCH_TOKENS", "0", "at least 64"),
     ("EVAL_BUDGET_SECONDS", "0", "at least 1"),
     ("TTT_CHUNK_TOKENS", "0", "at least 1"),
+    ("EVAL_OVERRUN", "skip", "one of error, trim"),
+    ("EVAL_SAVE_SECONDS", "-1", "at least 0"),
+    ("TTT_SPANS", "0", "at least 1"),
+    ("TTT_WARMUP_TOKENS", "-1", "at least 0"),
+    ("TTT_SCHEDULE", "linear", "one of cosine, constant"),
+    ("TTT_PHASE_CHUNKS", "0", "at least 1"),
+    ("TTT_ROLES", "mlp,attention", "a comma list of embed, gate, mlp, mixer, control"),
+    ("TTT_LORA", "-1", "at least 0"),
+    ("TTT_EMA", "1", "between 0 and 0.9999"),
+    ("TTT_TILT", "-1", "at least 0"),
+    ("TTT_TILT_ORDER", "10", "between 2 and 9"),
+    ("TTT_HASH_BUCKETS", "-1", "at least 0"),
+    ("TTT_HASH_LR", "-1", "at least 0"),
 ]
 
 
@@ -321,6 +334,7 @@ def test_sample_keeps_features_of_the_preset_before_it():
         ngram_dim train_seq_len train_batch_tokens max_wallclock_seconds warmup_steps muon_momentum_warmup_steps
         val_loss_every train_log_every checkpoint_every_seconds eval_stride eval_spans eval_warmup_tokens
         eval_batch_tokens eval_diagnostics gptq_calibration_batches gptq_reserve_seconds ttt_chunk_tokens
+        ttt_warmup_tokens
         """.split())
     assert set(t.PRESETS["sample"]) <= sizes
 
@@ -438,7 +452,7 @@ def test_lines_fit_120_columns():
 
 
 def test_code_leaves_the_cap_to_the_weights():
-    assert len(t.code_bytes()) == len((ROOT / "train_gpt.py").read_bytes()) < 200_000
+    assert len(t.code_bytes()) == len((ROOT / "train_gpt.py").read_bytes()) < 260_000
 
 
 def test_source_is_python_3_10():

@@ -4,6 +4,7 @@ they may see, and the run's own probes against planted faults.
 """
 
 import math
+import shutil
 import threading
 from dataclasses import replace
 
@@ -473,7 +474,7 @@ def test_faulty_spans_raise(parts, monkeypatch):
         t.evaluate(Lookup(), random_text(500), TABLE, "exact")
 
 
-# ---- the probes ----------------------------------------------------------------------------------
+# ---- the probes of the calls that score ----------------------------------------------------------
 
 
 class Leak(nn.Module):
@@ -489,24 +490,36 @@ class Leak(nn.Module):
         later[:, :-self.ahead] = ids[:, self.ahead:]
         return logits + nn.functional.one_hot(later.long(), VOCAB), state
 
-
-def test_model_is_causal_to_the_probe():
-    assert t.probe_causality(LM, random_text(3000), t.Run()) == 0
-
-
-@pytest.mark.parametrize("n", [2, 30, SEQ_LEN + 1])
-def test_causality_probe_takes_short_texts(n):
-    assert t.probe_causality(LM, random_text(n), t.Run()) == 0
+    def parameters(self, recurse=True):
+        return self.model.parameters(recurse)
 
 
-@pytest.mark.parametrize("ahead", [1, 2, 10])
-def test_causality_probe_finds_a_look_ahead(ahead):
-    assert t.probe_causality(Leak(ahead), random_text(3000), t.Run()) > 1e-3
+def probed(model, n=1500, method="exact"):
+    """The Ledger of a text whose scoring was probed."""
+    return t.evaluate(model, random_text(n), TABLE, method, run=t.Run(), probing=True)
+
+
+@pytest.mark.parametrize("n", [2, 3, 30, SEQ_LEN + 1, 1500])
+@pytest.mark.parametrize("method", METHODS)
+def test_model_is_causal_and_normalized_to_the_probes(method, n):
+    ledger = probed(LM, n, method)
+    assert ledger.causal == 0 and ledger.normalized < 1e-5
+
+
+def test_probes_do_not_change_the_score():
+    tokens = random_text(900)
+    for method in METHODS:
+        assert t.evaluate(LM, tokens, TABLE, method, probing=True).nats == t.evaluate(LM, tokens, TABLE, method).nats
+
+
+@pytest.mark.parametrize("ahead, method", [(1, "roundtrip"), (1, "exact"), (1, "sliding"), (2, "exact"), (10, "exact")])
+def test_causality_probe_finds_a_look_ahead(ahead, method):
+    assert probed(Leak(ahead), method=method).causal > 1e-3
 
 
 def test_causality_probe_finds_a_leak_in_attention(monkeypatch):
     monkeypatch.setattr(t, "window_mask", lambda q, k, window: (k <= q + 1) & (k > q - window))
-    assert t.probe_causality(LM, random_text(3000), t.Run()) > 1e-3
+    assert probed(LM, method="sliding").causal > 1e-3
 
 
 def test_causality_probe_finds_a_leak_in_convolutions(monkeypatch):
@@ -515,27 +528,170 @@ def test_causality_probe_finds_a_leak_in_convolutions(monkeypatch):
     def right(x, tail, by, packing):
         return torch.roll(x, -1, 1) if by == 1 and x.dim() == 3 else real(x, tail, by, packing)
     monkeypatch.setattr(t, "shifted", right)
-    assert t.probe_causality(LM, random_text(3000), t.Run()) > 1e-3
+    assert probed(LM).causal > 1e-3
 
 
 def test_causality_probe_finds_statistics_over_the_whole_row(monkeypatch):
     real = t.rms_norm
     monkeypatch.setattr(t, "rms_norm", lambda x: real(x) - 0.1 * real(x).mean(1, keepdim=True))
-    assert t.probe_causality(LM, random_text(3000), t.Run()) > 1e-3
+    assert probed(LM).causal > 1e-3
 
 
-@pytest.mark.parametrize("n", [2, 10, 1000])
-def test_model_is_normalized_to_the_probe(n):
-    assert t.probe_normalization(LM, random_text(n), t.Run()) < 1e-5
+def test_probe_takes_scores_that_are_no_numbers_as_a_fault(monkeypatch):
+    calls = []
+
+    def broken(model, ids, targets, state=None):
+        nll, state = t.token_nll(model(ids, state)[0], targets), None
+        calls.append(1)
+        return nll * (math.nan if len(calls) == 2 else 1.0), state
+    monkeypatch.setattr(t, "score_rows", broken)
+    assert probed(LM, 100, "roundtrip").causal == math.inf
 
 
 @pytest.mark.parametrize("fault", [
-    lambda nll, logits, targets: nll - 0.01,
+    lambda nll, logits, targets: nll + 0.01,
     lambda nll, logits, targets: 2 * nll,
-    lambda nll, logits, targets: -logits.gather(-1, targets[..., None].long())[..., 0],
+    lambda nll, logits, targets: 40 - logits.gather(-1, targets.long().view(*logits.shape[:2], -1)).view(targets.shape),
     lambda nll, logits, targets: torch.where(targets == 3, nll / 2, nll),
 ], ids=["constant", "scaled", "no normaliser", "one token favoured"])
 def test_normalization_probe_finds_other_scores(fault, monkeypatch):
     real = t.token_nll
     monkeypatch.setattr(t, "token_nll", lambda logits, targets: fault(real(logits, targets), logits, targets))
-    assert t.probe_normalization(LM, random_text(1000), t.Run()) > 1e-3
+    assert probed(LM, 1000).normalized > 1e-3
+
+
+def test_faults_of_any_rank_reach_every_ledger():
+    joined = t.Ledger(0, 5, 1.0, 3, causal=0.5).join(t.Ledger(5, 2, 1.0, 3, normalized=0.25))
+    assert (joined.causal, joined.normalized) == (0.5, 0.25)
+    assert t.Ledger(*joined.numbers()).numbers() == joined.numbers()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_rank_that_skips_its_part_is_noticed(method):
+    """The other rank's part is missing in what is gathered."""
+    for rank in range(2):
+        run = t.Run(rank, 2)
+        run.gather = lambda values, rank=rank: [values, [-1.0] * len(values)][::-1 if rank else 1]
+        with pytest.raises(RuntimeError, match="gap|scored targets"):
+            t.evaluate(Lookup(), random_text(500), TABLE, method, run=run)
+
+
+# ---- by distance from the document's start -------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_are_placed_by_the_distance_from_their_documents_start(method):
+    tokens, model = random_text(900), Lookup()
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    nll = t.token_nll(model.logits[ids[None, :-1]], ids[None, 1:])[0].double().numpy()
+    num_bytes, expected, distance = t.count_bytes(TABLE, ids[:-1], ids[1:]).numpy(), np.zeros((t.DISTANCES, 3)), 0
+    for i in range(899):
+        distance = 0 if tokens[i] == 1 else distance + (i > 0)
+        bucket = 0 if distance < 64 else int(math.log2(distance)) - 5
+        expected[bucket] += (1, num_bytes[i], nll[i])
+    ledger = t.evaluate(model, tokens, TABLE, method)
+    np.testing.assert_allclose(ledger.by_distance, expected, rtol=1e-6)
+    for other in evaluate_on_ranks(2, model, tokens, TABLE, method):
+        np.testing.assert_allclose(other.by_distance, expected, rtol=1e-6)
+
+
+def test_distance_lines_say_bounds_and_add_up():
+    ledger, lines = t.Ledger(), []
+    distance = np.array([0, 63, 64, 127, 128, 5000])
+    nll, num_bytes = torch.ones(6), torch.tensor([1, 2, 3, 4, 5, 6])
+    ledger.add(0, nll, num_bytes)
+    ledger.place(distance, nll, num_bytes)
+    ledger.log_distances(lambda event, **values: lines.append((event, values)))
+    assert [(event, v["from"], v["to"], v["tokens"], v["bytes"]) for event, v in lines] == [
+        ("position", 0, 64, 2, 3), ("position", 64, 128, 2, 7), ("position", 128, 256, 1, 5),
+        ("position", 4096, 8192, 1, 6)]
+    assert lines[0][1]["val_bpb"] == pytest.approx(2 / math.log(2) / 3)
+
+
+# ---- long texts ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, adapting", [("roundtrip", False), ("sliding", False), ("sliding", True),
+                                              ("exact", True)])
+def test_a_long_text_is_listed_a_unit_at_a_time(method, adapting, monkeypatch):
+    monkeypatch.setattr(t, "UNIT_TARGETS", 5000)
+    units = t.scoring_units(10**9, method, tiny_config(eval_stride=1), adapting, saving=False)
+    first, second = next(units), next(units)
+    assert len(first) <= t.UNIT_TARGETS and second[0] > first[-1]
+
+
+# ---- the plan ------------------------------------------------------------------------------------
+
+
+class Lines(t.Run):
+    """A Run that keeps its log as (event, values)."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def log(self, event, **values):
+        self.lines.append((event, values))
+
+
+@pytest.mark.parametrize("method, named", [("sliding", "EVAL_STRIDE"), ("exact", "EVAL_SPANS"),
+                                           ("roundtrip", "EVAL_BATCH_TOKENS")])
+@pytest.mark.parametrize("overrun", ["error", "trim"])
+def test_an_evaluation_that_would_overrun_does_not_start(method, named, overrun, monkeypatch):
+    monkeypatch.setattr(t, "rehearse", lambda *arguments: 601.0)
+    model = model_with(final_score=method, eval_overrun=overrun)
+    with pytest.raises(ValueError, match=f"about 601 s for 100 targets.*EVAL_BUDGET_SECONDS=600; change {named}"):
+        t.plan_evaluation(model, model.cfg, Lines(), 100)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_is_the_time_of_one_call_times_their_number(method, monkeypatch):
+    """With a clock that counts scored tokens, the plan is the number of tokens that evaluate() runs."""
+    clock = [0.0]
+    monkeypatch.setattr(t.time, "perf_counter", lambda: clock[0])
+
+    def counting(model, ids, targets, state=None):
+        clock[0] += ids.numel()
+        return torch.ones(targets.shape), state
+    monkeypatch.setattr(t, "score_rows", counting)
+    for n in (2, 60, 500, 1401):
+        model = Lookup(eval_spans=7)
+        planned, clock[0] = t.rehearse(model, method, n - 1, t.Run()), 0.0
+        t.evaluate(model, random_text(n), TABLE, method)
+        assert clock[0] <= planned <= 1.3 * clock[0]
+
+
+# ---- the verdict ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault, word", [
+    ({}, "verdict:ok"), (dict(causal=1e-3), "causal:fail"), (dict(causal=math.nan), "causal:fail"),
+    (dict(normalized=1e-3), "normalized:fail"), (dict(tokens=98), "coverage:fail"), (dict(first=1), "coverage:fail"),
+    (dict(in_order=False), "score_first:fail"), (dict(text_bytes=399), "bytes:fail"), (dict(eval_s=601.0), "eval"),
+    (dict(artifact_bytes=16_000_000), "size")])
+def test_each_fault_fails_the_verdict(fault, word, monkeypatch, capsys):
+    found = dict(first=0, tokens=99, causal=0.0, normalized=0.0, in_order=True, text_bytes=400, eval_s=1.0,
+                 artifact_bytes=1000) | fault
+    monkeypatch.setattr(t, "decoded_bytes", lambda *arguments: (400, found["text_bytes"]))
+    ledger = t.Ledger(found["first"], found["tokens"], 100.0, 400, found["causal"], found["normalized"])
+    held = t.report(LM, ledger, found["artifact_bytes"], None, found["eval_s"], found["in_order"],
+                    t.Data([], random_text(100), None, TABLE), t.Run())
+    out = capsys.readouterr().out
+    assert held == (not fault) and word in out and ("verdict:fail" in out) == bool(fault)
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+def smeared(embedding, ids):
+    """The Embedding's output alone: no state keeps the unsmeared one alive."""
+    return embedding(ids, embedding.fresh_state(1, ids.device, torch.float32), None, torch.float32)[0]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on the CPU needs a C++ compiler")
+def test_compiled_function_computes_the_same():
+    """With torch's in-place reuse of what was concatenated, SmearGate would come out wrong by several percent."""
+    ids = torch.from_numpy(random_text(64).astype(np.int64))[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(t.compiled(smeared, "1")(LM.embed, ids), smeared(LM.embed, ids), rtol=1e-4,
+                                   atol=1e-5)

@@ -9,8 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
-from test_cli import TINY, tokens_folder  # noqa: F401  (a fixture)
+from conftest import ROOT, TINY
 from test_report import report
 
 sys.modules["report"] = report
