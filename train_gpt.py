@@ -3890,7 +3890,7 @@ def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
         causal=ledger.causal <= 1e-5, normalized=ledger.normalized <= 1e-5,  # Scorer.probe, of calls that counted
         score_first=in_order,  # no weight changed while text was scored
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
-        bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if case_marks(data.sp) else 0))
+        bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if data.table.sidecar is not None else 0))
     limits = dict(train=not stop or not cfg.max_wallclock_seconds or stop.train_s <= cfg.max_wallclock_seconds,
                   eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes)
     verdict = run.broadcast(all(checks.values()) and all(limits.values()))
