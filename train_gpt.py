@@ -3386,6 +3386,40 @@ def learning_rate(progress, cfg):
     return min(1.0, cfg.min_lr + (1.0 - cfg.min_lr) * left)
 
 
+GRAPH_TOLERANCE = {"cuda": 0.1, "cpu": 0.01}  # relative, of loss and gradient; bfloat16 rounds each graph its own way
+
+
+def check_graph(model, batch, run):
+    """Compare the compiled training loss and its gradient with eager ones; raises KernelError if they differ.
+
+    batch: (rows, T + 1), the shape of training, so that nothing is compiled for it alone.  torch.compile has been seen
+    to make wrong code in silence.  Eager needs more memory: where it does not fit, the log says so.
+    """
+    ids, targets, params = batch[:, :-1].contiguous(), batch[:, 1:].contiguous(), list(model.parameters())
+
+    def gradient(loss_of):
+        loss = loss_of(model, ids, targets)
+        loss.backward()
+        found = torch.cat([p.grad.flatten() for p in params])
+        torch._foreach_zero_([p.grad for p in params])
+        return loss.detach(), found
+    try:
+        (loss, fast), (eager_loss, exact) = gradient(compiled(mean_nll, "1")), gradient(mean_nll)
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        torch._foreach_zero_([p.grad for p in params])
+        return run.log("graph_check", skipped="out_of_memory")
+    errors = dict(loss=relative_error(loss, eager_loss), gradient=relative_error(fast, exact))
+    run.log("graph_check", **{name: f"{error:.6f}" for name, error in errors.items()})
+    most = GRAPH_TOLERANCE[run.device.type]
+    if not all(error <= most for error in errors.values()):
+        raise KernelError(f"COMPILE=1: the compiled loss and gradient differ from the eager ones by {errors} "
+                          f"(relative, at most {most} allowed): torch.compile makes wrong code here; set COMPILE=0, or "
+                          "use another torch")
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)  # the peak that the log shows is that of training
+
+
 def warm_up(model, cfg, run, micro_rows):
     """Compile and autotune everything before the clock starts, on synthetic tokens; the weights are put back."""
     saved = [p.detach().clone() for p in model.parameters()]
@@ -3397,6 +3431,8 @@ def warm_up(model, cfg, run, micro_rows):
         batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng, dtype=torch.int32)
         train_step(model, optimizer, batch.to(run.device), micro_rows, 1.0)
         average.update(0, 0.0)
+    if cfg.compile == "1" and cfg.warmup_steps:
+        check_graph(model, batch[:micro_rows].to(run.device), run)
     if cfg.gptq_enabled:
         Hessians(model).collect(model, [batch[:CALIBRATION_ROWS, :-1].to(run.device)], run)
     with torch.no_grad():

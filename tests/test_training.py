@@ -655,6 +655,20 @@ def test_training_stops_after_too_many_bad_steps(tiny_config, tiny_model):
         train(tiny_model(cfg), cfg)
 
 
+def test_compiled_graph_is_compared_with_eager_and_refused_if_it_differs(tiny_config, tiny_model, monkeypatch, capsys):
+    model, cfg = tiny_model(tiny_config()), tiny_config()
+    t.Optimizer(model, cfg, t.Run())  # lays out the gradients
+    for factor in (1.0, 1.03):
+        monkeypatch.setattr(t, "compiled", lambda loss_of, _, factor=factor: lambda *args: factor * loss_of(*args))
+        if factor == 1.0:
+            t.check_graph(model, fixed_batch(cfg), t.Run())
+            assert capsys.readouterr().out == "graph_check loss:0.000000 gradient:0.000000\n"
+        else:
+            with pytest.raises(t.KernelError, match="COMPILE=1: the compiled loss and gradient differ"):
+                t.check_graph(model, fixed_batch(cfg), t.Run())
+    assert not any(bool(p.grad.any()) for p in model.parameters())
+
+
 # ---- golden -----------------------------------------------------------------------------------------
 
 
