@@ -239,8 +239,8 @@ class Config:
     gptq_reserve_seconds: float = knob(4.0, "part of the training clock kept for the Hessians [s]", at_least(0))
     gptq_token_power: float = knob(0.0, "tokens count in the Hessians by their frequency to minus this power",
                                    between(0, 1))
-    gptq_order: bool = knob(False, "1: round the columns of the largest inputs first")
-    gptq_damp: float = knob(0.05, "added to a Hessian's diagonal, as a part of its mean", at_least(1e-6))
+    gptq_order: bool = knob(True, "1: round the columns of the largest inputs first")
+    gptq_damp: float = knob(0.01, "added to a Hessian's diagonal, as a part of its mean", at_least(1e-6))
     compressor: str = knob("rans", "coder of the integers: rans (our own, the rest by brotli), brotli (11), lzma or "
                            "zstd (22)", one_of("rans", "brotli", "lzma", "zstd"))
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", at_least(1))

@@ -279,7 +279,7 @@ def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
         t.mean_nll(model, batch[:, :-1], batch[:, 1:]).backward()
     rounded = tiny_model(cfg)
     with torch.no_grad():
-        for name, q in t.quantize_model(rounded, {}, cfg, t.USUAL_CLIP).items():
+        for name, q in t.quantize_model(rounded, {}, cfg, t.expected_clip(rounded, cfg)).items():
             rounded.get_parameter(name).copy_(t.dequantize(q.Q, q.scale))
     t.mean_nll(rounded, batch[:, :-1], batch[:, 1:]).backward()
     for p, q in zip(model.parameters(), rounded.parameters(), strict=True):
