@@ -118,6 +118,9 @@ def multiple_of(n):
     return Rule(f"a positive multiple of {n}", lambda v: v > 0 and v % n == 0)
 
 
+OPTIONAL_BITS = Rule("0 or between 2 and 8", lambda v: v == 0 or 2 <= v <= 8)
+
+
 def knob(default, help, rule=None):
     """A Config field with its help text (units in brackets) and its rule."""
     return field(default=default, metadata={"help": help, "rule": rule})
@@ -219,11 +222,10 @@ class Config:
                       "byte (needs GPTQ_ENABLED); sdclip = by the row's standard deviation", one_of("rate", "sdclip"))
     matrix_bits: int = knob(6, "bits of a matrix weight; this and the other bits and clips are for GRID=sdclip",
                             between(2, 8))
-    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", Rule("0 or between 2 and 8",
-                                                                         lambda v: v == 0 or 2 <= v <= 8))
+    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", OPTIONAL_BITS)
     embed_bits: int = knob(8, "bits of a token embedding or n-gram table weight", between(2, 8))
     gate_bits: int = knob(8, "bits of a GDN gate projection weight", between(2, 8))
-    sandwich_bits: int = knob(0, "least bits of the matrices of the last block; 0 = as the others", between(0, 8))
+    sandwich_bits: int = knob(0, "least bits of the matrices of the last block; 0 = as the others", OPTIONAL_BITS)
     frequent_rows: int = knob(0, "embedding rows of the most frequent tokens stored at 8 bits", at_least(0))
     float_matrices: int = knob(0, "matrices of the largest Hessian-weighted error per weight kept as float16",
                                at_least(0))
@@ -2144,7 +2146,10 @@ class Quantizer:
         # Rows, then columns, whose weights would leave the integers' range get a larger step.
         columns = group["column_step"]
         spread = (W / columns.unsqueeze(-2)).square().mean(-1).sqrt()
-        scale = octave_grid(torch.maximum(strength / self.unit * group["row_step"], 3 * spread / self.MOST))
+        scale = strength / self.unit * group["row_step"]
+        if route(name).role == "gate":  # a saturated gate has no gradient, and an error that opens it does much harm
+            scale = torch.minimum(scale, self.cfg.embed_clip_sigmas / 127 * spread)
+        scale = octave_grid(torch.maximum(scale, 3 * spread / self.MOST))
         columns = octave_grid(torch.maximum(columns, (W / scale.float().unsqueeze(-1)).abs().amax(-2) / self.MOST))
         step = scale.float().unsqueeze(-1) * columns.float().unsqueeze(-2)
         Q = (W / step).round().clamp(-127, 127).to(torch.int8) if U is None else compensate(W, step, U, 127)

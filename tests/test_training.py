@@ -287,7 +287,7 @@ def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
 
 
 def test_late_qat_really_starts(tiny_config, tiny_model, monkeypatch):
-    cfg, seen, step = tiny_config(iterations=10, qat_frac=0.35), [], t.train_step
+    cfg, seen, step = tiny_config(iterations=10, qat_frac=0.35, grid="sdclip"), [], t.train_step
     monkeypatch.setattr(t, "train_step", lambda *args, qat=False: seen.append(qat) or step(*args, qat=qat))
     t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run())
     assert seen == [False] * 7 + [True] * 3
