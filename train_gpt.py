@@ -421,7 +421,7 @@ PRESETS = {
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
         gdn_heads=4, gdn_head_dim=32, ngram_buckets=1024, ngram_dim=32,
         train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=175.0, warmup_steps=1,
-        gptq_calibration_batches=16, gptq_reserve_seconds=5.0,
+        gptq_calibration_batches=16, gptq_reserve_seconds=10.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20,
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096),
@@ -2417,7 +2417,7 @@ def save_artifact(path, model, cfg, hessians=None, run=None):
     strength, quantized, blob = fill_cap(model, cfg, hessians or {}, run, log)
     for name, q in quantized.items():
         spent = entropy_bytes({name: q}) * 8 / q.Q.numel()
-        log("gptq", name=name, bits=q.bits, rows=q.Q.shape[0], clip_sigmas=f"{strength:.3f}",
+        log("gptq", name=name, bits=q.bits, rows=q.Q.shape[0], strength=f"{strength:.3f}",
             rel_err=f"{q.rel_error:.6f}", bits_per_weight=f"{spent:.3f}", nats=f"{q.nats:.3e}", damp=f"{q.damp:g}")
     if run.rank == 0:
         log_roles(blob, quantized, log)
@@ -2480,7 +2480,7 @@ def fill_cap(model, cfg, hessians, run, log):
         quantized = {name: q for name, q in quantized.items() if name not in floats}
         blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
         tried[strength] = size = run.broadcast(len(blob) if run.rank == 0 else 0)
-        log("fill_cap", clip_sigmas=strength, model_bytes=size, most_bytes=most,
+        log("fill_cap", grid="rate" if quantizer.rate else "sdclip", strength=strength, model_bytes=size, most_bytes=most,
             expected_nats=f"{sum(q.nats for q in quantized.values()) / max(1.0, float(hessians[COUNTS].sum())):.5f}"
             if quantizer.rate else "-", search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
         rank = (size <= most, -strength if size <= most else -size)
@@ -3205,20 +3205,29 @@ def calibrate(model, loader, cfg, run, clock):
         return {}
     run.synchronize()
     loop_end_s = clock.elapsed()
-    rows = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size)
+    rows, done = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size), 0
+
+    def is_late():  # one more batch, as long as half again the mean so far, would end after the clock
+        run.synchronize()
+        now = clock.elapsed()
+        batch_s = (now - loop_end_s) / max(1, done // CALIBRATION_ROWS)
+        return run.broadcast(done > 0 and 0 < cfg.max_wallclock_seconds < now + 1.5 * batch_s)
 
     def batches():
-        left = rows
-        while left > 0:
+        nonlocal done
+        while done < rows:
+            left = rows - done
             source = next(loader) if cfg.gptq_calibration == "train" else own_text(model, CALIBRATION_ROWS, left, run)
             for part in source[:left].split(CALIBRATION_ROWS):
-                left -= len(part)
+                if is_late():
+                    return
                 yield part
+                done += len(part)
     hessians = Hessians(model).collect(model, batches(), run)
     run.synchronize()
     run.log("hessians", matrices=sum(x.dim() == 2 for x in hessians.values()), calibration=cfg.gptq_calibration,
-            tokens=rows * run.world_size * cfg.train_seq_len, loop_end_s=f"{loop_end_s:.1f}",
-            hessian_end_s=f"{clock.elapsed():.1f}")
+            tokens=done * run.world_size * cfg.train_seq_len, wanted_tokens=rows * run.world_size * cfg.train_seq_len,
+            loop_end_s=f"{loop_end_s:.1f}", hessian_end_s=f"{clock.elapsed():.1f}")
     return hessians
 
 

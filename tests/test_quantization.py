@@ -310,3 +310,23 @@ def test_the_rate_search_ends_just_under_the_cap(larger, bits_per_weight):
     lines = []
     _, _, blob = t.fill_cap(model, cfg, hessians, t.Run(), lambda *event, **values: lines.append(event))
     assert most - t.FILL_SLACK <= len(blob) <= most and len(lines) <= t.FILL_ROUNDS
+
+
+def test_calibration_ends_inside_the_clock(calibrated):
+    """Each batch takes a tenth of a second on a clock that has seven of them left: fewer batches than twenty."""
+    cfg, model, batches, _ = calibrated
+    cfg = t.replace(cfg, max_wallclock_seconds=10.0, gptq_calibration_batches=20, gptq_reserve_seconds=1.0)
+    seen, lines, run = [], {}, t.Run()
+
+    class Ticking:
+        def elapsed(self):
+            return 9.3 + 0.1 * len(seen)
+
+    def loader():
+        while True:
+            seen.append(batches[0].repeat(4, 1))
+            yield seen[-1]
+    run.log = lambda event, **values: lines.update(values)
+    hessians = t.calibrate(model, loader(), cfg, run, Ticking())
+    assert 2 < len(seen) < 10 and int(hessians[t.COUNTS].sum()) == 48 * 8 * (len(seen) - 1)
+    assert lines["tokens"] < lines["wanted_tokens"] and float(lines["hessian_end_s"]) <= 10.0
