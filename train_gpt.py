@@ -1950,18 +1950,21 @@ def compensate(W, step, U, qmax, block=128):
     W: (..., R, C).   step: broadcasts to it.   U: (..., C, C) of `error_factor`.   qmax: a number, or (R,).
     Returns Q int8 (..., R, C).   Source: Frantar et al., arXiv:2210.17323, Algorithm 1.
     """
-    W, C, step = W.float().clone(), W.shape[-1], step.expand(W.shape)
-    Q, qmax = torch.empty_like(W), torch.as_tensor(qmax, device=W.device)
+    # Transposed, so that what is one column's lies together.
+    W, step, C = W.float().mT.contiguous(), step.expand(W.shape).mT, W.shape[-1]  # (..., C, R)
+    Q, qmax = torch.empty(W.shape, dtype=torch.int8, device=W.device), torch.as_tensor(qmax, device=W.device)
     for start in range(0, C, block):
         end = min(start + block, C)
-        errors = torch.empty_like(W[..., start:end])
-        for i in range(start, end):
-            q = torch.minimum(torch.maximum((W[..., i] / step[..., i]).round(), -qmax), qmax)
-            error = (W[..., i] - q * step[..., i]) / U[..., i, i, None]
-            W[..., i:end] -= error.unsqueeze(-1) * U[..., i, None, i:end]
-            Q[..., i], errors[..., i - start] = q, error
-        W[..., end:] -= errors @ U[..., start:end, end:]
-    return Q.to(torch.int8)
+        part, steps = W[..., start:end, :].clone(), step[..., start:end, :].contiguous()
+        errors = torch.empty_like(part)
+        for i in range(end - start):
+            u = U[..., start + i, start + i:end].unsqueeze(-1)  # (..., end - start - i, 1)
+            q = torch.minimum(torch.maximum((part[..., i, :] / steps[..., i, :]).round(), -qmax), qmax)
+            Q[..., start + i, :] = q
+            errors[..., i, :] = (part[..., i, :] - q * steps[..., i, :]) / u[..., 0, :]
+            part[..., i:, :] -= u * errors[..., i:i + 1, :]
+        W[..., end:, :] -= U[..., start:end, end:].mT @ errors
+    return Q.mT.contiguous()
 
 
 def gptq(W, H, bits, clip_sigmas, damp=0.01, block=128):
@@ -2057,7 +2060,7 @@ class Quantizer:
     GRID=rate: `strength` is the geometric mean of step / std(row) over all weights.  A weight's step is inverse to the
     square root of its effect on the loss, sensitivity of its row times conditional variance of its input, so that a
     byte buys as much wherever it is spent (reverse water-filling; an entropy coder makes any step possible).
-    Needs Hessians with row sensitivities; without them, and for tensors without a Hessian, the grid is SDClip's.
+    Without row sensitivities among the Hessians the grid is SDClip's.
     """
 
     SENSITIVITY_POWER = 0.7  # below 1: rows are estimated from few batches, and coarse steps save less than theory says
@@ -2480,9 +2483,9 @@ def fill_cap(model, cfg, hessians, run, log):
         quantized = {name: q for name, q in quantized.items() if name not in floats}
         blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
         tried[strength] = size = run.broadcast(len(blob) if run.rank == 0 else 0)
-        log("fill_cap", grid="rate" if quantizer.rate else "sdclip", strength=strength, model_bytes=size, most_bytes=most,
-            expected_nats=f"{sum(q.nats for q in quantized.values()) / max(1.0, float(hessians[COUNTS].sum())):.5f}"
-            if quantizer.rate else "-", search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+        nats = sum(q.nats for q in quantized.values()) / max(1.0, float(hessians[COUNTS].sum())) if hessians else 0.0
+        log("fill_cap", grid="rate" if quantizer.rate else "sdclip", strength=strength, model_bytes=size,
+            most_bytes=most, expected_nats=f"{nats:.5f}", search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
         rank = (size <= most, -strength if size <= most else -size)
         if best is None or rank > best[0]:
             best = rank, strength, quantized, blob
