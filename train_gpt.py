@@ -26,6 +26,7 @@ Delta Rule over Sequence Length, arXiv:2406.06484.   [5] SentencePiece: Kudo, Ri
 
 import difflib
 import hashlib
+import importlib.util
 import json
 import lzma
 import math
@@ -125,6 +126,9 @@ def one_of(*names):
 def multiple_of(n):
     """Rule: the value is a positive multiple of n."""
     return Rule(f"a positive multiple of {n}", lambda v: v > 0 and v % n == 0)
+
+
+OPTIONAL_BITS = Rule("0 or between 2 and 8", lambda v: v == 0 or 2 <= v <= 8)
 
 
 def knob(default, help, rule=None):
@@ -234,19 +238,33 @@ class Config:
     attn_kernel: str = knob("auto", "windowed attention", one_of("auto", "flash_attn", "varlen", "flex", "sdpa"))
     compile: str = knob("auto", "torch.compile; auto = on CUDA", one_of("auto", "0", "1"))
 
-    matrix_bits: int = group("export", 6, "bits of a matrix weight", between(2, 8))
-    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", Rule("0 or between 2 and 8",
-                                                                         lambda v: v == 0 or 2 <= v <= 8))
+    grid: str = group("export", "rate", "steps of the integers: rate = by their effect on the loss, for equal gain per "
+                      "byte (needs GPTQ_ENABLED); sdclip = by the row's standard deviation", one_of("rate", "sdclip"))
+    matrix_bits: int = knob(6, "bits of a matrix weight; this and the other bits and clips are for GRID=sdclip",
+                            between(2, 8))
+    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", OPTIONAL_BITS)
     embed_bits: int = knob(8, "bits of a token embedding or n-gram table weight", between(2, 8))
     gate_bits: int = knob(8, "bits of a GDN gate projection weight", between(2, 8))
+    sandwich_bits: int = knob(0, "least bits of the matrices of the last block; 0 = as the others", OPTIONAL_BITS)
+    frequent_rows: int = knob(0, "embedding rows of the most frequent tokens stored at 8 bits", at_least(0))
+    float_matrices: int = knob(0, "matrices of the largest Hessian-weighted error per weight kept as float16",
+                               at_least(0))
+    control_bits: int = knob(0, "8: control tensors of more than 64 values as int8; 0: float16",
+                             Rule("0 or 8", lambda v: v in (0, 8)))
     matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [standard deviations of the row]; 0 = the least that "
                                      "fits CAP_BYTES", Rule("0 or at least 1", lambda v: v == 0 or v >= 1))
     embed_clip_sigmas: float = knob(20.0, "row clip of embedding tables and gate projections [likewise]", at_least(1))
     gptq_enabled: bool = knob(True, "1: round by GPTQ, with Hessians from training text; 0: round to nearest")
+    gptq_calibration: str = knob("train", "text of the Hessians: training rows, or drawn from the model itself",
+                                 one_of("train", "self"))
     gptq_calibration_batches: int = knob(64, "batches of 8 rows of TRAIN_SEQ_LEN for the Hessians", at_least(1))
     gptq_reserve_seconds: float = knob(4.0, "part of the training clock kept for the Hessians [s]", at_least(0))
+    gptq_token_power: float = knob(0.0, "tokens count in the Hessians by their frequency to minus this power",
+                                   between(0, 1))
+    gptq_order: bool = knob(True, "1: round the columns of the largest inputs first")
     gptq_damp: float = knob(0.01, "added to a Hessian's diagonal, as a part of its mean", at_least(1e-6))
-    compressor: str = knob("brotli", "brotli (11), lzma or zstd (22)", one_of("brotli", "lzma", "zstd"))
+    compressor: str = knob("rans", "coder of the integers: rans (our own, the rest by brotli), brotli (11), lzma or "
+                           "zstd (22)", one_of("rans", "brotli", "lzma", "zstd"))
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", at_least(1))
 
     final_score: str = group("evaluation", "exact", "the method whose score is the run's",
@@ -331,6 +349,10 @@ class Config:
             (self.resume != "auto" or bool(self.run_id), "RESUME=auto: needs RUN_ID, the run to go on with"),
             (not (self.resume and (self.eval_only or self.prompt)),
              f"RESUME={self.resume}: EVAL_ONLY and PROMPT read an artifact, not a checkpoint; unset one of them"),
+            (self.qat_frac == 0 or self.grid == "sdclip", f"QAT_FRAC={self.qat_frac:g}: needs GRID=sdclip, whose steps "
+             "are known before the export"),
+            (self.frequent_rows == 0 or self.gptq_enabled,
+             f"FREQUENT_ROWS={self.frequent_rows}: needs GPTQ_ENABLED=1, whose calibration counts the tokens"),
             (self.final_score != "ttt" or self.ttt_enabled, "FINAL_SCORE=ttt: needs TTT_ENABLED=1"),
             (self.bos_id < self.vocab_size,
              f"BOS_ID={self.bos_id}: must be below VOCAB_SIZE={self.vocab_size}"),
@@ -429,15 +451,15 @@ def parse_stack(text):
 PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
-    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, eval_stride=32, ttt_enabled=True, final_score="ttt", ttt_ema=0.5,
-                   ttt_tilt=0.5, ttt_hash_buckets=16384),
+    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, grid="sdclip", float_matrices=2, compressor="brotli", eval_stride=32,
+                   ttt_enabled=True, final_score="ttt", ttt_ema=0.5, ttt_tilt=0.5, ttt_hash_buckets=16384),
     # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
     "pr1698": dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
-                   muon_momentum=0.95, average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd",
-                   ttt_enabled=True, final_score="ttt"),
+                   muon_momentum=0.95, average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False,
+                   compressor="zstd", ttt_enabled=True, final_score="ttt"),
     # Ten attention layers with U-Net skips, XSA in the last three, int5 MLPs; UNIQUE_LAYERS=5 loops them.
     "pr456": dict(stack="attn*10", unet=True, xsa_layers=3, ngram_buckets=10240, ngram_order=2, mlp_bits=5,
-                  average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd",
+                  average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False, compressor="zstd",
                   ttt_enabled=True, final_score="ttt", ttt_optimizer="adamw", ttt_lr=0.0005, ttt_epochs=1,
                   ttt_freeze_blocks=0),
     "sample": dict(
@@ -446,7 +468,7 @@ PRESETS = {
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
         gdn_heads=4, gdn_head_dim=32, ngram_buckets=1024, ngram_dim=32,
         train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=175.0, warmup_steps=1,
-        gptq_calibration_batches=16, gptq_reserve_seconds=5.0,
+        gptq_calibration_batches=16, gptq_reserve_seconds=10.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0,
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096, ttt_warmup_tokens=256),
@@ -1916,11 +1938,6 @@ def route(name):
     raise KeyError(f"parameter {name} matches no row of ROUTES")
 
 
-def stored_bits(r, cfg):
-    """Bits of the weights that Route r stores as integers; 0 if it stores floats."""
-    return (getattr(cfg, r.bits) or cfg.matrix_bits) if r.bits else 0
-
-
 def newton_schulz(G, steps):
     """Approximately orthogonalise each matrix of G (n, R, C): singular values go to about 1 (0.7 to 1.2) [2].
 
@@ -2103,18 +2120,22 @@ class Average:
 # ----------------------------------------------------------------------------------------------------
 # 7. Quantization and the artifact
 # ----------------------------------------------------------------------------------------------------
-# Matrices become integers with one float16 scale per row; small tensors stay float16 or float32; a shared
-# tensor is stored once.  The file is a fixed head (magic, version, lengths, SHA-256), a JSON header (model
-# settings, tensor table) and compressed streams.  Nothing in it is executed; every length is checked.
+# Matrices become integers times a float16 scale per row, and with GRID=rate one per column too; small tensors
+# stay float16 or float32; a shared tensor is stored once.  The file is a fixed head (magic, version, lengths,
+# SHA-256), a JSON header (model settings, tensor table) and streams.  Nothing in it is executed; every length
+# is checked; integers are coded by our own rANS coder, whose tables are integers in the file.
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GDNSWA\r\n", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"GDNSWA\r\n", 2
 ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")  # magic, version, header bytes packed, unpacked, payload bytes, SHA-256
 MAX_HEADER_BYTES, MAX_RAW_BYTES = 1 << 22, 1 << 30
 STREAM_BYTES = 1 << 22  # large roles are cut into streams of this size, compressed on all cores
 
 
 def row_scale(W, bits, clip_sigmas):
-    """The step of each row of W (..., R, C): clip_sigmas * std(row) / qmax (SDClip), 1 for zero rows; float16."""
+    """The step of each row of W (..., R, C): clip_sigmas * std(row) / qmax (SDClip), 1 for zero rows; float16.
+
+    bits: 2..8, a number or a tensor that broadcasts over the rows.
+    """
     W = W.float()
     spread = clip_sigmas * W.std(-1, correction=0)
     spread = torch.where(spread > 0, spread, W.abs().amax(-1))  # a constant row: one step per qmax of its value
@@ -2123,121 +2144,295 @@ def row_scale(W, bits, clip_sigmas):
 
 
 def quantize(W, bits, clip_sigmas):
-    """Round each row of W (R, C) to the nearest integers of `bits` bits.
+    """Round each row of W (..., R, C) to the nearest integers of `bits` bits (a number, or a tensor over the rows).
 
-    Returns Q int8 (R, C) in [-qmax, qmax], qmax = 2^(bits-1) - 1, and scale float16 (R,): W ~ Q * scale.
+    Returns Q int8 (..., R, C) in [-qmax, qmax], qmax = 2^(bits-1) - 1, and scale float16 (..., R): W ~ Q * scale.
     Source: README, "Clipping".
     """
-    qmax, scale = 2 ** (bits - 1) - 1, row_scale(W, bits, clip_sigmas)
-    Q = (W.float() / scale.float().unsqueeze(-1)).round().clamp(-qmax, qmax)
-    return Q.to(torch.int8), scale
+    scale = row_scale(W, bits, clip_sigmas)
+    qmax = torch.as_tensor(2 ** (bits - 1) - 1, device=W.device)[..., None]
+    Q = (W.float() / scale.float().unsqueeze(-1)).round()
+    return torch.minimum(torch.maximum(Q, -qmax), qmax).to(torch.int8), scale
+
+
+def dequantize(Q, scale, columns=None):
+    """The float32 weight that Q (..., R, C), its row scales (..., R) and column scales (..., C), if any, stand for."""
+    W = Q.float() * scale.float().unsqueeze(-1)
+    return W if columns is None else W * columns.float().unsqueeze(-2)
+
+
+def error_factor(H, damp):
+    """Upper Cholesky factor U of each damped H^-1 (..., C, C): its row i says how columns i.. answer an error in i.
+
+    damp: added to the diagonal as a part of its mean; raised tenfold for those matrices that are still not positive
+    definite.  A column that no token reaches counts as independent.   Returns U and the damping of each, (...); where
+    no damping helps (H is not finite), U is the identity, with which GPTQ rounds to nearest, and the damping infinite.
+    """
+    diagonal = H.diagonal(dim1=-2, dim2=-1)
+    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
+    damp = torch.full_like(mean, damp)
+    for _ in range(12):
+        padded = H.float() + torch.diag_embed(torch.where(diagonal <= 0, mean, damp * mean))
+        L, fault = torch.linalg.cholesky_ex(padded)
+        U, fault_inverse = torch.linalg.cholesky_ex(torch.cholesky_inverse(L), upper=True)
+        bad = (fault + fault_inverse != 0) | ~U.isfinite().all(-1).all(-1)
+        if not bool(bad.any()):
+            break
+        damp = torch.where(bad.unsqueeze(-1), 10 * damp, damp)
+    damp = damp.squeeze(-1).masked_fill(bad, math.inf)
+    return torch.where(bad[..., None, None], torch.eye(H.shape[-1], device=H.device), U), damp
+
+
+def compensate(W, step, U, qmax, block=128):
+    """GPTQ's loop: round column by column, later columns making up for the errors of earlier ones.
+
+    W: (..., R, C).   step: broadcasts to it.   U: (..., C, C) of `error_factor`.   qmax: a number, or (R,).
+    Returns Q int8 (..., R, C).   Source: Frantar et al., arXiv:2210.17323, Algorithm 1.
+    """
+    # Transposed, so that what is one column's lies together.
+    W, step, C = W.float().mT.contiguous(), step.expand(W.shape).mT, W.shape[-1]  # (..., C, R)
+    Q, qmax = torch.empty(W.shape, dtype=torch.int8, device=W.device), torch.as_tensor(qmax, device=W.device)
+    for start in range(0, C, block):
+        end = min(start + block, C)
+        part, steps = W[..., start:end, :].clone(), step[..., start:end, :].contiguous()
+        errors = torch.empty_like(part)
+        for i in range(end - start):
+            u = U[..., start + i, start + i:end].unsqueeze(-1)  # (..., end - start - i, 1)
+            q = torch.minimum(torch.maximum((part[..., i, :] / steps[..., i, :]).round(), -qmax), qmax)
+            Q[..., start + i, :] = q
+            errors[..., i, :] = (part[..., i, :] - q * steps[..., i, :]) / u[..., 0, :]
+            part[..., i:, :] -= u * errors[..., i:i + 1, :]
+        W[..., end:, :] -= U[..., start:end, end:].mT @ errors
+    return Q.mT.contiguous()
 
 
 def gptq(W, H, bits, clip_sigmas, damp=0.01, block=128):
-    """Quantize so that the layer's output error is least: column by column, later columns making up for earlier ones.
+    """Quantize on SDClip's grid so that the layer's output error is least.
 
     W: (..., R, C) float32, rows are outputs.   H: (..., C, C) float32, sum or mean of x x^T over calibration tokens.
-    bits: 2..8.   clip_sigmas: row clip in standard deviations of that row.   damp: added to H's diagonal, as a part of
-    its mean; raised tenfold, with its value returned, until H is positive definite.
-    Returns Q int8 (..., R, C), scale float16 (..., R) as `quantize`, and the damping used (float).
-    A column that no token reaches is rounded to nearest.   Source: Frantar et al., arXiv:2210.17323, Algorithm 1.
+    bits: 2..8.   clip_sigmas: row clip in standard deviations of that row.   damp: see `error_factor`.
+    Returns Q int8 (..., R, C), scale float16 (..., R) as `quantize`, and the largest damping used (float).
     """
     if H.shape[-2:] != (W.shape[-1],) * 2:
         raise ValueError(f"H is {tuple(H.shape)}, expected {W.shape[-1]} x {W.shape[-1]} for W {tuple(W.shape)}")
-    qmax, scale = 2 ** (bits - 1) - 1, row_scale(W, bits, clip_sigmas)
-    step, W, C = scale.float(), W.float().clone(), W.shape[-1]
-    diagonal = H.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal <= 0
-    mean = diagonal.mean(-1, keepdim=True).clamp_min(1e-12)
-    while True:
-        padded = H.float() + torch.diag_embed(torch.where(dead, mean, damp * mean))
-        L, fault = torch.linalg.cholesky_ex(padded)
-        if not bool(fault.any()):
-            break
-        damp *= 10
-    U = torch.linalg.cholesky(torch.cholesky_inverse(L), upper=True)  # row i: how columns i.. answer an error in i
-    Q = torch.empty_like(W)
-    for start in range(0, C, block):
-        end = min(start + block, C)
-        errors = torch.empty_like(W[..., start:end])
-        for i in range(start, end):
-            q = (W[..., i] / step).round().clamp(-qmax, qmax)
-            error = (W[..., i] - q * step) / U[..., i, i, None]
-            W[..., i:end] -= error.unsqueeze(-1) * U[..., i, None, i:end]
-            Q[..., i], errors[..., i - start] = q, error
-        W[..., end:] -= errors @ U[..., start:end, end:]
-    return Q.to(torch.int8), scale, damp
+    scale, (U, damp) = row_scale(W, bits, clip_sigmas), error_factor(H, damp)
+    return compensate(W, scale.float().unsqueeze(-1), U, 2 ** (bits - 1) - 1, block), scale, float(damp.max())
+
+
+ROWS, COUNTS = ":rows", ":counts"  # keys among the Hessians: a parameter's row sensitivities, the tokens' counts
 
 
 class Hessians:
-    """Sums of x x^T over calibration tokens for every matrix that a forward multiplies by, float32 (C, C) by name."""
+    """Sums over calibration tokens for every matrix that a forward multiplies by: x x^T, float32 (C, C) by name."""
 
     def __init__(self, model):
         self.names = {id(p): name for name, p in model.named_parameters()}
-        self.sums, self.tokens = {}, 0
+        self.sums, self.rows, self.weight, self.counts = {}, {}, None, None
 
     def observe(self, x, weights):
         """See one product: weights that share an input share one sum."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         key = tuple(self.names[id(w)] for w in weights)
-        product = x.mT @ x
+        product = (x if self.weight is None else x * self.weight).mT @ x
         self.sums[key] = self.sums[key].add_(product) if key in self.sums else product
 
-    @torch.no_grad()
-    def collect(self, model, batches, run):
-        """Run `batches`, an iterable of ids (B, T), forward and sum over all ranks; returns {name: H (C, C)}.
+    def weigh(self, ids, vocab_size, power):
+        """Weigh the tokens of the next forward by (their count so far) ** -power, scaled to a mean of 1 (FreqGPTQ)."""
+        counts = torch.bincount(ids.flatten().long(), minlength=vocab_size).float()
+        self.counts = counts if self.counts is None else self.counts + counts
+        weight = self.counts[ids.flatten().long()] ** -power if power else None
+        self.weight = None if weight is None else (weight / weight.mean()).unsqueeze(-1)
 
+    def add_gradients(self, model, loss):
+        """Add each row's squared gradient of one batch's summed loss: how much an error in that row matters."""
+        names, params = zip(*((n, p) for n, p in model.named_parameters() if route(n).bits))
+        for name, grad in zip(names, torch.autograd.grad(loss, params)):
+            rows = grad.float().square().sum(-1)
+            self.rows[name] = self.rows[name].add_(rows) if name in self.rows else rows
+
+    def collect(self, model, batches, run):
+        """Sum over `batches`, an iterable of ids (B, T + 1), and over all ranks.
+
+        Returns {name: H (C, C)}, {COUNTS: (vocab,)}, and with GRID=rate {name + ROWS: (R,)}, squared gradients by row.
         TF32 is allowed meanwhile: it keeps more bits than the bfloat16 activations have, so products stay exact.
         """
-        precision = torch.get_float32_matmul_precision()
+        cfg, precision = model.cfg, torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high" if run.device.type == "cuda" else precision)
         OBSERVERS.append(self.observe)
         try:
             for ids in batches:
-                model(ids)
+                self.weigh(ids[:, :-1], cfg.vocab_size, cfg.gptq_token_power)
+                with torch.set_grad_enabled(cfg.grid == "rate"):
+                    logits, _ = model(ids[:, :-1])
+                    if cfg.grid == "rate":
+                        self.add_gradients(model, token_nll(logits, ids[:, 1:]).sum())
         finally:
             OBSERVERS.remove(self.observe)
             torch.set_float32_matmul_precision(precision)
-        for product in self.sums.values():
+        for product in (*self.sums.values(), *self.rows.values()):
             run.all_sum(product)
-        return {name: product for key, product in self.sums.items() for name in key}
+        return {name: product for key, product in self.sums.items() for name in key} | {
+            name + ROWS: rows for name, rows in self.rows.items()} | {COUNTS: run.all_sum(self.counts)}
 
 
 class Quantized(NamedTuple):
-    """One stored matrix: Q int8 (R, C), scale float16 (R,), its bits, and its error ||dW H dW^T|| / ||W H W^T||."""
+    """One stored matrix: Q int8 (R, C), scales float16 of rows (R,) and columns (C,) or None, bits, and for the log:
+    error ||dW H dW^T|| / ||W H W^T||, expected rise of the loss [nats, summed over calibration], damping (0: no H)."""
     Q: Tensor
     scale: Tensor
+    columns: Tensor
     bits: int
     rel_error: float
+    nats: float
+    damp: float
 
 
-@torch.no_grad()
-def quantize_model(model, hessians, cfg, matrix_clip):
-    """Quantize every matrix by its Route: {name: Quantized}.  Matrices of one shape go through `gptq` together.
+def octave_grid(x):
+    """x rounded to eighths of an octave, float16: few different values, which compress well; 2^-20 to 2^15."""
+    return ((8 * x.float().clamp_min(2.0 ** -20).log2()).round() / 8).clamp(-20, 15).exp2().to(torch.float16)
 
-    hessians: {name: H}; a matrix without one (a lookup table) is rounded to nearest.   matrix_clip: the clip of the
-    Routes that use MATRIX_CLIP_SIGMAS.
+
+class Quantizer:
+    """All matrices of a model, ready to be quantized at any strength; ranks share the work and all get the results.
+
+    GRID=sdclip: `strength` is the clip of the Routes that use MATRIX_CLIP_SIGMAS; larger = coarser.
+    GRID=rate: `strength` is the geometric mean of step / std(row) over all weights.  A weight's step is inverse to the
+    square root of its effect on the loss, sensitivity of its row times conditional variance of its input, so that a
+    byte buys as much wherever it is spent (reverse water-filling; an entropy coder makes any step possible).
+    Without row sensitivities among the Hessians the grid is SDClip's.
     """
-    groups, out = {}, {}
-    for name, p in model.named_parameters():
-        r = route(name)
-        if r.bits:
-            clip = matrix_clip if r.clip == "matrix_clip_sigmas" else getattr(cfg, r.clip)
-            key = (tuple(p.shape), stored_bits(r, cfg), clip, name in hessians)
-            groups.setdefault(key, []).append((name, p))
-    for (_, bits, clip, has_hessian), members in groups.items():
-        W = torch.stack([p.detach() for _, p in members])
-        if has_hessian:
-            H = torch.stack([hessians[name] for name, _ in members])
-            Q, scale, _ = gptq(W, H, bits, clip, cfg.gptq_damp)
-        else:
-            H = torch.eye(W.shape[-1], device=W.device).expand(len(members), -1, -1)
-            Q, scale = (torch.stack(x) for x in zip(*(quantize(w, bits, clip) for w in W)))
-        dW = W - dequantize(Q, scale)
-        errors = ((dW @ H) * dW).sum((-2, -1)) / ((W @ H) * W).sum((-2, -1)).clamp_min(1e-30)
-        for (name, _), *parts, error in zip(members, Q.cpu(), scale.cpu(), errors.tolist()):
-            out[name] = Quantized(*parts, bits, error)
-    return out
+
+    SENSITIVITY_POWER = 0.7  # below 1: rows are estimated from few batches, and coarse steps save less than theory says
+    LEAST_SENSITIVITY = 0.02  # of the matrix's mean, for rows that calibration hardly reached
+    MOST = 108  # largest weight in steps; the rest of the int8 range takes up what GPTQ adds to it
+
+    def __init__(self, model, cfg, hessians, run):
+        self.cfg, self.run, self.rate = cfg, run, cfg.grid == "rate" and any(key.endswith(ROWS) for key in hessians)
+        params = {name: p.detach() for name, p in model.named_parameters() if route(name).bits}
+        self.shapes = {name: tuple(p.shape) for name, p in params.items()}
+        self.bits = dict.fromkeys(params, 8) if self.rate else stored_bits(model, cfg)
+        self.frequent = None
+        if cfg.frequent_rows and COUNTS in hessians:
+            self.frequent = hessians[COUNTS].topk(min(cfg.frequent_rows, cfg.vocab_size)).indices
+        self.shares, work = [[] for _ in range(run.world_size)], [0] * run.world_size  # names by rank, about equal work
+        for name in sorted(params, key=lambda n: -params[n].numel() * params[n].shape[1]):
+            rank = work.index(min(work))
+            work[rank] += params[name].numel() * params[name].shape[1]
+            self.shares[rank].append(name)
+        groups = {}
+        for name in self.shares[run.rank]:
+            key = self.shapes[name], self.bits[name], route(name).clip, name in hessians, name == "embed.weight"
+            groups.setdefault(key, []).append(name)
+        self.groups = [self.prepare(names, params, hessians) for names in groups.values()]
+        mine = [sum(g["log_step"] for g in self.groups), float(sum(g["W"].numel() for g in self.groups))]
+        log_step, self.weights = map(sum, zip(*run.gather(mine)))
+        self.unit = math.exp(log_step / self.weights)
+
+    @torch.no_grad()
+    def prepare(self, names, params, hessians):
+        """What does not depend on the strength, for matrices of one shape: W, H, factor, relative steps (a dict)."""
+        W = torch.stack([params[n].float() for n in names])
+        n, R, C = W.shape
+        has_hessian, order = names[0] in hessians, None
+        H = torch.stack([hessians[n] for n in names]) if has_hessian else torch.eye(C, device=W.device).expand(n, C, C)
+        if has_hessian and self.cfg.gptq_order:
+            order = H.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
+            H = H.gather(1, order.unsqueeze(-1).expand_as(H)).gather(2, order.unsqueeze(1).expand_as(H))
+            W = W.gather(2, order.unsqueeze(1).expand_as(W))
+        U, damp = error_factor(H, self.cfg.gptq_damp) if has_hessian else (None, W.new_zeros(n))
+        group = dict(names=names, W=W, H=H, U=U, damp=damp, order=order, log_step=0.0)
+        trace = H.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
+        rows = torch.stack([hessians.get(n + ROWS, W.new_zeros(R)) for n in names]).to(W.device)
+        group["rows"] = rows / trace  # (n, R): this times H is the expected second derivative of the loss
+        if self.rate:
+            mean = group["rows"].mean(-1, keepdim=True).clamp_min(1e-30)
+            g = (group["rows"] / mean).clamp_min(self.LEAST_SENSITIVITY) ** self.SENSITIVITY_POWER
+            group["row_step"] = (mean * g / g.mean(-1, keepdim=True)).rsqrt()
+            u = U.diagonal(dim1=-2, dim2=-1) if has_hessian else W.new_ones(n, C)
+            middle = u.log().mean(-1, keepdim=True).exp()
+            group["column_step"], group["row_step"] = u / middle, group["row_step"] * middle
+            spread = W.std(-1, correction=0).clamp_min(1e-12)
+            group["log_step"] = C * float((group["row_step"] / spread).log().sum())
+        return group
+
+    @torch.no_grad()
+    def at(self, strength):
+        """{name: Quantized} of the whole model, on the CPU of every rank."""
+        mine = {}
+        for group in self.groups:
+            Q, scale, columns = self.quantize(group, strength)
+            dW, order = group["W"] - dequantize(Q, scale, columns), group["order"]
+            errors = ((dW @ group["H"]) * dW).sum(-1)  # (n, R)
+            whole = ((group["W"] @ group["H"]) * group["W"]).sum((-2, -1)).clamp_min(1e-30)
+            facts = torch.stack([errors.sum(-1) / whole, 0.5 * (errors * group["rows"]).sum(-1), group["damp"]], 1)
+            if order is not None:
+                back = order.argsort(-1)
+                Q = Q.gather(2, back.unsqueeze(1).expand_as(Q))
+                columns = columns if columns is None else columns.gather(1, back)
+            for i, name in enumerate(group["names"]):
+                mine[name] = [Q[i], scale[i], scale[i, :0] if columns is None else columns[i], facts[i]]
+        return self.exchange(mine)
+
+    def quantize(self, group, strength):
+        """One group at one strength: Q (n, R, C), scale (n, R), columns (n, C) or None, in the group's column order."""
+        W, U, name = group["W"], group["U"], group["names"][0]
+        if not self.rate:
+            clip, bits = getattr(self.cfg, route(name).clip), torch.tensor(self.bits[name], device=W.device)
+            clip = strength if route(name).clip == "matrix_clip_sigmas" else clip
+            if self.frequent is not None and name == "embed.weight":
+                bits = bits.repeat(W.shape[1]).index_fill(0, self.frequent, 8)
+            if U is None:
+                return *quantize(W, bits, clip), None
+            scale = row_scale(W, bits, clip)
+            return compensate(W, scale.float().unsqueeze(-1), U, 2 ** (bits - 1) - 1), scale, None
+        # Rows, then columns, whose weights would leave the integers' range get a larger step.
+        columns = group["column_step"]
+        spread = (W / columns.unsqueeze(-2)).square().mean(-1).sqrt()
+        scale = strength / self.unit * group["row_step"]
+        if route(name).role == "gate":  # a saturated gate has no gradient, and an error that opens it does much harm
+            scale = torch.minimum(scale, self.cfg.embed_clip_sigmas / 127 * spread)
+        scale = octave_grid(torch.maximum(scale, 3 * spread / self.MOST))
+        columns = octave_grid(torch.maximum(columns, (W / scale.float().unsqueeze(-1)).abs().amax(-2) / self.MOST))
+        step = scale.float().unsqueeze(-1) * columns.float().unsqueeze(-2)
+        Q = (W / step).round().clamp(-127, 127).to(torch.int8) if U is None else compensate(W, step, U, 127)
+        return Q, scale, columns
+
+    def exchange(self, mine):
+        """{name: Quantized} of all ranks, on the CPU of each, from this rank's {name: [Q, scale, columns, facts]}."""
+        def length(name):
+            R, C = self.shapes[name]
+            return R * C + 2 * R + 2 * C * self.rate + 12
+
+        sizes = [sum(map(length, names)) for names in self.shares]
+        flat = torch.zeros(1, max(sizes), dtype=torch.uint8, device=self.run.device)
+        parts = [x.contiguous().view(torch.uint8).flatten().to(self.run.device)
+                 for name in self.shares[self.run.rank] for x in mine[name]]
+        if parts:
+            flat[0, :sizes[self.run.rank]] = torch.cat(parts)
+        out = {}
+        for names, row in zip(self.shares, self.run.all_gather_rows(flat).cpu()):
+            at = 0
+            for name in names:
+                R, C = self.shapes[name]
+                cuts = row[at:at + length(name)].split([R * C, 2 * R, 2 * C * self.rate, 12])
+                Q, scale, columns, facts = (x.clone().view(dtype) for x, dtype in zip(
+                    cuts, (torch.int8, torch.float16, torch.float16, torch.float32)))
+                out[name] = Quantized(Q.view(R, C), scale, columns if self.rate else None, self.bits[name],
+                                      *facts.tolist())
+                at += length(name)
+        return out
+
+
+def stored_bits(model, cfg):
+    """{name: bits} of the matrices that become integers, by their Routes and SANDWICH_BITS."""
+    last = {id(p) for p in model.blocks[-1].parameters()}
+    return {name: max(getattr(cfg, route(name).bits) or cfg.matrix_bits, cfg.sandwich_bits * (id(p) in last))
+            for name, p in model.named_parameters() if route(name).bits}
+
+
+def quantize_model(model, hessians, cfg, strength):
+    """{name: Quantized} by a `Quantizer` on one rank."""
+    return Quantizer(model, cfg, hessians, Run(device=next(model.parameters()).device)).at(strength)
 
 
 def entropy_bytes(quantized):
@@ -2249,9 +2444,10 @@ def entropy_bytes(quantized):
     return total
 
 
-def dequantize(Q, scale):
-    """The float32 weight that (Q, scale) stands for."""
-    return Q.float() * scale.float().unsqueeze(-1)
+def side_codec(codec):
+    """The codec of everything but integers beside `codec`: itself; for rans brotli; LZMA where Brotli is missing."""
+    codec = "brotli" if codec == "rans" else codec
+    return "lzma" if codec == "brotli" and importlib.util.find_spec("brotli") is None else codec
 
 
 def compress(data, codec):
@@ -2295,15 +2491,87 @@ def decompress(data, codec, size):
     return out
 
 
-def pack_tensor(name, p, quantized):
-    """One parameter as (table entry, list of (role, bytes)), by its Route."""
-    if name in quantized:
-        q, role = quantized[name], route(name).role
-        entry = dict(name=name, shape=list(p.shape), bits=q.bits, coding="rows", role=role)
-        return entry, [(role, q.Q.numpy().tobytes()), ("scale", q.scale.numpy().tobytes())]
-    coding = "f32" if p.numel() <= 64 else "f16"  # the smallest tensors (decay rates, gains) keep every bit
-    data = p.detach().float().cpu().numpy().astype("<f4" if coding == "f32" else "<f2").tobytes()
-    return dict(name=name, shape=list(p.shape), bits=int(coding[1:]), coding=coding, role=coding), [(coding, data)]
+# Integers are coded by rANS (Duda, arXiv:1311.2540): many states side by side, so that numpy codes one symbol of each
+# at a time, and one stream of 16-bit words for all.  A symbol's probabilities come from the table of its class, which
+# is the size of the numbers to expect in its row and column: one byte each in the file.
+
+RANS_BITS, RANS_LOW = 14, 1 << 16  # a table's frequencies sum to 2^14; states stay in [2^16, 2^32)
+RANS_CLASSES = 96  # quarters of an octave of the symbols' root mean square; class 24 is 1
+
+
+def rans_lanes(count):
+    """States that code `count` symbols side by side: their 4 bytes each must not weigh."""
+    return max(1, min(1024, count >> 12))
+
+
+def symbol_classes(Q):
+    """Rows' and columns' parts (R,), (C,) int8 of the classes of Q int8 (R, C): a symbol's class is their sum."""
+    power = np.square(Q, dtype=np.float32)
+    rows = np.rint(2 * np.log2(power.mean(1) + 0.02))
+    columns = np.rint(2 * np.log2((power / np.exp2(rows / 2)[:, None]).mean(0) + 0.02))
+    return (rows + 24).astype(np.int8), columns.astype(np.int8)
+
+
+def class_map(rows, columns):
+    """The class of each symbol of a tensor, uint8 (R * C,)."""
+    return np.clip(rows[:, None].astype(np.int16) + columns, 0, RANS_CLASSES - 1).astype(np.uint8).ravel()
+
+
+def rans_frequencies(counts):
+    """Frequencies (K, 256) uint16 of `counts`: rows sum to 2^RANS_BITS or 0; where there is a count, at least 1."""
+    whole = 1 << RANS_BITS
+    freq = np.where(counts > 0, np.maximum(1, counts * whole // np.maximum(1, counts.sum(1, keepdims=True))), 0)
+    freq[np.arange(len(freq)), freq.argmax(1)] += np.where(counts.any(1), whole - freq.sum(1), 0)
+    return freq.astype(np.uint16)
+
+
+def rans_encode(symbols, classes, freq):
+    """Code symbols uint8 (n,) of classes uint8 (n,) by freq (K, 256): the states' bytes, then the words'."""
+    lanes, words = rans_lanes(len(symbols)), []
+    start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel().astype(np.uint64)
+    freq, keys = freq.ravel().astype(np.uint64), classes.astype(np.int32) << 8 | symbols
+    states = np.full(lanes, RANS_LOW, np.uint64)
+    for i in reversed(range(0, len(symbols), lanes)):
+        key = keys[i:i + lanes]
+        x, f = states[:len(key)], freq[key]
+        full = x >= f << np.uint64(32 - RANS_BITS)
+        words.append(x[full].astype("<u2"))
+        x = np.where(full, x >> np.uint64(16), x)
+        high = x // f
+        states[:len(key)] = (high << np.uint64(RANS_BITS)) + (x - high * f) + start[key]
+    return states.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
+
+
+def rans_decode(data, classes, freq):
+    """The inverse of `rans_encode`: symbols uint8 (n,).  Raises ArtifactError for a stream that it cannot have made."""
+    count, lanes, used = len(classes), rans_lanes(len(classes)), freq.any(1)
+    if (freq.sum(1, dtype=np.int64)[used] != 1 << RANS_BITS).any() or not used[classes].all():
+        raise ArtifactError("its table of frequencies is not one that this script writes")
+    if len(data) < 4 * lanes or len(data) % 2:
+        raise ArtifactError(f"a stream of {len(data)} bytes cannot hold {count} integers")
+    start = np.cumsum(freq, 1, dtype=np.uint32) - freq
+    symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())  # by used class and slot
+    slots, keys = (np.cumsum(used) - 1).astype(np.int32)[classes] << RANS_BITS, classes.astype(np.int32) << 8
+    freq, start = freq.ravel().astype(np.uint32), start.ravel()
+    states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
+    words, at = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32), 0
+    out, mask = np.empty(count, np.uint8), np.uint32((1 << RANS_BITS) - 1)
+    for i in range(0, count, lanes):
+        x = states[:min(lanes, count - i)]
+        slot = x & mask
+        symbols = symbol_of[slots[i:i + lanes] + slot.view(np.int32)]
+        out[i:i + lanes] = symbols
+        key = keys[i:i + lanes] + symbols
+        x = freq[key] * (x >> np.uint32(RANS_BITS)) + (slot - start[key])
+        low = np.flatnonzero(x < RANS_LOW)
+        if at + len(low) > len(words):
+            raise ArtifactError("a stream of integers ends too soon")
+        x[low] = x[low] << np.uint32(16) | words[at:at + len(low)]
+        at += len(low)
+        states[:len(x)] = x
+    if at != len(words) or (states != RANS_LOW).any():
+        raise ArtifactError("a stream of integers does not end where it must")
+    return out
 
 
 def byte_planes(data, width):
@@ -2311,90 +2579,180 @@ def byte_planes(data, width):
     return np.frombuffer(data, np.uint8).reshape(-1, width).T.tobytes()
 
 
-PLANES = {"scale": 2, "f16": 2, "f32": 4}  # roles stored as byte planes, with their item widths
+PLANES = {"scale": 2, "table": 2, "f16": 2, "f32": 4}  # roles stored as byte planes, with their item widths
+
+
+def pack_tensor(name, p, quantized, cfg):
+    """One parameter as (table entry, integers (R, C) int8 or None, [(role, bytes)] of the rest), by its Route."""
+    entry, role = dict(name=name, shape=list(p.shape)), route(name).role
+    if name in quantized:
+        q = quantized[name]
+        scales = [q.scale] if q.columns is None else [q.scale, q.columns]
+        entry |= dict(bits=q.bits, coding="rows" if q.columns is None else "grid", role=role)
+        return entry, q.Q.numpy(), [("scale", x.numpy().tobytes()) for x in scales]
+    coding = "f32" if p.numel() <= 64 else "f16"  # the smallest tensors (decay rates, gains) keep every bit
+    p = p.detach().float().cpu()
+    if cfg.control_bits and coding == "f16" and role == "control":
+        W = p.view(-1, p.shape[-1])
+        scale = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
+        Q = (W / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+        return entry | dict(bits=8, coding="rows", role=role), Q.numpy(), [("scale", scale.numpy().tobytes())]
+    data = p.numpy().astype("<f4" if coding == "f32" else "<f2").tobytes()
+    return entry | dict(bits=int(coding[1:]), coding=coding, role=coding), None, [(coding, data)]
 
 
 def pack_artifact(model, cfg, quantized):
     """The artifact's bytes: tensors in named_parameters() order, shared ones once; each role's bytes in streams."""
-    table, roles = [], {}
+    table, roles, integers, codec = [], {}, {}, side_codec(cfg.compressor)
     for name, p in model.named_parameters():
-        entry, parts = pack_tensor(name, p, quantized)
-        for key, (role, data) in zip(("offset", "scale_offset"), parts):
-            stream = roles.setdefault(role, bytearray())
-            entry[key] = len(stream)
-            stream.extend(data)
+        entry, Q, parts = pack_tensor(name, p, quantized, cfg)
+        if Q is not None:
+            integers.setdefault(entry["role"], []).append(Q)
+        for role, data in parts:
+            roles.setdefault(role, bytearray()).extend(data)
         table.append(entry)
-    pieces = []
-    for role, data in roles.items():
-        data = byte_planes(bytes(data), PLANES[role]) if role in PLANES else bytes(data)
-        pieces += [(role, data[i:i + STREAM_BYTES]) for i in range(0, len(data), STREAM_BYTES)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = list(pool.map(lambda piece: compress(piece[1], cfg.compressor), pieces))
+        if cfg.compressor == "rans" and integers:
+            coded = rans_roles(integers, roles, pool)
+        else:
+            coded = []
+            roles |= {role: b"".join(Q.tobytes() for Q in tensors) for role, tensors in integers.items()}
+        pieces = []
+        for role, data in roles.items():
+            data = byte_planes(bytes(data), PLANES[role]) if role in PLANES else bytes(data)
+            pieces += [(role, data[i:i + STREAM_BYTES]) for i in range(0, len(data), STREAM_BYTES)]
+        packed = list(pool.map(lambda piece: compress(piece[1], codec), pieces))
+    streams = [[role, codec, len(raw), len(out)] for (role, raw), out in zip(pieces, packed)]
+    streams += [[role, "rans", count, len(out)] for role, count, out in coded]
     header = dict(config={name: getattr(cfg, name) for name in MODEL_FIELDS}, compressor=cfg.compressor, tensors=table,
-                  streams=[[role, len(raw), len(out)] for (role, raw), out in zip(pieces, packed)])
+                  streams=streams)
     text = json.dumps(header, separators=(",", ":")).encode()
-    head, payload = zlib.compress(text, 9), b"".join(packed)
+    head, payload = zlib.compress(text, 9), b"".join(packed + [out for _, _, out in coded])
     digest = hashlib.sha256(head + payload).digest()
     fixed = ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(text), len(payload), digest)
     return fixed + head + payload
 
 
-def save_artifact(path, model, cfg, hessians=None, log=lambda *event, **values: None):
+def rans_roles(integers, roles, pool):
+    """Code {role: [Q (R, C) int8]}: list of (role, symbols, bytes); adds the roles "class" and "table" to `roles`."""
+    parts = {role: list(pool.map(symbol_classes, tensors)) for role, tensors in integers.items()}
+    symbols = {role: np.concatenate([(Q.view(np.uint8) ^ 128).ravel() for Q in tensors])
+               for role, tensors in integers.items()}
+    classes = {role: np.concatenate([class_map(*part) for part in of_role]) for role, of_role in parts.items()}
+    counts = sum(np.bincount(classes[role].astype(np.int32) << 8 | symbols[role], minlength=RANS_CLASSES << 8)
+                 for role in integers)
+    freq = rans_frequencies(counts.reshape(RANS_CLASSES, 256))
+    roles["class"] = b"".join(x.tobytes() for of_role in parts.values() for pair in of_role for x in pair)
+    roles["table"] = freq.astype("<u2").tobytes()
+    coded = pool.map(lambda role: rans_encode(symbols[role], classes[role], freq), integers)
+    return [(role, len(symbols[role]), out) for role, out in zip(integers, coded)]
+
+
+def save_artifact(path, model, cfg, hessians=None, run=None):
     """Quantize, compress and write the model; returns the bytes written.  The file appears whole or not at all.
 
-    hessians: {name: H (C, C)} for `gptq`; without, matrices are rounded to nearest.   log: called as Run.log.
+    hessians: what `Hessians.collect` returned; without, matrices are rounded to nearest on SDClip's grid.
+    run: all its ranks must call, rank 0 writes; default: one rank, silent.
     """
-    clip, quantized, blob = fill_cap(model, cfg, hessians or {}, log)
+    log = run.log if run else lambda *event, **values: None
+    run = run or Run(device=next(model.parameters()).device)
+    strength, quantized, blob = fill_cap(model, cfg, hessians or {}, run, log)
     for name, q in quantized.items():
-        log("gptq", name=name, bits=q.bits, rows=q.Q.shape[0], clip_sigmas=f"{clip:.3f}", rel_err=f"{q.rel_error:.6f}")
-    write_whole(path, lambda f: f.write(blob))
-    return len(blob)
+        spent = entropy_bytes({name: q}) * 8 / q.Q.numel()
+        log("gptq", name=name, bits=q.bits, rows=q.Q.shape[0], strength=f"{strength:.3f}",
+            rel_err=f"{q.rel_error:.6f}", bits_per_weight=f"{spent:.3f}", nats=f"{q.nats:.3e}", damp=f"{q.damp:g}")
+    if run.rank == 0:
+        log_roles(blob, quantized, log)
+    run.from_rank_0(lambda: write_whole(path, lambda f: f.write(blob)))
+    return run.broadcast(len(blob) if run.rank == 0 else 0)
 
 
-USUAL_CLIP = 12.85  # what the challenge's entries use; assumed where the searched clip is not known yet
-LEAST_CLIP, MOST_CLIP = 4.0, 64.0  # below 4 sigmas a 6-bit grid clips more than it refines; 64 is 1 bit per weight
+def log_roles(blob, quantized, log):
+    """One line for each role of an artifact, and one that counts what was not done as hoped."""
+    header, _ = read_header(memoryview(blob))
+    for role in dict.fromkeys(stream[0] for stream in header["streams"]):
+        mine = [stream for stream in header["streams"] if stream[0] == role]
+        raw, packed = (sum(stream[i] for stream in mine) for i in (2, 3))
+        log("role", name=role, codec=mine[0][1], tensors=sum(t["role"] == role for t in header["tensors"]), symbols=raw,
+            raw_bytes=raw, packed_bytes=packed, bits_per_symbol=f"{8 * packed / raw:.3f}")
+    stored = sum(q.Q.numel() for q in quantized.values())
+    log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / max(1, stored):.4f}",
+        order0_bits_per_weight=f"{8 * entropy_bytes(quantized) / max(1, stored):.4f}",
+        nearest=sum(q.damp == 0 or math.isinf(q.damp) for q in quantized.values()))
+
+
+USUAL_STEP = 12.85 / 31  # step / std(row) of the challenge's int6 entries, assumed where the searched one is not known
+FINEST_STEP, COARSEST_STEP = 4 / 31, 64 / 31  # SDClip's range at 6 bits, below which it clips more than it refines
 FILL_SLACK = 16_000  # bytes under the cap that end the search
+FILL_ROUNDS = 7
 
 
-def fill_cap(model, cfg, hessians, log):
-    """Find the least matrix clip (finest grid) whose total fits CAP_BYTES; returns clip, {name: Quantized}, artifact.
+def expected_step(target_bytes, weights):
+    """step / std at which `weights` Gaussian numbers have an entropy of target_bytes."""
+    return math.sqrt(2 * math.pi * math.e) * 2 ** min(0.0, -8 * target_bytes / max(1, weights))
 
-    Sizes fall steadily with the clip.  Order-0 entropy at nearest rounding gives the first guess; each round then
-    quantizes, compresses, and corrects the guess by the size found.  At most 5 rounds; a model that never fits is
-    returned at the smallest size found, and the report fails its verdict.
+
+def expected_clip(model, cfg):
+    """The clip of MATRIX_CLIP_SIGMAS, or the one that the search is expected to end at."""
+    sizes = [p.numel() for n, p in model.named_parameters() if route(n).bits]
+    step = expected_step(cfg.cap_bytes - len(code_bytes()), sum(sizes))
+    return cfg.matrix_clip_sigmas or 31 * min(max(step, FINEST_STEP), COARSEST_STEP)
+
+
+def fill_cap(model, cfg, hessians, run, log):
+    """Find the finest grid whose total fits CAP_BYTES; returns its strength, {name: Quantized}, artifact (rank 0).
+
+    Sizes fall steadily, almost linearly, with the logarithm of the strength: each round quantizes, compresses, and
+    interpolates.  At most FILL_ROUNDS; a model that never fits is returned at the smallest size found, the log says
+    how far it is over, and the report fails its verdict.
     """
-    most, ratio, best = cfg.cap_bytes - len(code_bytes()), 1.02, None
-    if cfg.matrix_clip_sigmas:
-        quantized = quantize_model(model, hessians, cfg, cfg.matrix_clip_sigmas)
-        return cfg.matrix_clip_sigmas, quantized, pack_artifact(model, cfg, quantized)
-
-    @cache
-    def nearest_entropy(clip):
-        return entropy_bytes(quantize_model(model, {}, cfg, clip))
-
-    def guess(target):  # clip at which nearest rounding's entropy, times the ratio seen so far, is the target
-        low, high = LEAST_CLIP, MOST_CLIP
-        if nearest_entropy(low) * ratio <= target:
-            return low
-        for _ in range(12):
-            clip = math.sqrt(low * high)
-            low, high = (clip, high) if nearest_entropy(clip) * ratio > target else (low, clip)
-        return high
-
-    target = most - FILL_SLACK / 2
-    for _ in range(5):
-        clip = guess(target)
-        quantized = quantize_model(model, hessians, cfg, clip)
-        blob = pack_artifact(model, cfg, quantized)
-        log("fill_cap", clip_sigmas=clip, model_bytes=len(blob), most_bytes=most,
-            bits_per_symbol_entropy=8 * entropy_bytes(quantized) / sum(q.Q.numel() for q in quantized.values()))
-        fits = len(blob) <= most
-        if best is None or (fits, -clip if fits else clip) > (len(best[2]) <= most, -best[0] if fits else best[0]):
-            best = clip, quantized, blob
-        if fits and (most - len(blob) <= FILL_SLACK or clip <= LEAST_CLIP):
+    began, most, tried, best, floats = time.perf_counter(), cfg.cap_bytes - len(code_bytes()), {}, None, None
+    quantizer = Quantizer(model, cfg, hessians, run)
+    codec = side_codec(cfg.compressor)
+    if codec == "lzma" != cfg.compressor:
+        log("compressor", wanted="brotli", used=codec, reason="brotli_is_not_installed")
+    if quantizer.rate:
+        low, high = FINEST_STEP / 16, 2 * COARSEST_STEP
+        strength = min(max(expected_step(most, quantizer.weights), low), high)
+    else:
+        low, high, strength = 31 * FINEST_STEP, 31 * COARSEST_STEP, expected_clip(model, cfg)
+    for _ in range(FILL_ROUNDS):
+        quantized = quantizer.at(strength)
+        floats = most_sensitive(quantized, cfg.float_matrices) if floats is None else floats
+        quantized = {name: q for name, q in quantized.items() if name not in floats}
+        blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
+        tried[strength] = size = run.broadcast(len(blob) if run.rank == 0 else 0)
+        nats = sum(q.nats for q in quantized.values()) / max(1.0, float(hessians[COUNTS].sum())) if hessians else 0.0
+        log("fill_cap", grid="rate" if quantizer.rate else "sdclip", strength=strength, model_bytes=size,
+            most_bytes=most, expected_nats=f"{nats:.5f}", search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+        rank = (size <= most, -strength if size <= most else -size)
+        if best is None or rank > best[0]:
+            best = rank, strength, quantized, blob
+        if cfg.matrix_clip_sigmas and not quantizer.rate or size <= most and (
+                most - size <= FILL_SLACK or strength <= low):
             break
-        ratio = len(blob) / nearest_entropy(clip)
-    return best
+        strength = next_strength(tried, most - FILL_SLACK / 2, quantizer.weights, low, high)
+        if strength in tried:
+            break
+    if not best[0][0]:
+        log("over_cap", over_bytes=min(tried.values()) - most, cap_bytes=cfg.cap_bytes)
+    return best[1:]
+
+
+def next_strength(tried, target, weights, low, high):
+    """The strength at which {strength: bytes} promises `target` bytes: between the two nearest, or on their line."""
+    points = sorted((abs(size - target), math.log2(s), size) for s, size in tried.items())
+    above, below = ([p for p in points if (p[2] > target) == side] for side in (True, False))
+    pair = [above[0], below[0]] if above and below else points[:2]
+    slope = -weights / 8
+    if len(pair) == 2 and pair[0][2] != pair[1][2]:
+        slope = min((pair[0][2] - pair[1][2]) / (pair[0][1] - pair[1][1]), -1.0)
+    return min(max(2 ** (pair[0][1] + (target - pair[0][2]) / slope), low), high)
+
+
+def most_sensitive(quantized, count):
+    """Names of the `count` matrices with the most relative error per weight, which FLOAT_MATRICES keeps as float16."""
+    return set(sorted(quantized, key=lambda n: -quantized[n].rel_error / quantized[n].Q.numel())[:count])
 
 
 def read_header(blob):
@@ -2425,27 +2783,60 @@ def read_header(blob):
 
 
 def read_streams(header, payload, most=MAX_RAW_BYTES):
-    """Decompress an artifact's streams: dict of role to bytes.  Raises ArtifactError before allocating too much."""
-    sizes = [(str(role), int(raw), int(packed)) for role, raw, packed in header["streams"]]
-    total = sum(raw for _, raw, _ in sizes)
-    if min((min(raw, packed) for _, raw, packed in sizes), default=1) < 1 or total > min(most, MAX_RAW_BYTES):
+    """Decompress an artifact's streams: dict of role to bytes, integers as int8 bytes in table order.
+
+    Raises ArtifactError before allocating too much.
+    """
+    sizes = [(str(role), codec, int(raw), int(packed)) for role, codec, raw, packed in header["streams"]]
+    total = sum(raw for _, _, raw, _ in sizes)
+    if min((min(size[2:]) for size in sizes), default=1) < 1 or total > min(most, MAX_RAW_BYTES):
         raise ArtifactError(f"its streams claim {total} bytes, at most {min(most, MAX_RAW_BYTES)} "
                             "and none that is empty are read")
-    if sum(packed for _, _, packed in sizes) != len(payload):
-        raise ArtifactError(f"its streams claim {sum(p for _, _, p in sizes)} bytes of {len(payload)}")
-    cuts = np.cumsum([0] + [packed for _, _, packed in sizes])
-    parts = [bytes(payload[a:b]) for a, b in zip(cuts, cuts[1:])]
+    if sum(packed for *_, packed in sizes) != len(payload):
+        raise ArtifactError(f"its streams claim {sum(p for *_, p in sizes)} bytes of {len(payload)}")
+    cuts = np.cumsum([0] + [packed for *_, packed in sizes])
+    parts = [(*size[:3], bytes(payload[a:b])) for size, a, b in zip(sizes, cuts, cuts[1:])]
+    roles, plain = {}, [part for part in parts if part[1] != "rans"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        raws = list(pool.map(lambda part, size: decompress(part, header["compressor"], size[1]), parts, sizes))
-    roles = {}
-    for (role, _, _), raw in zip(sizes, raws):
-        roles.setdefault(role, bytearray()).extend(raw)
-    for role in roles.keys() & PLANES.keys():
-        width = PLANES[role]
-        if len(roles[role]) % width:
-            raise ArtifactError(f"its {role} stream has {len(roles[role])} bytes, not a multiple of {width}")
-        roles[role] = byte_planes(bytes(roles[role]), len(roles[role]) // width) if roles[role] else b""
+        for (role, *_), raw in zip(plain, pool.map(lambda part: decompress(part[3], part[1], part[2]), plain)):
+            roles.setdefault(role, bytearray()).extend(raw)
+        for role in roles.keys() & PLANES.keys():
+            width = PLANES[role]
+            if len(roles[role]) % width:
+                raise ArtifactError(f"its {role} stream has {len(roles[role])} bytes, not a multiple of {width}")
+            roles[role] = byte_planes(bytes(roles[role]), len(roles[role]) // width) if roles[role] else b""
+        coded = [part for part in parts if part[1] == "rans"]
+        if coded:
+            freq = np.frombuffer(bytes(roles.pop("table")), "<u2").reshape(RANS_CLASSES, 256)
+            classes = read_classes(header["tensors"], roles.pop("class"), [role for role, *_ in coded])
+            for role, _, count, _ in coded:
+                if len(classes[role]) != count or role in roles:
+                    raise ArtifactError(f"its stream {role} claims {count} integers, its tensors {len(classes[role])}")
+            for (role, *_), symbols in zip(coded, pool.map(
+                    lambda part: rans_decode(part[3], classes[part[0]], freq), coded)):
+                roles[role] = (symbols ^ 128).tobytes()
     return roles
+
+
+def read_classes(tensors, data, roles):
+    """Classes of each role's integers, {role: uint8 (n,)}, from the "class" role's bytes, in the order of `roles`."""
+    parts, at, data = {}, 0, np.frombuffer(bytes(data), np.int8)
+    for role in roles:
+        for entry in tensors:
+            if entry["role"] == role:
+                rows, columns = matrix_shape(entry["shape"])
+                if at + rows + columns > len(data):
+                    raise ArtifactError("its classes end too soon")
+                parts.setdefault(role, []).append(class_map(data[at:at + rows], data[at + rows:at + rows + columns]))
+                at += rows + columns
+    if at != len(data):
+        raise ArtifactError("its classes are too many")
+    return {role: np.concatenate(of_role) for role, of_role in parts.items()}
+
+
+def matrix_shape(shape):
+    """(rows, columns) of a stored tensor: a vector is one row."""
+    return math.prod(shape[:-1]), shape[-1]
 
 
 def load_artifact(path, device="cpu", base=None):
@@ -2479,7 +2870,10 @@ def load_artifact(path, device="cpu", base=None):
         if listed != [(n, tuple(p.shape)) for n, p in params.items()]:
             raise ArtifactError("its tensors are not those of the model that it describes")
         roles = read_streams(header, payload, 4 * sum(p.numel() for p in params.values()))
-        weights = {t["name"]: unpack_tensor(t, roles) for t in header["tensors"]}
+        cursor = {}
+        weights = {t["name"]: unpack_tensor(t, roles, cursor) for t in header["tensors"]}
+        if cursor != {role: len(data) for role, data in roles.items()}:
+            raise ArtifactError("its streams hold more than its tensors")
     except (ArtifactError, SettingError) as error:
         raise ArtifactError(f"{name}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
@@ -2491,37 +2885,36 @@ def load_artifact(path, device="cpu", base=None):
     return model
 
 
-def unpack_tensor(entry, roles):
-    """One float32 weight from its table entry and the roles' bytes; row scales are read in table order."""
-    shape, coding = entry["shape"], entry["coding"]
-    count = math.prod(shape)
+def unpack_tensor(entry, roles, cursor):
+    """One float32 weight from its table entry, the roles' bytes, and {role: bytes read so far}, which it advances."""
+    (rows, columns), coding = matrix_shape(entry["shape"]), entry["coding"]
 
-    def take(role, dtype, offset, n):
-        width = np.dtype(dtype).itemsize
-        data = roles[role][offset:offset + n * width]
-        if not isinstance(offset, int) or offset < 0 or len(data) != n * width:
+    def take(role, dtype, n):
+        first = cursor.get(role, 0)
+        cursor[role] = last = first + n * np.dtype(dtype).itemsize
+        data = roles[role][first:last]
+        if len(data) != last - first:
             raise ArtifactError(f"its tensor {entry['name']} lies outside its stream")
         return torch.from_numpy(np.frombuffer(bytes(data), dtype).copy())
 
-    if coding == "rows" and len(shape) == 2:
-        scale = take("scale", "<f2", entry["scale_offset"], shape[0])
-        return dequantize(take(entry["role"], np.int8, entry["offset"], count).view(shape), scale)
+    if coding in ("rows", "grid"):
+        Q, scale = take(entry["role"], np.int8, rows * columns).view(rows, columns), take("scale", "<f2", rows)
+        return dequantize(Q, scale, take("scale", "<f2", columns) if coding == "grid" else None).view(entry["shape"])
     if coding not in ("f16", "f32"):
-        raise ArtifactError(f"its tensor {entry['name']} of shape {shape} has the coding {coding!r}")
-    return take(coding, "<f2" if coding == "f16" else "<f4", entry["offset"], count).float().view(shape)
+        raise ArtifactError(f"its tensor {entry['name']} of shape {entry['shape']} has the coding {coding!r}")
+    return take(coding, "<f2" if coding == "f16" else "<f4", rows * columns).float().view(entry["shape"])
 
 
 def estimate_artifact_bytes(model, cfg):
-    """Expected bytes of the artifact: Gaussian entropy of the quantized rows, raw size of the rest."""
-    total = 4096.0  # head and compressed header, measured
+    """Expected bytes of the artifact at the usual steps: Gaussian entropy of quantized rows, raw size of the rest."""
+    total, bits = 4096.0, stored_bits(model, cfg)  # head and compressed header, measured
     for name, p in model.named_parameters():
-        r = route(name)
-        if r.bits:
-            clip = getattr(cfg, r.clip) or USUAL_CLIP
-            step = clip / (2 ** (stored_bits(r, cfg) - 1) - 1)  # in standard deviations
+        if name in bits:
+            clip = getattr(cfg, route(name).clip)
+            step = USUAL_STEP if cfg.grid == "rate" or not clip else clip / (2 ** (bits[name] - 1) - 1)
             total += p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step)) + 2 * p.shape[0]
         else:
-            total += p.numel() * (4 if p.numel() <= 64 else 2)
+            total += p.numel() * (4 if p.numel() <= 64 else 1 if cfg.control_bits else 2)
     return int(total)
 
 
@@ -3348,17 +3741,17 @@ def micro_batch_rows(cfg, run):
 
 @contextmanager
 def on_export_grid(model, enabled):
-    """Inside, every stored matrix is rounded to nearest as the export would; afterwards it is as before.
+    """Inside, every stored matrix lies on the export's grid, rounded to nearest; afterwards it is as before.
 
     Gradients taken inside and applied afterwards are straight-through estimates (late QAT).
     """
-    saved = []
+    saved, cfg = [], model.cfg
+    bits, usual = stored_bits(model, cfg) if enabled else {}, expected_clip(model, cfg)
     with torch.no_grad():
-        for name, p in model.named_parameters() if enabled else ():
-            r = route(name)
-            if r.bits:
+        for name, p in model.named_parameters():
+            if name in bits:
                 saved.append((p, p.detach().clone()))
-                p.copy_(dequantize(*quantize(p, stored_bits(r, model.cfg), getattr(model.cfg, r.clip) or USUAL_CLIP)))
+                p.copy_(dequantize(*quantize(p, bits[name], getattr(cfg, route(name).clip) or usual)))
     try:
         yield
     finally:
@@ -3434,7 +3827,7 @@ def warm_up(model, cfg, run, micro_rows):
     if cfg.compile == "1" and cfg.warmup_steps:
         check_graph(model, batch[:micro_rows].to(run.device), run)
     if cfg.gptq_enabled:
-        Hessians(model).collect(model, [batch[:CALIBRATION_ROWS, :-1].to(run.device)], run)
+        Hessians(model).collect(model, [batch[:CALIBRATION_ROWS].to(run.device)], run)
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), saved)
     for p in model.parameters():
@@ -3777,24 +4170,49 @@ CALIBRATION_ROWS = 8  # rows of one calibration batch
 
 
 def calibrate(model, loader, cfg, run, clock):
-    """Hessians from the next training rows, inside the training clock, shared over ranks: {name: H}."""
+    """Hessians from the next training rows, or from text of the model's own, inside the training clock, shared over
+    ranks: what `Hessians.collect` returns."""
     if not cfg.gptq_enabled:
         return {}
     run.synchronize()
     loop_end_s = clock.elapsed()
-    rows = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size)
+    rows, done = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size), 0
+
+    def is_late():  # one more batch, as long as half again the mean so far, would end after the clock
+        run.synchronize()
+        now = clock.elapsed()
+        batch_s = (now - loop_end_s) / max(1, done // CALIBRATION_ROWS)
+        return run.broadcast(done > 0 and 0 < cfg.max_wallclock_seconds < now + 1.5 * batch_s)
 
     def batches():
-        left = rows
-        while left > 0:
-            for part in next(loader)[:left, :-1].split(CALIBRATION_ROWS):
-                left -= len(part)
-                yield part.contiguous()
+        nonlocal done
+        while done < rows:
+            left = rows - done
+            source = next(loader) if cfg.gptq_calibration == "train" else own_text(model, CALIBRATION_ROWS, left, run)
+            for part in source[:left].split(CALIBRATION_ROWS):
+                if is_late():
+                    return
+                yield part
+                done += len(part)
     hessians = Hessians(model).collect(model, batches(), run)
     run.synchronize()
-    run.log("hessians", matrices=len(hessians), tokens=rows * run.world_size * cfg.train_seq_len,
+    run.log("hessians", matrices=sum(x.dim() == 2 for x in hessians.values()), calibration=cfg.gptq_calibration,
+            tokens=done * run.world_size * cfg.train_seq_len, wanted_tokens=rows * run.world_size * cfg.train_seq_len,
             loop_end_s=f"{loop_end_s:.1f}", hessian_end_s=f"{clock.elapsed():.1f}")
     return hessians
+
+
+@torch.no_grad()
+def own_text(model, rows, turn, run):
+    """Text drawn from the model at temperature 1, token by token from carried state: ids (rows, TRAIN_SEQ_LEN + 1)."""
+    rng = torch.Generator(run.device).manual_seed(model.cfg.seed + 7919 * run.rank + turn)
+    ids, state = torch.full((rows, 1), max(0, model.cfg.bos_id), dtype=torch.int32, device=run.device), None
+    text = [ids]
+    for _ in range(model.cfg.train_seq_len):
+        logits, state = model(ids, state)
+        ids = torch.multinomial(logits[:, -1].softmax(-1), 1, generator=rng).int()
+        text.append(ids)
+    return torch.cat(text, 1)
 
 
 class Pace:
@@ -3883,6 +4301,7 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
         raise ArtifactError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, but the tokenizer "
                             f"has VOCAB_SIZE={cfg.vocab_size}")
     before, reload_s = fingerprint(model), time.perf_counter() - began
+    run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms")
     plan_evaluation(model, model.cfg, run, len(data.val) - 1)
     cfg = model.cfg
     facts = {"roundtrip": {}, "exact": dict(spans=cfg.eval_spans, warmup_tokens=cfg.eval_warmup_tokens),
@@ -4112,16 +4531,16 @@ def make_artifact(data, cfg, run):
             train_tokens=sum(len(tokens) for _, tokens in data.train))
     stop = train(model, data, cfg, run, checkpoints, saved)
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
-    return stop, run.from_rank_0(lambda: export(path, model, stop.hessians, cfg, run))
+    return stop, export(path, model, stop.hessians, cfg, run)
 
 
 def export(path, model, hessians, cfg, run):
-    """Write the artifact; returns its bytes."""
+    """Write the artifact, the work shared by all ranks; returns its bytes on each."""
     began = time.perf_counter()
-    size = save_artifact(path, model, cfg, hessians, run.log)
+    size = save_artifact(path, model, cfg, hessians, run)
     run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
             export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
-    return path.read_bytes()
+    return run.from_rank_0(lambda: load_checked(path))
 
 
 def entry():

@@ -61,7 +61,8 @@ def assert_same(one, two):
 
 
 @pytest.mark.parametrize("overrides", [
-    {}, dict(average_every=2, warmdown_frac=1.0), dict(qat_frac=0.6), dict(train_batch_tokens=1024, ema_decay=0.0),
+    {}, dict(average_every=2, warmdown_frac=1.0), dict(qat_frac=0.6, grid="sdclip"),
+    dict(train_batch_tokens=1024, ema_decay=0.0),
 ], ids=lambda overrides: "-".join(overrides) or "ema")
 def test_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path, overrides):
     whole, stop = train(job_config(tmp_path / "a", **overrides))

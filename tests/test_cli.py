@@ -64,10 +64,10 @@ def test_events_come_in_the_order_of_the_run(finished):
     order = [event for i, event in enumerate(events) if not i or events[i - 1] != event]
     order = [event for event in order if event not in ("config", "config_changed")]
     assert order == ["run", "model", "kernel", "step", "hessians", "pre_quantization_post_ema", "fill_cap", "gptq",
-                     "artifact", "evaluation_plan", "final_int6_roundtrip", "final_int6_exact",
-                     "final_int6_sliding_window", "final", "position", "compliance"]
-    assert finished.out.splitlines()[-3].startswith("Serialized model int6+brotli: ")
-    assert finished.out.splitlines()[-2].startswith("Total submission size int6+brotli: ")
+                     "role", "quantized", "artifact", "reload", "evaluation_plan", "final_int6_roundtrip",
+                     "final_int6_exact", "final_int6_sliding_window", "final", "position", "compliance"]
+    assert finished.out.splitlines()[-3].startswith("Serialized model int8+rans: ")
+    assert finished.out.splitlines()[-2].startswith("Total submission size int8+rans: ")
 
 
 def test_every_line_is_in_the_grammar(finished):
@@ -117,7 +117,7 @@ def test_final_score_is_the_one_set_beforehand(finished):
 
 def test_printed_sizes_are_those_of_the_files(finished):
     artifact, code = (finished.folder / "whole.artifact").stat().st_size, SCRIPT.stat().st_size
-    assert f"int6+brotli: {artifact} bytes\nTotal submission size int6+brotli: {artifact + code} bytes" in finished.out
+    assert f"int8+rans: {artifact} bytes\nTotal submission size int8+rans: {artifact + code} bytes" in finished.out
     assert values(finished.out, "compliance")["total_bytes"] == str(artifact + code)
     assert values(finished.out, "run")["code_bytes"] == str(code)
 

@@ -84,17 +84,18 @@ def calibrated():
     cfg = tiny_config(stack="gdn swa:a gdn swa:a")
     model = tiny_model(cfg)
     rng = torch.Generator().manual_seed(0)
-    batches = [torch.randint(cfg.vocab_size, (2, 48), generator=rng) for _ in range(3)]
+    batches = [torch.randint(cfg.vocab_size, (2, 49), generator=rng) for _ in range(3)]
     return cfg, model, batches, t.Hessians(model).collect(model, batches, t.Run())
 
 
 def test_every_multiplied_matrix_gets_a_hessian(calibrated):
     _, model, _, hessians = calibrated
     stored = {name for name, _ in model.named_parameters() if t.route(name).bits}
-    assert set(hessians) == stored - {"embed.ngram_table"}  # a lookup table is multiplied by nothing
-    for name, p in model.named_parameters():
-        if name in hessians:
-            assert hessians[name].shape == (p.shape[1],) * 2
+    assert {n for n in hessians if ":" not in n} == stored - {"embed.ngram_table"}  # a lookup table multiplies nothing
+    for name in stored:
+        rows, columns = model.get_parameter(name).shape
+        assert hessians[name + t.ROWS].shape == (rows,)
+        assert name not in hessians or hessians[name].shape == (columns, columns)
 
 
 def test_hessian_is_the_sum_of_x_xt_over_all_uses_of_a_shared_matrix(calibrated):
@@ -103,7 +104,7 @@ def test_hessian_is_the_sum_of_x_xt_over_all_uses_of_a_shared_matrix(calibrated)
     handle = shared.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         for ids in batches:
-            model(ids)
+            model(ids[:, :-1])
     handle.remove()
     x = torch.cat(seen)
     assert len(seen) == 2 * len(batches) and shared is model.blocks[3].mixer
@@ -114,12 +115,13 @@ def test_observing_leaves_no_trace(calibrated):
     _, model, batches, _ = calibrated
     before = model(batches[0])[0]
     t.Hessians(model).collect(model, batches, t.Run())
-    assert t.OBSERVERS == [] and torch.equal(model(batches[0])[0], before)
+    assert t.OBSERVERS == [] and all(p.grad is None for p in model.parameters())
+    assert torch.equal(model(batches[0])[0], before)
 
 
 def test_quantized_errors_fall_with_gptq(calibrated):
     cfg, model, _, hessians = calibrated
-    fine = t.quantize_model(model, hessians, cfg, 12.85)
+    fine = t.quantize_model(model, hessians, t.replace(cfg, grid="sdclip"), 12.85)
     for name, nearest in t.quantize_model(model, {}, cfg, 12.85).items():
         if name in hessians:
             W, H = model.get_parameter(name).detach(), hessians[name]
@@ -140,27 +142,191 @@ def test_the_search_ends_just_under_the_cap(larger, bits_per_weight):
     weights = sum(p.numel() for n, p in model.named_parameters() if t.route(n).bits)
     most = int(weights * bits_per_weight / 8) + 20_000
     cfg = t.replace(cfg, cap_bytes=most + len(t.code_bytes()))
-    clip, _, blob = t.fill_cap(model, cfg, {}, lambda *event, **values: None)
+    clip, _, blob = t.fill_cap(model, cfg, {}, t.Run(), lambda *event, **values: None)
     assert most - t.FILL_SLACK <= len(blob) <= most
-    assert clip > t.LEAST_CLIP
+    assert clip > 31 * t.FINEST_STEP
 
 
 def test_a_model_far_below_the_cap_gets_the_finest_grid(larger):
     cfg, model = larger
-    clip, _, blob = t.fill_cap(model, cfg, {}, lambda *event, **values: None)
-    assert clip == t.LEAST_CLIP and len(blob) + len(t.code_bytes()) < cfg.cap_bytes
+    clip, _, blob = t.fill_cap(model, cfg, {}, t.Run(), lambda *event, **values: None)
+    assert clip == pytest.approx(31 * t.FINEST_STEP) and len(blob) + len(t.code_bytes()) < cfg.cap_bytes
 
 
 def test_a_model_that_cannot_fit_is_returned_at_the_coarsest_grid(larger):
     cfg, model = larger
     cfg = t.replace(cfg, cap_bytes=len(t.code_bytes()) + 1000)
-    clip, _, blob = t.fill_cap(model, cfg, {}, lambda *event, **values: None)
-    assert len(blob) > 1000 and clip > t.MOST_CLIP / 2
+    clip, _, blob = t.fill_cap(model, cfg, {}, t.Run(), lambda *event, **values: None)
+    assert len(blob) > 1000 and clip > 31 * t.COARSEST_STEP / 2
 
 
 def test_a_clip_set_by_the_user_is_kept(larger):
     cfg, model = larger
-    clip, quantized, _ = t.fill_cap(model, t.replace(cfg, matrix_clip_sigmas=9.0), {}, lambda *event, **values: None)
+    clip, quantized, _ = t.fill_cap(model, t.replace(cfg, matrix_clip_sigmas=9.0), {}, t.Run(),
+                                     lambda *event, **values: None)
     name = "blocks.0.mlp.up_proj"
     assert clip == 9.0
     assert torch.equal(quantized[name].Q, t.quantize(model.get_parameter(name).detach(), 6, 9.0)[0])
+
+
+# ---- GRID=rate ----------------------------------------------------------------------------------
+
+
+def test_row_sensitivities_are_squared_gradients_of_the_summed_loss(calibrated):
+    _, model, batches, hessians = calibrated
+    want = 0.0
+    for ids in batches:
+        loss = t.token_nll(model(ids[:, :-1])[0], ids[:, 1:]).sum()
+        want = want + torch.autograd.grad(loss, model.blocks[0].mlp.up_proj)[0].square().sum(1)
+    torch.testing.assert_close(hessians["blocks.0.mlp.up_proj" + t.ROWS], want)
+    assert hessians[t.COUNTS].sum() == sum(ids[:, 1:].numel() for ids in batches)
+
+
+def expected_nats(quantized):
+    return sum(q.nats for q in quantized.values())
+
+
+@pytest.fixture(scope="module")
+def uneven(calibrated):
+    """The calibrated model and Hessians, some rows of which matter a hundred times more."""
+    cfg, model, _, hessians = calibrated
+    changed = dict(hessians)
+    for name in hessians:
+        if name.endswith(t.ROWS):
+            changed[name] = hessians[name] * torch.where(torch.arange(len(hessians[name])) % 4 == 0, 100.0, 1.0)
+    return cfg, model, changed
+
+
+def test_rate_grid_spends_bytes_where_they_count(uneven):
+    """At no more entropy than SDClip's grid the expected rise of the loss is less than half."""
+    cfg, model, hessians = uneven
+    usual = t.Quantizer(model, t.replace(cfg, grid="sdclip"), hessians, t.Run()).at(12.85)
+    for strength in (0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0):
+        rate = t.Quantizer(model, cfg, hessians, t.Run()).at(strength)
+        if t.entropy_bytes(rate) <= t.entropy_bytes(usual):
+            break
+    assert t.entropy_bytes(rate) <= t.entropy_bytes(usual)
+    assert expected_nats(rate) < 0.5 * expected_nats(usual)
+
+
+@pytest.mark.parametrize("strength", [0.01, 0.3, 8.0])
+def test_rate_grid_stays_in_range_and_halves_its_error_per_step(uneven, strength):
+    cfg, model, hessians = uneven
+    quantizer = t.Quantizer(model, cfg, hessians, t.Run())
+    for name, q in quantizer.at(strength).items():
+        W = model.get_parameter(name).detach()
+        assert int(q.Q.abs().max()) <= 127 and torch.isfinite(t.dequantize(q.Q, q.scale, q.columns)).all()
+        if strength == 0.01:
+            assert (t.dequantize(q.Q, q.scale, q.columns) - W).norm() < 0.05 * W.norm(), name
+    assert expected_nats(quantizer.at(strength)) < expected_nats(quantizer.at(4 * strength))
+
+
+def test_order_of_columns_is_undone(calibrated):
+    cfg, model, _, hessians = calibrated
+    for grid, strength in (("rate", 0.05), ("sdclip", 8.0)):
+        ordered = t.quantize_model(model, hessians, t.replace(cfg, grid=grid, gptq_order=True, matrix_bits=8), strength)
+        for name, q in ordered.items():
+            W = model.get_parameter(name).detach()
+            assert (t.dequantize(q.Q, q.scale, q.columns) - W).norm() < 0.1 * W.norm(), name
+
+
+def test_hessian_that_is_not_finite_falls_back_to_rounding_and_says_so(calibrated):
+    cfg, model, _, hessians = calibrated
+    name, cfg = "blocks.0.mlp.up_proj", t.replace(cfg, grid="sdclip")
+    bad = hessians | {name: torch.full_like(hessians[name], float("nan"))}
+    q = t.quantize_model(model, bad, cfg, 12.85)[name]
+    nearest = t.quantize(model.get_parameter(name).detach(), 6, 12.85)[0]
+    assert q.damp == float("inf") and torch.equal(q.Q, nearest)
+
+
+@pytest.mark.parametrize("grid", ["rate", "sdclip"])
+def test_ranks_share_the_matrices_and_agree_with_one(calibrated, grid, monkeypatch):
+    """Three ranks in one process: each quantizes its share; what they exchange is what one rank makes alone."""
+    cfg, model, _, hessians = calibrated
+    cfg = t.replace(cfg, grid=grid)
+    strength = 0.3 if grid == "rate" else 12.85
+    alone, sums = t.Quantizer(model, cfg, hessians, t.Run()).at(strength), [0.0, 0.0]
+    for rank in range(3):
+        monkeypatch.setattr(t.Run, "gather", lambda self, values: sums.__setitem__(
+            slice(None), [a + b for a, b in zip(sums, values)]) or [[values[0], max(1.0, values[1])]])
+        t.Quantizer(model, cfg, hessians, t.Run(rank=rank, world_size=3))
+    monkeypatch.setattr(t.Run, "gather", lambda self, values: [list(sums)])
+    rows = []
+    monkeypatch.setattr(t.Run, "all_gather_rows", lambda self, x: rows.append(x) or x.expand(3, -1))
+    quantizers = [t.Quantizer(model, cfg, hessians, t.Run(rank=rank, world_size=3)) for rank in range(3)]
+    for quantizer in quantizers:
+        quantizer.at(strength)
+    monkeypatch.setattr(t.Run, "all_gather_rows", lambda self, x: torch.cat(rows[:3]))
+    got = quantizers[1].at(strength)
+    assert not set(quantizers[0].shares[0]) & set(quantizers[0].shares[1])
+    for name, q in alone.items():
+        assert (got[name].Q != q.Q).float().mean() < 0.005 and torch.equal(got[name].scale, q.scale), name
+
+
+# ---- options of the entries -----------------------------------------------------------------------
+
+
+def test_sandwich_frequent_rows_and_float_matrices(calibrated):
+    cfg, model, _, hessians = calibrated
+    cfg = t.replace(cfg, grid="sdclip", matrix_bits=5, embed_bits=4, embed_clip_sigmas=6.0, sandwich_bits=8,
+                    frequent_rows=5, float_matrices=2, matrix_clip_sigmas=9.0)
+    quantized = t.quantize_model(model, hessians, cfg, 9.0)
+    assert quantized["blocks.3.mlp.up_proj"].bits == 8 and quantized["blocks.2.mlp.up_proj"].bits == 5
+    assert quantized["blocks.1.mixer.q_proj"].bits == 8  # shared with the last block
+    top = hessians[t.COUNTS].topk(5).indices
+    rest = torch.ones(cfg.vocab_size, dtype=torch.bool).index_fill(0, top, False)
+    Q = quantized["embed.weight"].Q
+    assert (Q[top].abs().amax(1) > 7).all() and int(Q[rest].abs().max()) <= 7
+    _, kept, blob = t.fill_cap(model, cfg, hessians, t.Run(), lambda *event, **values: None)
+    assert len(quantized) - len(kept) == 2
+    worst = max(quantized, key=lambda name: quantized[name].rel_error / quantized[name].Q.numel())
+    assert torch.equal(t.load_artifact(blob).get_parameter(worst), model.get_parameter(worst).half().float())
+
+
+def test_tokens_weighted_by_frequency_change_the_hessian_not_its_scale(calibrated):
+    cfg, _, batches, hessians = calibrated
+    weighted = tiny_model(t.replace(cfg, gptq_token_power=0.5))
+    got = t.Hessians(weighted).collect(weighted, batches, t.Run())["blocks.0.mlp.up_proj"]
+    H = hessians["blocks.0.mlp.up_proj"]
+    assert not torch.allclose(got, H) and got.trace() == pytest.approx(float(H.trace()), rel=0.1)
+
+
+def test_own_text_begins_with_bos_and_is_drawn_from_the_model(calibrated):
+    cfg, model, *_ = calibrated
+    ids = t.own_text(model, 3, 0, t.Run())
+    assert ids.shape == (3, cfg.train_seq_len + 1) and (ids[:, 0] == cfg.bos_id).all()
+    assert 0 <= int(ids.min()) and int(ids.max()) < cfg.vocab_size
+    assert torch.equal(ids, t.own_text(model, 3, 0, t.Run())) and not torch.equal(ids, t.own_text(model, 3, 1, t.Run()))
+
+
+@pytest.mark.parametrize("bits_per_weight", [3.0, 4.0])
+def test_the_rate_search_ends_just_under_the_cap(larger, bits_per_weight):
+    cfg, model = larger
+    rng = torch.Generator().manual_seed(0)
+    hessians = t.Hessians(model).collect(model, [torch.randint(cfg.vocab_size, (4, 65), generator=rng)], t.Run())
+    weights = sum(p.numel() for n, p in model.named_parameters() if t.route(n).bits)
+    most = int(weights * bits_per_weight / 8) + 20_000
+    cfg = t.replace(cfg, cap_bytes=most + len(t.code_bytes()))
+    lines = []
+    _, _, blob = t.fill_cap(model, cfg, hessians, t.Run(), lambda *event, **values: lines.append(event))
+    assert most - t.FILL_SLACK <= len(blob) <= most and len(lines) <= t.FILL_ROUNDS
+
+
+def test_calibration_ends_inside_the_clock(calibrated):
+    """Each batch takes a tenth of a second on a clock that has seven of them left: fewer batches than twenty."""
+    cfg, model, batches, _ = calibrated
+    cfg = t.replace(cfg, max_wallclock_seconds=10.0, gptq_calibration_batches=20, gptq_reserve_seconds=1.0)
+    seen, lines, run = [], {}, t.Run()
+
+    class Ticking:
+        def elapsed(self):
+            return 9.3 + 0.1 * len(seen)
+
+    def loader():
+        while True:
+            seen.append(batches[0].repeat(4, 1))
+            yield seen[-1]
+    run.log = lambda event, **values: lines.update(values)
+    hessians = t.calibrate(model, loader(), cfg, run, Ticking())
+    assert 2 < len(seen) < 10 and int(hessians[t.COUNTS].sum()) == 48 * 8 * (len(seen) - 1)
+    assert lines["tokens"] < lines["wanted_tokens"] and float(lines["hessian_end_s"]) <= 10.0

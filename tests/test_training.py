@@ -280,7 +280,7 @@ def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
         t.mean_nll(model, batch[:, :-1], batch[:, 1:]).backward()
     rounded = tiny_model(cfg)
     with torch.no_grad():
-        for name, q in t.quantize_model(rounded, {}, cfg, t.USUAL_CLIP).items():
+        for name, q in t.quantize_model(rounded, {}, cfg, t.expected_clip(rounded, cfg)).items():
             rounded.get_parameter(name).copy_(t.dequantize(q.Q, q.scale))
     t.mean_nll(rounded, batch[:, :-1], batch[:, 1:]).backward()
     for p, q in zip(model.parameters(), rounded.parameters(), strict=True):
@@ -288,7 +288,7 @@ def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
 
 
 def test_late_qat_really_starts(tiny_config, tiny_model, monkeypatch):
-    cfg, seen, step = tiny_config(iterations=10, qat_frac=0.35), [], t.train_step
+    cfg, seen, step = tiny_config(iterations=10, qat_frac=0.35, grid="sdclip"), [], t.train_step
     monkeypatch.setattr(t, "train_step", lambda *args, qat=False: seen.append(qat) or step(*args, qat=qat))
     train(tiny_model(cfg), cfg)
     assert seen == [False] * 7 + [True] * 3
