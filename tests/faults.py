@@ -28,7 +28,8 @@ def start(folder, iterations):
     """The sample run in a process of its own, its log on a pipe."""
     env = {name: os.environ[name] for name in ("PATH", "HOME", "OMP_NUM_THREADS") if name in os.environ} | dict(
         PRESET="sample", DEVICE="cpu", OUT_DIR=str(folder), RUN_ID="x", RESUME="auto", ITERATIONS=str(iterations),
-        MAX_WALLCLOCK_SECONDS="0", CHECKPOINT_EVERY_SECONDS="2", TRAIN_LOG_EVERY="1", EVAL_DIAGNOSTICS="0")
+        MAX_WALLCLOCK_SECONDS="0", CHECKPOINT_EVERY_SECONDS="2", EVAL_SAVE_SECONDS="2",
+        TRAIN_LOG_EVERY="1", EVAL_DIAGNOSTICS="0")
     return subprocess.Popen([sys.executable, str(ROOT / "train_gpt.py")], env=env, text=True, start_new_session=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
