@@ -26,7 +26,7 @@ def settings_table():
         text = f.metadata["help"] + (f" ({rule.text})" if rule else "")
         lines.append(f"| `{f.name.upper()}` | {shown(f.default)} | {text.replace('|', chr(92) + '|')} |")
     lines += ["", "**presets**", "", "| preset | sets |", "|---|---|"]
-    for name, values in t.PRESETS.items():
+    for name, values in (t.PRESETS | {f"{name},sample": values for name, values in t.WITH_SAMPLE.items()}).items():
         changes = " ".join(f"`{key.upper()}={t.plain(relative(value))}`" for key, value in values.items())
         lines.append(f"| `{name}` | {changes or 'the defaults'} |")
     return "\n".join(lines[1:]) + "\n"
