@@ -13,7 +13,8 @@ from conftest import SAMPLE, tiny_config
 import train_gpt as t
 
 # (target, seed) that once ended in a traceback or a message of several lines.
-FOUND = [("tokenizer", 1820), ("checkpoint", 37), ("checkpoint", 40), ("checkpoint", 58)]
+FOUND = [("tokenizer", 1820), ("checkpoint", 37), ("checkpoint", 40), ("checkpoint", 58), ("settings", 2003185),
+         ("settings", 2003604), ("settings", 2004330), ("settings", 2010784), ("artifact", 2000321)]
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
