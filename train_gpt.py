@@ -141,7 +141,7 @@ def group(title, default, help, rule=None):
     return field(default=default, metadata={"help": help, "rule": rule, "group": title})
 
 
-MOST_NUMBER, MOST_WIDTH = 1e12, 1 << 20  # of any setting, of a matrix: beyond, sizes overflow
+MOST_NUMBER, MOST_WIDTH = 1e38, 1 << 20  # of any setting, of a matrix: beyond, numbers and sizes overflow
 ROLES = ("embed", "gate", "mlp", "mixer", "control")  # of the parameters, in ROUTES
 
 
@@ -159,7 +159,7 @@ class Config:
     max_bad_steps: int = knob(10, "steps with a gradient that is not finite that are skipped before the run stops",
                               at_least(0))
     deterministic: bool = knob(False, "1: two runs give the same numbers; needs MAX_WALLCLOCK_SECONDS=0")
-    rank_timeout_seconds: float = knob(900.0, "how long ranks wait for one that says nothing [s]", at_least(1))
+    rank_timeout_seconds: float = knob(900.0, "how long ranks wait for one that says nothing [s]", between(1, 1000000))
     device: str = knob("auto", "auto takes CUDA if there is one", one_of("auto", "cuda", "cpu"))
     plan: bool = knob(False, "1: print parameters, bytes, memory and steps, then exit")
     eval_only: bool = knob(False, "1: evaluate ARTIFACT in this process instead of training")
