@@ -1114,9 +1114,10 @@ class Review:
                     ratio, slack=2e-6 * ratio)
         self.expect("bytes_per_token", f"{name}: bytes_per_token", number(log.compliance.get("bytes_per_token")), ratio,
                     slack=1e-5)
-        for tokenizer, known in CHALLENGE_BYTES_PER_TOKEN.items():
-            if tokenizer in log.config.get("tokenizer_path", ""):
-                self.expect("bytes_per_token", f"{name}: bytes per token with {tokenizer}", ratio, known, 0.005 * known)
+        tokenizer = Path(log.config.get("tokenizer_path", "")).stem
+        known = CHALLENGE_BYTES_PER_TOKEN.get(tokenizer)
+        if known and "fineweb10B" in log.config.get("data_path", "fineweb10B"):  # the challenge's text, not another
+            self.expect("bytes_per_token", f"{name}: bytes per token with {tokenizer}", ratio, known, 0.005 * known)
 
     def check_limits(self, log):
         """Caps and verdicts of one log."""
