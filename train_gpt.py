@@ -2441,11 +2441,6 @@ def stored_bits(model, cfg):
             for name, p in model.named_parameters() if route(name).bits}
 
 
-def quantize_model(model, hessians, cfg, strength):
-    """{name: Quantized} by a `Quantizer` on one rank."""
-    return Quantizer(model, cfg, hessians, Run(device=next(model.parameters()).device)).at(strength)
-
-
 def entropy_bytes(quantized):
     """Order-0 entropy of all symbols, tensor by tensor [bytes]: what an ideal coder without context would need."""
     total = 0.0

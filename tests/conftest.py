@@ -46,6 +46,11 @@ def tiny_model(cfg, seed=0):
     return model
 
 
+def quantize_model(model, hessians, cfg, strength):
+    """{name: Quantized} of the whole model by a Quantizer on one rank."""
+    return t.Quantizer(model, cfg, hessians, t.Run()).at(strength)
+
+
 @pytest.fixture(name="tiny_config")
 def fixture_tiny_config():
     return tiny_config

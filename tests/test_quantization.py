@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import train_gpt as t
-from conftest import tiny_config, tiny_model
+from conftest import quantize_model, tiny_config, tiny_model
 
 
 def correlated(seed, R=24, C=40, tokens=300):
@@ -121,8 +121,8 @@ def test_observing_leaves_no_trace(calibrated):
 
 def test_quantized_errors_fall_with_gptq(calibrated):
     cfg, model, _, hessians = calibrated
-    fine = t.quantize_model(model, hessians, t.replace(cfg, grid="sdclip"), 12.85)
-    for name, nearest in t.quantize_model(model, {}, cfg, 12.85).items():
+    fine = quantize_model(model, hessians, t.replace(cfg, grid="sdclip"), 12.85)
+    for name, nearest in quantize_model(model, {}, cfg, 12.85).items():
         if name in hessians:
             W, H = model.get_parameter(name).detach(), hessians[name]
             assert output_error(W, fine[name].Q, fine[name].scale, H) <= \
@@ -224,7 +224,7 @@ def test_rate_grid_stays_in_range_and_halves_its_error_per_step(uneven, strength
 def test_order_of_columns_is_undone(calibrated):
     cfg, model, _, hessians = calibrated
     for grid, strength in (("rate", 0.05), ("sdclip", 8.0)):
-        ordered = t.quantize_model(model, hessians, t.replace(cfg, grid=grid, gptq_order=True, matrix_bits=8), strength)
+        ordered = quantize_model(model, hessians, t.replace(cfg, grid=grid, gptq_order=True, matrix_bits=8), strength)
         for name, q in ordered.items():
             W = model.get_parameter(name).detach()
             assert (t.dequantize(q.Q, q.scale, q.columns) - W).norm() < 0.1 * W.norm(), name
@@ -234,7 +234,7 @@ def test_hessian_that_is_not_finite_falls_back_to_rounding_and_says_so(calibrate
     cfg, model, _, hessians = calibrated
     name, cfg = "blocks.0.mlp.up_proj", t.replace(cfg, grid="sdclip")
     bad = hessians | {name: torch.full_like(hessians[name], float("nan"))}
-    q = t.quantize_model(model, bad, cfg, 12.85)[name]
+    q = quantize_model(model, bad, cfg, 12.85)[name]
     nearest = t.quantize(model.get_parameter(name).detach(), 6, 12.85)[0]
     assert q.damp == float("inf") and torch.equal(q.Q, nearest)
 
@@ -270,7 +270,7 @@ def test_sandwich_frequent_rows_and_float_matrices(calibrated):
     cfg, model, _, hessians = calibrated
     cfg = t.replace(cfg, grid="sdclip", matrix_bits=5, embed_bits=4, embed_clip_sigmas=6.0, sandwich_bits=8,
                     frequent_rows=5, float_matrices=2, matrix_clip_sigmas=9.0)
-    quantized = t.quantize_model(model, hessians, cfg, 9.0)
+    quantized = quantize_model(model, hessians, cfg, 9.0)
     assert quantized["blocks.3.mlp.up_proj"].bits == 8 and quantized["blocks.2.mlp.up_proj"].bits == 5
     assert quantized["blocks.1.mixer.q_proj"].bits == 8  # shared with the last block
     top = hessians[t.COUNTS].topk(5).indices
