@@ -46,7 +46,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import cache, reduce
+from functools import cache, reduce, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1273,6 +1273,181 @@ def _gdn_grad(ctx, do, dstate, _dG, _dA):
 _gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
 
 
+def short_convolution(x, weight, tail, packing):
+    """Causal depthwise convolution, then SiLU: x (B, T, C), weight (C, taps), tail (B, taps - 1, C) before it."""
+    taps = weight.shape[1]
+    w = weight.to(x.dtype)
+    y = x * w[:, taps - 1]
+    for by in range(1, taps):
+        y = y + shifted(x, tail, by, packing) * w[:, taps - 1 - by]
+    return F.silu(y)
+
+
+def convolved_heads(x, weight, tail, H, HV, packing=None, kernel="reference"):
+    """The delta rule's q, k and v: short convolution, SiLU, and for q and k the l2 norm of each head.
+
+    x: (B, T, (2 H + HV) K), the stacked projections.   weight: (channels of x, taps).   tail: (B, taps - 1, channels),
+    the rows of x before.   Returns q, k (B, T, H, K) and v (B, T, HV, K) in x's dtype.
+    kernel: reference, or any other for one pass over memory in Triton, if there are 4 taps and no packing.
+    """
+    K = x.shape[-1] // (2 * H + HV)
+    if kernel != "reference" and weight.shape[1] == 4 and packing is None:
+        return _conv_forward(x, weight, tail, H, HV)
+    q, k, v = (y.unflatten(-1, (-1, K)) for y in short_convolution(x, weight, tail, packing).split(
+        [H * K, H * K, HV * K], -1))
+    q, k = (F.normalize(y.float(), dim=-1, eps=1e-6).to(x.dtype) for y in (q, k))
+    return q, k, v
+
+
+CONV_ROWS = 32  # tokens that one program of the kernels below takes
+
+
+@cache
+def _conv_kernels():
+    """Triton's `convolved_heads`, forward and backward: a program takes CONV_ROWS tokens of one head, one by one.
+
+    It holds the last rows in registers, so that each is read once, and reads two rows ahead.  Both begin three rows
+    early; the backward also ends three late, since a row's gradient comes from the three after it too.
+    """
+    global tl  # Triton looks for names among the module's
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def conv_heads_forward(x, weight, tail, out, T, C: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr,
+                           K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        b, h, first = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * ROWS
+        c = tl.arange(0, BLOCK)
+        real = c < K
+        at = FIRST + h * K + c
+        w0, w1 = tl.load(weight + 4 * at, real, 0.0), tl.load(weight + 4 * at + 1, real, 0.0)
+        w2, w3 = tl.load(weight + 4 * at + 2, real, 0.0), tl.load(weight + 4 * at + 3, real, 0.0)
+        x += b * T * C + at
+        tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
+        out += (b * T * HEADS + h) * K + c
+        zero = tl.zeros([BLOCK], tl.float32)
+        x1, x2, x3 = zero, zero, zero
+        m = first - 3
+        ahead = tl.load(x + m * C, real & (m >= 0), 0.0) + tl.load(tail + m * C, real & (m < 0), 0.0)
+        beyond = tl.load(x + (m + 1) * C, real & (m >= -1) & (m + 1 < T), 0.0) + tl.load(
+            tail + (m + 1) * C, real & (m < -1), 0.0)
+        for t in range(first - 3, tl.minimum(first + ROWS, T)):
+            x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
+            beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
+            y = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
+            y *= tl.sigmoid(y)
+            if NORM:
+                y *= 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), 1e-6)
+            tl.store(out + t * HEADS * K, y.to(out.dtype.element_ty), real & (t >= first))
+            x3, x2, x1 = x2, x1, x0
+
+    @triton.jit
+    def conv_heads_backward(x, weight, tail, dy, dx, dw, T, C: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr,
+                            K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+        b, h, first = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * ROWS
+        last = tl.minimum(first + ROWS, T)
+        c = tl.arange(0, BLOCK)
+        real = c < K
+        at = FIRST + h * K + c
+        w0, w1 = tl.load(weight + 4 * at, real, 0.0), tl.load(weight + 4 * at + 1, real, 0.0)
+        w2, w3 = tl.load(weight + 4 * at + 2, real, 0.0), tl.load(weight + 4 * at + 3, real, 0.0)
+        x += b * T * C + at
+        dx += b * T * C + at
+        tail += (b * 3 + 3) * C + at
+        dy += (b * T * HEADS + h) * K + c
+        dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
+        zero = tl.zeros([BLOCK], tl.float32)
+        x1, x2, x3 = zero, zero, zero
+        d1, d2, d3 = zero, zero, zero  # gradients before the SiLU, of the rows before
+        s0, s1, s2, s3 = zero, zero, zero, zero  # sums of the weight's gradient
+        m = first - 3
+        ahead = tl.load(x + m * C, real & (m >= 0), 0.0) + tl.load(tail + m * C, real & (m < 0), 0.0)
+        beyond = tl.load(x + (m + 1) * C, real & (m >= -1) & (m + 1 < T), 0.0) + tl.load(
+            tail + (m + 1) * C, real & (m < -1), 0.0)
+        dy1 = tl.zeros([BLOCK], dy.dtype.element_ty)
+        dy2 = dy1
+        for t in range(first - 3, last + 3):
+            x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
+            beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
+            d, dy1 = dy1.to(tl.float32), dy2
+            dy2 = tl.load(dy + n * HEADS * K, real & (n >= first) & (n < T), 0.0)
+            y = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
+            gate = tl.sigmoid(y)
+            if NORM:
+                z = y * gate
+                norm = tl.sqrt(tl.sum(z * z, 0))
+                z *= 1.0 / tl.maximum(norm, 1e-6)
+                along = tl.where(norm > 1e-6, tl.sum(d * z, 0), 0.0)
+                d = (d - along * z) / tl.maximum(norm, 1e-6)
+            d *= gate * (1.0 + y * (1.0 - gate))
+            tl.store(dx + (t - 3) * C, (w0 * d + w1 * d1 + w2 * d2 + w3 * d3).to(dx.dtype.element_ty),
+                     real & (t - 3 >= first))
+            own = tl.where(t < last, d, 0.0)
+            s0, s1, s2, s3 = s0 + own * x3, s1 + own * x2, s2 + own * x1, s3 + own * x0
+            x3, x2, x1 = x2, x1, x0
+            d3, d2, d1 = d2, d1, d
+        tl.store(dw, s0, real)
+        tl.store(dw + C, s1, real)
+        tl.store(dw + 2 * C, s2, real)
+        tl.store(dw + 3 * C, s3, real)
+    return conv_heads_forward, conv_heads_backward
+
+
+def _launch_conv(kernel, x, H, HV, tensors_of):
+    """Run a kernel of `_conv_kernels` for the heads of q, of k and of v; tensors_of(i) are its tensors for one."""
+    B, T, C = x.shape
+    K = C // (2 * H + HV)
+    for i, heads in enumerate((H, H, HV)):
+        kernel[-(-T // CONV_ROWS), B, heads](*tensors_of(i), T, C=C, FIRST=i * H * K, HEADS=heads, K=K,
+                                             BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2, num_warps=1)
+
+
+def _empty_heads(x, H, HV):
+    """Three tensors of the shapes of q, k and v."""
+    B, T, C = x.shape
+    return tuple(x.new_empty(B, T, heads, C // (2 * H + HV)) for heads in (H, H, HV))
+
+
+@torch.library.custom_op("gdn_swa::conv_forward", mutates_args=())
+def _conv_forward(x: Tensor, weight: Tensor, tail: Tensor, H: int, HV: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`convolved_heads` in Triton."""
+    x, weight, tail, out = x.contiguous(), weight.contiguous(), tail.contiguous(), _empty_heads(x, H, HV)
+    _launch_conv(_conv_kernels()[0], x, H, HV, lambda i: (x, weight, tail, out[i]))
+    return out
+
+
+@_conv_forward.register_fake
+def _(x, weight, tail, H, HV):
+    return _empty_heads(x, H, HV)
+
+
+@torch.library.custom_op("gdn_swa::conv_backward", mutates_args=())
+def _conv_backward(x: Tensor, weight: Tensor, tail: Tensor, dq: Tensor, dk: Tensor,
+                   dv: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the weight, which is summed over programs afterwards, in a fixed order."""
+    (B, T, C), H, HV = x.shape, dq.shape[2], dv.shape[2]
+    x, weight, tail, grads = x.contiguous(), weight.contiguous(), tail.contiguous(), [dq, dk, dv]
+    grads = [g.contiguous() for g in grads]
+    dx, dw = torch.empty_like(x), weight.new_empty(B * -(-T // CONV_ROWS), 4, C)
+    _launch_conv(_conv_kernels()[1], x, H, HV, lambda i: (x, weight, tail, grads[i], dx, dw))
+    return dx, dw.sum(0).mT.contiguous()
+
+
+@_conv_backward.register_fake
+def _(x, weight, tail, dq, dk, dv):
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+
+
+def _conv_save(ctx, inputs, output):
+    """Keep for the backward pass what `_conv_backward` needs."""
+    ctx.save_for_backward(*inputs[:3])
+
+
+_conv_forward.register_autograd(
+    lambda ctx, dq, dk, dv: (*_conv_backward(*ctx.saved_tensors, dq, dk, dv), None, None, None),
+    setup_context=_conv_save)
+
+
 def windowed_attention(q, k, v, window, cu_seqlens=None, kernel="sdpa"):
     """Causal softmax attention in which a query sees the last `window` keys, its own included.
 
@@ -1443,15 +1618,21 @@ def relative_error(x, reference):
     return float((x - reference).norm() / reference.norm().clamp_min(1e-30))
 
 
+def outputs_and_gradients(function, leaves):
+    """{name: Tensor} of function(**leaves), a dict, and of "d" + name, gradients under fixed random output weights."""
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in leaves.items()}
+    outputs = function(**leaves)
+    rng = torch.Generator(next(iter(leaves.values())).device).manual_seed(1)
+    sum((o.float() * torch.randn(o.shape, device=o.device, generator=rng)).sum() for o in outputs.values()).backward()
+    return {name: o.detach() for name, o in outputs.items()} | {"d" + name: x.grad for name, x in leaves.items()}
+
+
 def gdn_gradients(kernel, inputs, state, cu_seqlens=None):
-    """Outputs, final state and all gradients of one delta-rule call under fixed random output weights (dict)."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in (*inputs.items(), ("state", state))
-              if x is not None}
-    o, final = gated_delta_rule(**leaves, cu_seqlens=cu_seqlens, kernel=kernel)
-    rng = torch.Generator(o.device).manual_seed(1)
-    (o.float() * torch.randn(o.shape, device=o.device, generator=rng)).sum().add(
-        (final.float() * torch.randn(final.shape, device=o.device, generator=rng)).sum()).backward()
-    return {"o": o.detach(), "final_state": final.detach()} | {"d" + name: x.grad for name, x in leaves.items()}
+    """`outputs_and_gradients` of one delta-rule call."""
+    return outputs_and_gradients(
+        lambda **leaves: dict(zip(("o", "final_state"), gated_delta_rule(**leaves, cu_seqlens=cu_seqlens,
+                                                                         kernel=kernel))),
+        inputs if state is None else inputs | dict(state=state))
 
 
 def gdn_inputs(B, T, H, HV, K, device, dtype, seed=0):
@@ -1469,26 +1650,35 @@ def check_kernels(cfg, run):
     """Compare the chosen CUDA kernels with the references, outputs and gradients; raises KernelError if they differ."""
     if run.device.type != "cuda":
         return
-    worst = {}
-    heads = cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads
+    worst, rng = {}, torch.Generator(run.device).manual_seed(0)
+
+    def compare(setting, leaves, fast, exact):
+        """Both functions on `leaves`, the exact one in float32."""
+        got, want = outputs_and_gradients(fast, leaves), outputs_and_gradients(exact, {n: x.float() for n, x in
+                                                                                      leaves.items()})
+        worst.update({f"{setting} {name}": relative_error(got[name], want[name]) for name in want})
+
+    def normal(*shape, dtype=torch.bfloat16):
+        return torch.randn(*shape, device=run.device, generator=rng).to(dtype)
+    H, HV, K = cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads, cfg.gdn_head_dim
     if cfg.kernel != "reference" and "gdn" in cfg.stack:
-        inputs, state = gdn_inputs(2, 200, *heads, cfg.gdn_head_dim, run.device, torch.bfloat16)
-        fast = gdn_gradients(cfg.kernel, inputs, state)
-        exact = gdn_gradients("reference", {n: x.float() for n, x in inputs.items()}, state)
-        worst |= {f"KERNEL={cfg.kernel} {name}": relative_error(fast[name], exact[name]) for name in exact}
+        inputs, state = gdn_inputs(2, 200, H, HV, K, run.device, torch.bfloat16)
+        compare(f"KERNEL={cfg.kernel}", inputs | dict(state=state), *(
+            lambda kernel=kernel, **x: dict(zip(("o", "final_state"), gated_delta_rule(**x, kernel=kernel)))
+            for kernel in (cfg.kernel, "reference")))
+        x, tail = normal(2, 200, (2 * H + HV) * K), normal(2, cfg.gdn_conv - 1, (2 * H + HV) * K)
+        w = normal(x.shape[-1], cfg.gdn_conv, dtype=torch.float32)
+        compare(f"KERNEL={cfg.kernel} conv", dict(x=x, w=w), *(
+            lambda x, w, kernel=kernel: dict(zip("qkv", convolved_heads(x, w, tail.to(x.dtype), H, HV, kernel=kernel)))
+            for kernel in (cfg.kernel, "reference")))
     if cfg.attn_kernel != "sdpa" and parse_stack(cfg.stack) != parse_stack("gdn") * len(parse_stack(cfg.stack)):
         call = torch.compile(windowed_attention, dynamic=False) if cfg.attn_kernel == "flex" else windowed_attention
-        rng = torch.Generator(run.device).manual_seed(0)
         head = cfg.model_dim // cfg.num_heads
-        q, k, v = (torch.randn(2, t, h, head, device=run.device, dtype=torch.bfloat16, generator=rng).requires_grad_()
-                   for t, h in ((96, cfg.num_heads), (120, cfg.num_kv_heads), (120, cfg.num_kv_heads)))
-        out = {}
-        exact = tuple(y.float() for y in (q, k, v))
-        for name, f, x in (("fast", call, (q, k, v)), ("exact", windowed_attention, exact)):
-            o = f(*x, window=min(cfg.swa_window, 48), kernel=cfg.attn_kernel if name == "fast" else "sdpa")
-            out[name] = (o, *torch.autograd.grad(o.float().square().sum(), (q, k, v)))
-        for name, a, b in zip(("o", "dq", "dk", "dv"), out["fast"], out["exact"]):
-            worst[f"ATTN_KERNEL={cfg.attn_kernel} {name}"] = relative_error(a, b)
+        compare(f"ATTN_KERNEL={cfg.attn_kernel}", dict(
+            q=normal(2, 96, cfg.num_heads, head), k=normal(2, 120, cfg.num_kv_heads, head),
+            v=normal(2, 120, cfg.num_kv_heads, head)), *(
+            lambda f=f, kernel=kernel, **x: dict(o=f(**x, window=min(cfg.swa_window, 48), kernel=kernel))
+            for f, kernel in ((call, cfg.attn_kernel), (windowed_attention, "sdpa"))))
     wrong = [f"{name} differs by {error:.3f}" for name, error in worst.items() if not error < KERNEL_TOLERANCE]
     if wrong:
         raise KernelError(f"{'; '.join(wrong)} (relative, at most {KERNEL_TOLERANCE} allowed): this kernel computes "
@@ -1525,12 +1715,49 @@ def rms_norm(x):
 OBSERVERS = []  # functions (x, weights) that see every matrix product of a forward; Hessians uses one
 
 
-def linear(x, *weights):
-    """x (..., C) times the transpose of the stacked weights (R_i, C) in one product: (..., sum of R_i)."""
+def linear(x, *weights, rows=None):
+    """x (..., C) times the transpose of the stacked weights (R_i, C) in one product: (..., sum of R_i).
+
+    rows: None or (sum of R_i,), factors of the outputs.  They multiply the small weight, not the large result: with
+    their gradient they then cost no pass over the tokens.
+    """
     for observe in OBSERVERS:
         observe(x, weights)
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
+    w = w if rows is None else w * rows.unsqueeze(-1)
     return F.linear(x, w.to(x.dtype))
+
+
+COMPILING = [False]  # whether regions run compiled: so inside a `compiled` function
+
+
+def region(function):
+    """A part of the forward: one graph of its own, static in its shapes, when a `compiled` function runs it.
+
+    Layers of one form share their graph, so that a deep model compiles as fast as a shallow one.
+    """
+    @cache
+    def fast():
+        torch._dynamo.config.cache_size_limit = 64  # forms: kinds of layers, shapes, with and without state or gradient
+        # torch 2.13's in-place reuse overwrites a tensor inside a concatenation that is still read (SmearGate): off.
+        return torch.compile(function, fullgraph=True, dynamic=False, options={"inplace_buffers": False})
+
+    @wraps(function)
+    def run(*args):
+        return (fast() if COMPILING[0] else function)(*args)
+    return run
+
+
+def compiled(function, enabled):
+    """`function`, all its regions under torch.compile if enabled is '1'."""
+    @wraps(function)
+    def run(*args):
+        before, COMPILING[0] = COMPILING[0], enabled == "1"
+        try:
+            return function(*args)
+        finally:
+            COMPILING[0] = before
+    return run
 
 
 class Packing(NamedTuple):
@@ -1593,6 +1820,7 @@ class Embedding(nn.Module):
             rows.append((h ^ (h >> 15)) % buckets)
         return rows
 
+    @region
     def forward(self, ids, state, packing, dtype):
         """ids (B, T) -> x (B, T, D) in `dtype`, and the state behind them."""
         ids = ids.long()
@@ -1621,9 +1849,9 @@ class Embedding(nn.Module):
         return x, after
 
     def logits(self, x):
-        """x (B, T, D) -> softcapped float32 logits (B, T, vocab)."""
+        """x (B, T, D), the last block's output -> softcapped float32 logits (B, T, vocab)."""
         cap = self.cfg.logit_softcap
-        return cap * torch.tanh(linear(x, self.weight).float() / cap)
+        return cap * torch.tanh(linear(rms_norm(x), self.weight).float() / cap)
 
 
 class EmbedState(NamedTuple):
@@ -1642,16 +1870,6 @@ class KVState(NamedTuple):
     """Normalised, unrotated keys and values (B, up to window - 1, Hk, d) of the tokens before."""
     k: Tensor
     v: Tensor
-
-
-def short_convolution(x, weight, tail, packing):
-    """Causal depthwise convolution, then SiLU: x (B, T, C), weight (C, taps), tail (B, taps - 1, C) before it."""
-    taps = weight.shape[1]
-    w = weight.to(x.dtype)
-    y = x * w[:, taps - 1]
-    for by in range(1, taps):
-        y = y + shifted(x, tail, by, packing) * w[:, taps - 1 - by]
-    return F.silu(y)
 
 
 class KeyValue(nn.Module):
@@ -1684,26 +1902,26 @@ class GatedDeltaNet(nn.Module):
 
     num_gains = 0
 
-    def forward(self, x, gain, state, packing):
-        """x (B, T, D) -> (B, T, D) and the GDNState behind it; `gain` is unused."""
+    def forward(self, x, scale, gain, state, packing):
+        """x (B, T, D), scale (D,) of the output -> (B, T, D) and the GDNState behind it; `gain` is unused."""
         B, T, _ = x.shape
         H, HV, K = self.H, self.HV, self.K
         kv = self.kv
-        qkv, gate, a, b = linear(x, self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj, self.b_proj).split(
-            [(2 * H + HV) * K, HV * K, HV, HV], -1)
+        # Two products: each one's gradient comes whole from one place, so that none is copied together.
+        qkv = linear(x, self.q_proj, kv.k_proj, kv.v_proj)
+        gate, a, b = linear(x, self.g_proj, self.a_proj, self.b_proj).split([HV * K, HV, HV], -1)
         taps = self.cfg.gdn_conv
         tail = x.new_zeros(B, taps - 1, qkv.shape[-1]) if state is None else state.conv.to(x.dtype)
-        q, k, v = short_convolution(qkv, torch.cat([self.q_conv, kv.k_conv, kv.v_conv]), tail, packing).split(
-            [H * K, H * K, HV * K], -1)
-        q = F.normalize(q.float().unflatten(-1, (H, K)), dim=-1, eps=1e-6).to(x.dtype)
-        k = F.normalize(k.float().unflatten(-1, (H, K)), dim=-1, eps=1e-6).to(x.dtype)
+        q, k, v = convolved_heads(qkv, torch.cat([self.q_conv, kv.k_conv, kv.v_conv]), tail, H, HV, packing,
+                                  self.cfg.kernel)
         g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)
         beta = torch.sigmoid(b.float()) * (2.0 if self.cfg.gdn_neg_eigval else 1.0)
-        o, S = gated_delta_rule(q=q, k=k, v=v.unflatten(-1, (HV, K)), g=g, beta=beta,
+        o, S = gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta,
                                 state=None if state is None else state.S,
                                 cu_seqlens=None if packing is None else packing.cu_seqlens, kernel=self.cfg.kernel)
         o = rms_norm(o) * self.o_norm.to(x.dtype) * F.silu(gate.unflatten(-1, (HV, K)))
-        return linear(o.flatten(2), self.o_proj), GDNState(last_tokens(tail, qkv, taps - 1).detach(), S.detach())
+        return linear(o.flatten(2), self.o_proj, rows=scale), GDNState(last_tokens(tail, qkv, taps - 1).detach(),
+                                                                       S.detach())
 
 
 def rotary(x, first, base, dims):
@@ -1726,8 +1944,8 @@ class Attention(nn.Module):
         self.q_proj, self.o_proj = nn.Parameter(torch.empty(D, D)), nn.Parameter(torch.empty(D, D))
         self.num_gains = cfg.num_heads
 
-    def forward(self, x, gain, state, packing):
-        """x (B, T, D), gain (H,) -> (B, T, D) and the KVState behind it.
+    def forward(self, x, scale, gain, state, packing):
+        """x (B, T, D), scale (D,) of the output, gain (H,) -> (B, T, D) and the KVState behind it.
 
         Positions count from the oldest carried key: only differences matter, and small numbers stay exact.
         """
@@ -1745,7 +1963,7 @@ class Attention(nn.Module):
         if self.xsa:
             o = without_own_value(o, v[:, S - x.shape[1]:])
         keep = S - min(self.window - 1, S)
-        return linear(o.flatten(2), self.o_proj), KVState(k[:, keep:].detach(), v[:, keep:].detach())
+        return linear(o.flatten(2), self.o_proj, rows=scale), KVState(k[:, keep:].detach(), v[:, keep:].detach())
 
 
 def without_own_value(o, v):
@@ -1781,9 +1999,9 @@ class MLP(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(width, cfg.model_dim))
         self.down_proj = nn.Parameter(torch.empty(cfg.model_dim, width))
 
-    def forward(self, x):
-        """x (..., D) -> (..., D)."""
-        return linear(F.leaky_relu(linear(x, self.up_proj), self.slope).square(), self.down_proj)
+    def forward(self, x, scale):
+        """x (..., D), scale (D,) of the output -> (..., D)."""
+        return linear(F.leaky_relu(linear(x, self.up_proj), self.slope).square(), self.down_proj, rows=scale)
 
 
 class Block(nn.Module):
@@ -1800,19 +2018,32 @@ class Block(nn.Module):
         self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
         self.qk_gain = nn.Parameter(torch.empty(mixer.num_gains)) if mixer.num_gains else None
 
+    @region
     def forward(self, x, x0, state, packing):
         """x, x0 (B, T, D), x0 the embedding -> x and the mixer's state."""
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
-        y, state = self.mixer(rms_norm(x), self.qk_gain, state, packing)
-        x = x + self.mixer_scale.to(x.dtype) * y
-        return x + self.mlp_scale.to(x.dtype) * self.mlp(rms_norm(x)), state
+        y, state = self.mixer(rms_norm(x), self.mixer_scale, self.qk_gain, state, packing)
+        x = x + y
+        return x + self.mlp(rms_norm(x), self.mlp_scale), state
 
 
 class StreamState(NamedTuple):
     """Everything that a forward needs of the text before: EmbedState and one mixer state per layer."""
     embed: EmbedState
     layers: tuple
+
+
+@region
+def head(embed, x):
+    """Logits from the last block's output."""
+    return embed.logits(x)
+
+
+@region
+def head_nll(embed, x, targets):
+    """`token_nll` of those logits, for training: in one graph, which never writes float32 logits to memory."""
+    return token_nll(embed.logits(x), targets)
 
 
 class LM(nn.Module):
@@ -1850,6 +2081,11 @@ class LM(nn.Module):
         or comes out (None).   Returns logits (B, T, vocab) float32 after the softcap, and the StreamState, detached.
         Raises ValueError for cu_seqlens with a state or with B > 1.
         """
+        x, after = self.features(ids, state, cu_seqlens)
+        return head(self.embed, x), after
+
+    def features(self, ids, state=None, cu_seqlens=None):
+        """`forward` up to the head: the last block's output (B, T, D) and the StreamState."""
         packing = None
         if cu_seqlens is not None:
             if state is not None or ids.shape[0] != 1:
@@ -1861,7 +2097,8 @@ class LM(nn.Module):
         fresh = self.embed.fresh_state(ids.shape[0], ids.device, dtype)
         before = state or StreamState(fresh, (None,) * len(self.blocks))
         x, embed_state = self.embed(ids, before.embed, packing, dtype)
-        x0, layers, skips, half = x, [], [], len(self.blocks) // 2
+        x0 = x.clone()  # not x itself: the first block would be compiled apart, for two inputs that are one
+        layers, skips, half = [], [], len(self.blocks) // 2
         for i, (block, layer_state) in enumerate(zip(self.blocks, before.layers)):
             if self.skip_scale is not None and i >= len(self.blocks) - half:  # the last layer meets the first
                 x = x + self.skip_scale[i - len(self.blocks) + half].to(x.dtype) * skips.pop()
@@ -1870,7 +2107,7 @@ class LM(nn.Module):
             if self.skip_scale is not None and i < half:
                 skips.append(x)
         after = StreamState(EmbedState(*(t.detach() for t in embed_state)), tuple(layers))
-        return self.embed.logits(rms_norm(x)), (after if packing is None else None)
+        return x, (after if packing is None else None)
 
 
 def init_weights(model, seed):
@@ -3071,16 +3308,6 @@ def score_rows(model, ids, targets, state=None, tilt=None, before=None):
     return token_nll(logits, targets), state
 
 
-@cache
-def compiled(function, enabled):
-    """`function` under torch.compile (one graph, static shapes) if enabled is '1'; one wrapper per function."""
-    torch._dynamo.config.cache_size_limit = 64  # shapes per function: validation, exact with and without state, ...
-    if enabled != "1":
-        return function
-    # torch 2.13's in-place reuse overwrites a tensor inside a concatenation that is still read (SmearGate): off.
-    return torch.compile(function, fullgraph=True, dynamic=False, options={"inplace_buffers": False})
-
-
 class Rows(NamedTuple):
     """A batch on the device: ids, targets (B, T), `wanted` (B, T) marks the targets that count, `before`
     (B, TILT_BEFORE) the tokens left of each row (-1: none), `starts` (B,) absolute positions."""
@@ -3375,8 +3602,8 @@ def learn(tilt, tokens, first, last):
 
 def summed_nll(model, ids, targets, wanted, state=None):
     """Nats of the wanted targets, summed: the loss that an Adapter trains on."""
-    logits, _ = model(ids, state)
-    return (token_nll(logits, targets) * wanted).sum()
+    x, _ = model.features(ids, state)
+    return (head_nll(model.embed, x, targets) * wanted).sum()
 
 
 def batched(pairs, most):
@@ -3709,8 +3936,8 @@ def evaluation_key(blob, tokens, method, cfg):
 
 def mean_nll(model, ids, targets):
     """Training loss: mean nats per token of (B, T) targets."""
-    logits, _ = model(ids)
-    return token_nll(logits, targets).mean()
+    x, _ = model.features(ids)
+    return head_nll(model.embed, x, targets).mean()
 
 
 def activation_bytes_per_token(cfg):

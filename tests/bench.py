@@ -45,7 +45,7 @@ KERNELS = (
     (ATTENTION, r"pytorch_flash|flash_(fwd|bwd)|fmha|FlashAttn|flex_attention|scaled_dot_product"),
     (LOSS, r"softmax|nll_loss|cross_entropy|logsumexp"),
     (GEMM, r"triton_tem|nvjet|cutlass|gemm|cublas|splitK|aten::(add|b)?mm$"),
-    (ELEMENTWISE, r"^triton_|l2norm|causal_conv1d|layer_norm"),
+    (ELEMENTWISE, r"^triton_|conv_heads|l2norm|causal_conv1d|layer_norm"),
     (CHUNK, r"tilelang|^kernel_kernel|gated_delta|chunk_|recompute_w_u|wy_repr|gdn_gate|beta_sigmoid|solve_triangular"),
     (ELEMENTWISE, r"at::native|elementwise|reduce_kernel|CatArray|Memcpy|Memset|aten::|Backward\d"),
 )
@@ -183,8 +183,8 @@ def fla_parts():
 class PlainGDN(t.GatedDeltaNet):
     """The mixer as FLA's own layer composes it: a product and a convolution per role; gate and l2 norm in the op."""
 
-    def forward(self, x, gain, state, packing):
-        """x (B, T, D) -> (B, T, D); takes and returns no state."""
+    def forward(self, x, scale, gain, state, packing):
+        """x (B, T, D), scale (D,) of the output -> (B, T, D); takes and returns no state."""
         fla, kv, K = fla_parts(), self.kv, self.K
         q, k, v, gate, a, b = (t.linear(x, w) for w in (self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj,
                                                         self.b_proj))
@@ -194,15 +194,15 @@ class PlainGDN(t.GatedDeltaNet):
                          use_beta_sigmoid_in_kernel=True, use_qk_l2norm_in_kernel=True,
                          allow_neg_eigval=self.cfg.gdn_neg_eigval)
         o = fla.gated_norm(o, gate.unflatten(-1, (-1, K)), self.o_norm.to(x.dtype), None, activation="swish", eps=1e-6)
-        return t.linear(o.flatten(2), self.o_proj), None
+        return t.linear(o.flatten(2), self.o_proj) * scale.to(x.dtype), None
 
 
 class PlainEmbedding(t.Embedding):
     """The embedding whose head is left to the fused loss."""
 
     def logits(self, x):
-        """x itself: `plain_loss` multiplies it by the head."""
-        return x
+        """x, normalised: `plain_loss` multiplies it by the head."""
+        return t.rms_norm(x)
 
 
 def make_plain(model):

@@ -683,6 +683,7 @@ def test_each_fault_fails_the_verdict(fault, word, monkeypatch, capsys):
 # ---- compiled ------------------------------------------------------------------------------------
 
 
+@t.region
 def smeared(embedding, ids):
     """The Embedding's output alone: no state keeps the unsmeared one alive."""
     return embedding(ids, embedding.fresh_state(1, ids.device, torch.float32), None, torch.float32)[0]
