@@ -1325,8 +1325,7 @@ def _conv_kernels():
         x += b * T * C + at
         tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
         out += (b * T * HEADS + h) * K + c
-        zero = tl.zeros([BLOCK], tl.float32)
-        x1, x2, x3 = zero, zero, zero
+        x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
         m = first - 3
         ahead = tl.load(x + m * C, real & (m >= 0), 0.0) + tl.load(tail + m * C, real & (m < 0), 0.0)
         beyond = tl.load(x + (m + 1) * C, real & (m >= -1) & (m + 1 < T), 0.0) + tl.load(
@@ -1356,16 +1355,15 @@ def _conv_kernels():
         tail += (b * 3 + 3) * C + at
         dy += (b * T * HEADS + h) * K + c
         dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
-        zero = tl.zeros([BLOCK], tl.float32)
-        x1, x2, x3 = zero, zero, zero
-        d1, d2, d3 = zero, zero, zero  # gradients before the SiLU, of the rows before
-        s0, s1, s2, s3 = zero, zero, zero, zero  # sums of the weight's gradient
+        # Zeros of their own: Triton carries names that begin as one value through the loop as one.
+        x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
+        d1, d2, d3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # before the SiLU, of the rows before
+        s0, s1, s2, s3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # the weight's
         m = first - 3
         ahead = tl.load(x + m * C, real & (m >= 0), 0.0) + tl.load(tail + m * C, real & (m < 0), 0.0)
         beyond = tl.load(x + (m + 1) * C, real & (m >= -1) & (m + 1 < T), 0.0) + tl.load(
             tail + (m + 1) * C, real & (m < -1), 0.0)
-        dy1 = tl.zeros([BLOCK], dy.dtype.element_ty)
-        dy2 = dy1
+        dy1, dy2 = tl.zeros([BLOCK], dy.dtype.element_ty), tl.zeros([BLOCK], dy.dtype.element_ty)
         for t in range(first - 3, last + 3):
             x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
             beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
