@@ -207,7 +207,8 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", at_least(0))
 
     train_seq_len: int = group("training", 2048, "length of a training row and of a window [tokens]", multiple_of(64))
-    train_batch_tokens: int = knob(786432, "tokens of one step, over all ranks", at_least(64))
+    train_batch_tokens: int = knob(0, "tokens of one step, over all ranks; 0 = 131072 a rank, at most 786432 in all",
+                                   Rule("0 or at least 64", lambda v: v == 0 or v >= 64))
     micro_batch_tokens: int = knob(0, "most tokens of one forward pass on one rank; 0 = by memory", at_least(0))
     iterations: int = knob(20000, "most training steps", at_least(0))
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", at_least(0))
@@ -1299,7 +1300,7 @@ def convolved_heads(x, weight, tail, H, HV, packing=None, kernel="reference"):
     return q, k, v
 
 
-CONV_ROWS = 32  # tokens that one program of the kernels below takes
+CONV_ROWS = 64  # tokens that one program of the kernels below takes
 
 
 @cache
@@ -3306,6 +3307,18 @@ def score_rows(model, ids, targets, state=None, tilt=None, before=None):
     return token_nll(logits, targets), state
 
 
+EAGER_TOKENS = 50_000_000  # that a GPU runs forward in about the time that compiling for them would take
+
+
+def compile_evaluation(cfg, run, method, num_targets, adapting=False):
+    """COMPILE for an evaluation: compiled only if a rank has more than EAGER_TOKENS to run, or for FlexAttention."""
+    passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
+    share = 1 if adapting and method == "exact" and cfg.ttt_spans == 1 else run.world_size  # one stream: no sharing
+    training = 3 * cfg.ttt_epochs / run.world_size if adapting else 0.0  # a backward pass is two forward ones
+    pays = num_targets * (passes / share + training) > EAGER_TOKENS or cfg.attn_kernel == "flex"
+    return cfg.compile if pays else "0"
+
+
 class Rows(NamedTuple):
     """A batch on the device: ids, targets (B, T), `wanted` (B, T) marks the targets that count, `before`
     (B, TILT_BEFORE) the tokens left of each row (-1: none), `starts` (B,) absolute positions."""
@@ -3353,9 +3366,9 @@ class Scorer:
     `state`: behind the text so far, where an adapting evaluation goes on in one stream (TTT_SPANS=1).
     """
 
-    def __init__(self, model, tokens, table, run, adapt, probing):
+    def __init__(self, model, tokens, table, run, adapt, probing, mode="0"):
         self.model, self.tokens, self.run, self.cfg, self.state = model, tokens, run, model.cfg, None
-        self.table, self.score = table.to(run.device), compiled(score_rows, model.cfg.compile)
+        self.table, self.score = table.to(run.device), compiled(score_rows, mode)
         self.adapter, self.adapting = adapt if isinstance(adapt, Adapter) else None, adapt is not None
         self.begins = np.concatenate([[0], np.flatnonzero(tokens == self.cfg.bos_id)])  # of documents
         self.calls, self.probing, self.faults = 0, probing, [0.0, 0.0]
@@ -3500,7 +3513,8 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
     Returns the Ledger over all n - 1 targets, equal on all ranks; raises ScoreError if any is missing.
     """
     run, cfg, total = run or Run(device=next(model.parameters()).device), model.cfg, len(tokens) - 1
-    scorer = Scorer(model, tokens, table, run, adapt, probing)
+    mode = adapt.mode if isinstance(adapt, Adapter) else compile_evaluation(cfg, run, method, total)
+    scorer = Scorer(model, tokens, table, run, adapt, probing, mode)
     if scorer.adapter:
         scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry and scorer.adapter.trains else None
     ledger = progress.restore(scorer) if progress else Ledger()
@@ -3659,6 +3673,7 @@ class Adapter:
     def __init__(self, model, num_targets, run):
         cfg = model.cfg
         self.model, self.cfg, self.run, self.began = model, cfg, run, time.perf_counter()
+        self.mode = compile_evaluation(cfg, run, cfg.ttt_scoring, num_targets, adapting=True)
         self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
         self.kept, self.pending, self.steps, self.rate, self.train_s = None, [], 0, 0.0, 0.0
         self.tilt = new_tilt(cfg, num_targets, run.device) if cfg.ttt_tilt else None
@@ -3774,7 +3789,7 @@ class Adapter:
 
     def _train(self):
         """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
-        loss_of, chunks = compiled(summed_nll, self.cfg.compile), [chunk for chunk in self.pending if chunk[1]]
+        loss_of, chunks = compiled(summed_nll, self.mode), [chunk for chunk in self.pending if chunk[1]]
         average = [p.detach().clone() for p in self.params] if self.raw else []
         copy_all(self.params, self.raw)
         for batches, num_targets in chunks * self.cfg.ttt_epochs:
@@ -3944,9 +3959,20 @@ def activation_bytes_per_token(cfg):
     D, total = cfg.model_dim, 0.0
     for layer in parse_stack(cfg.stack):
         qk, v = cfg.gdn_heads * cfg.gdn_head_dim, (cfg.gdn_v_heads or cfg.gdn_heads) * cfg.gdn_head_dim
-        total += 5 * qk + 7 * v if layer.kind == "gdn" else 6 * D  # projections, convolutions, norms, outputs
-        total += 5 * D + 2 * cfg.mlp_mult * D  # residual, two norms, mixer output; MLP before and after activation
+        total += 4 * qk + 5 * v if layer.kind == "gdn" else 6 * D  # projections, q, k, v, outputs before and after norm
+        total += 4 * D + 2 * cfg.mlp_mult * D  # residual twice, each normalised; MLP before and after activation
     return total * width + 12 * cfg.vocab_size
+
+
+def settle_batch(cfg, run):
+    """cfg with TRAIN_BATCH_TOKENS=0 replaced: whole rows, as many on every rank.
+
+    131072 tokens a step were best of three sizes on one GPU (README); over many ranks steps grow to the challenge's.
+    """
+    if cfg.train_batch_tokens:
+        return cfg
+    rows = max(1, min(131072, 786432 // run.world_size) // cfg.train_seq_len)
+    return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 
 def micro_batch_rows(cfg, run):
@@ -4071,7 +4097,8 @@ def rehearse(model, method, num_targets, run):
 
     Compiles what `evaluate` will call.
     """
-    cfg, score, total = model.cfg, compiled(score_rows, model.cfg.compile), num_targets
+    cfg, total = model.cfg, num_targets
+    score = compiled(score_rows, compile_evaluation(cfg, run, method, total))
     rows = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
 
     def call_s(B, T, carried):
@@ -4617,7 +4644,7 @@ def print_plan(cfg, run):
 def tokens_per_second(params, run):
     """Training tokens per second of one device, for planning: 6 FLOPs per parameter at the rate this script reaches."""
     if run.device.type == "cuda":
-        return 140e12 / (6 * params)  # README: measured on one H100 with the default model
+        return 220e12 / (6 * params)  # README: measured on one H100 with the default model
     return 5e10 * torch.get_num_threads() / 2 / (6 * params)  # README: measured on 2 CPU cores with PRESET=sample
 
 
@@ -4713,6 +4740,7 @@ def main(env):
     """The whole run that the environment variables in `env` describe; returns the exit code."""
     cfg = Config.from_env(env)
     run = Run.from_env(env, cfg)
+    cfg = settle_batch(cfg, run)
     try:
         if cfg.plan:
             return print_plan(cfg, run) or 0

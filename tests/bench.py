@@ -449,7 +449,7 @@ def main(arguments, env):
     given = {"KERNEL": options.kernel, "MICRO_BATCH_TOKENS": options.micro_batch_tokens}
     cfg = t.Config.from_env(dict(env) | {name: value for name, value in given.items() if value})
     run = t.Run.from_env({}, cfg)  # one process, one GPU
-    cfg = t.resolve_kernels(cfg, run)
+    cfg = t.resolve_kernels(t.settle_batch(cfg, run), run)
     if options.tune_plain:
         return tune_plain(cfg, run) or 0
 

@@ -60,7 +60,7 @@ REFUSED = [
     ("TIED_EMBED_INIT_STD", "-1", "at least 0"),
     ("TRAIN_SEQ_LEN", "1000", "a positive multiple of 64"),
     ("TRAIN_SEQ_LEN", "0", "a positive multiple of 64"),
-    ("TRAIN_BATCH_TOKENS", "0", "at least 64"),
+    ("TRAIN_BATCH_TOKENS", "63", "0 or at least 64"),
     ("MICRO_BATCH_TOKENS", "-1", "at least 0"),
     ("ITERATIONS", "-1", "at least 0"),
     ("MAX_WALLCLOCK_SECONDS", "-1", "at least 0"),

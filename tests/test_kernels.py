@@ -435,6 +435,42 @@ def test_cuda_operator_passes_opcheck(kernel, with_state):
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
+CONV_SHAPES = [(1, 4, 4, 128), (3, 4, 4, 128), (64, 1, 2, 64), (65, 2, 2, 128), (200, 2, 4, 24), (513, 8, 8, 64)]
+
+
+def conv_results(kernel, shape, dtype):
+    """q, k, v and gradients of `convolved_heads` behind a random tail."""
+    T, H, HV, K = shape
+    rng = torch.Generator("cuda").manual_seed(0)
+    x, tail, w = (torch.randn(*s, device="cuda", generator=rng) for s in (
+        (2, T, (2 * H + HV) * K), (2, 3, (2 * H + HV) * K), ((2 * H + HV) * K, 4)))
+    x, tail = x.bfloat16().to(dtype), tail.bfloat16().to(dtype)
+    return t.outputs_and_gradients(
+        lambda x, w: dict(zip("qkv", t.convolved_heads(x, w, tail, H, HV, kernel=kernel))), dict(x=x, w=w))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", CONV_SHAPES, ids="T{0[0]}-H{0[1]}-HV{0[2]}-K{0[3]}".format)
+def test_cuda_convolution_equals_reference(shape):
+    want = conv_results("reference", shape, torch.float32)
+    assert_within_kernel_tolerance(conv_results("fla", shape, torch.bfloat16), want)
+    for name, value in conv_results("fla", shape, torch.float32).items():
+        assert t.relative_error(value, want[name]) < 1e-5, name
+
+
+@pytest.mark.gpu
+def test_cuda_convolution_repeats_bit_for_bit():
+    first, second = (conv_results("fla", (513, 4, 4, 128), torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_cuda_convolution_passes_opcheck():
+    x, tail, w = (torch.randn(*s, device="cuda") for s in ((2, 70, 96), (2, 3, 96), (96, 4)))
+    torch.library.opcheck(torch.ops.gdn_swa.conv_forward.default, (x.requires_grad_(), w.requires_grad_(), tail, 1, 2),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
 @pytest.mark.parametrize("shape", [(40, 40, 64), (200, 200, 64), (200, 263, 64), (64, 70, 64)],

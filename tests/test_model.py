@@ -583,3 +583,44 @@ def test_a_feature_keeps_causality_and_carried_state(tiny_config, tiny_model, ov
         head, state = model(ids[:, :23])
         tail, _ = model(ids[:, 23:], state)
     torch.testing.assert_close(torch.cat([head, tail], 1), whole, rtol=1e-4, atol=1e-4)
+
+
+# ---- regions -------------------------------------------------------------------------------------
+
+
+@t.region
+def doubled(x):
+    return 2 * x, torch.compiler.is_compiling()
+
+
+def test_regions_run_compiled_only_inside_a_compiled_function(monkeypatch):
+    seen = []
+
+    def fake_compile(function, **options):
+        seen.append(options)
+        return lambda x: ("fast", function(x)[0])
+    monkeypatch.setattr(torch, "compile", fake_compile)
+    both = [t.compiled(doubled, enabled) for enabled in "10"]
+    assert doubled(3) == (6, False) and both[0](3) == ("fast", 6) and both[1](3) == (6, False)
+    assert both[0](4) == ("fast", 8) and len(seen) == 1 and seen[0]["fullgraph"] and not seen[0]["dynamic"]
+
+    def nested(x):
+        return both[1](x), doubled(x)
+    assert t.compiled(nested, "1")(1) == ((2, False), ("fast", 2))
+
+    def failing():
+        raise KeyError
+    with pytest.raises(KeyError):
+        t.compiled(failing, "1")()
+    assert doubled(3) == (6, False)
+
+
+@pytest.mark.parametrize("method, targets, adapting, compiles", [
+    ("exact", 2_300_000, False, False), ("exact", 62_000_000, False, True), ("sliding", 2_300_000, False, True),
+    ("exact", 2_300_000, True, False), ("exact", 62_000_000, True, True), ("roundtrip", 40_000_000, False, False)])
+def test_evaluation_is_compiled_where_it_pays(tiny_config, method, targets, adapting, compiles):
+    cfg = tiny_config(compile="1", eval_stride=2, ttt_epochs=1)  # 32 passes over each target by windows
+    assert t.compile_evaluation(cfg, t.Run(), method, targets, adapting) == str(int(compiles))
+    assert t.compile_evaluation(tiny_config(compile="0"), t.Run(), method, targets, adapting) == "0"
+    shared = t.compile_evaluation(cfg, t.Run(world_size=8), method, targets, adapting) == "1"
+    assert shared == (adapting and targets == 62_000_000 or method == "sliding" and targets * 32 / 8 > t.EAGER_TOKENS)

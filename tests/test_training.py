@@ -319,6 +319,18 @@ def test_micro_batch_divides_the_rows_of_a_rank(tiny_config, case):
     assert t.micro_batch_rows(cfg, t.Run(world_size=ranks)) == want
 
 
+@pytest.mark.parametrize("ranks, tokens", [(1, 131072), (2, 262144), (6, 786432), (7, 774144), (8, 786432),
+                                           (384, 786432), (1000, 2048000)])
+def test_batch_of_0_grows_with_the_ranks_to_the_challenges(ranks, tokens):
+    cfg = build_config(train_batch_tokens=0, train_seq_len=2048, eval_batch_tokens=2048)
+    run = t.Run(world_size=ranks)
+    settled = t.settle_batch(cfg, run)
+    assert settled.train_batch_tokens == tokens
+    assert t.micro_batch_rows(settled, run) >= 1  # the ranks share the rows evenly
+    given = build_config(train_batch_tokens=640)
+    assert t.settle_batch(given, run) is given
+
+
 @pytest.mark.parametrize("case", [(8, 3, 9), (8, 5, 10), (2, 8, 8), (7, 2, 8)], ids="rows{0[0]}-ranks{0[1]}".format)
 def test_micro_batch_error_names_the_nearest_batch(tiny_config, case):
     rows, ranks, near = case
