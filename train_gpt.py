@@ -2866,7 +2866,7 @@ def load_artifact(path, device="cpu", base=None):
             if type(value) is not kinds[key]:
                 raise ArtifactError(f"its setting {key} is {value!r}, expected {kinds[key].__name__}")
         row = header["config"]["train_seq_len"]  # training settings of `base` need not fit another row length
-        bits = [t["bits"] for t in header["tensors"] if t["role"] in ("mixer", "mlp")]
+        bits = [t["bits"] for t in header["tensors"] if t["role"] in ("mixer", "mlp")] or [8]  # all kept as float16
         cfg = replace(base or Config(), **header["config"], train_batch_tokens=max(64, row), micro_batch_tokens=0,
                       compressor=header["compressor"], matrix_bits=max(bits, key=bits.count))
         with torch.device("meta"):
