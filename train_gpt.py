@@ -4023,12 +4023,14 @@ class Checkpoints:
         return out
 
     def due(self, elapsed):
-        """Whether CHECKPOINT_EVERY_SECONDS have passed since the last one."""
-        return 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
+        """Whether CHECKPOINT_EVERY_SECONDS have passed since this last held; `elapsed` is rank 0's clock, so that ranks
+        whose own clocks differ agree: if one alone saved, its collectives would meet the others' gradients."""
+        is_due = 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
+        self.last_s = elapsed if is_due else self.last_s
+        return is_due
 
     def save(self, name, tensors, facts):
         """Rank 0 writes one; a fault is logged and the run goes on.  Weights that are not finite are never written."""
-        self.last_s = facts["elapsed_s"]
         if self.run.rank:
             return
         facts = facts | dict(config=self.identity(facts["trained"]), shards=self.shards)
