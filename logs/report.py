@@ -998,7 +998,7 @@ def export_finding(lines):
                   if (at := between(lines.get("rate", []), size)) is not None)
     if not gaps:
         return "Bits per byte by artifact size"
-    return (f"At equal bytes, SDClip exports score {gaps[0]:+.4f} to {gaps[-1]:+.4f} bpb against GRID=rate "
+    return (f"At equal bytes SDClip scores {gaps[0]:+.4f} to {gaps[-1]:+.4f} bpb over GRID=rate "
             f"({len(gaps)} exports)")
 
 

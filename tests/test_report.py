@@ -542,7 +542,7 @@ FINDINGS = [
     ("gptq", "mixer.k (int8)", "mlp.down (int6)", "relative quantization error"),
     ("ttt", "Test-time training gains 0.0123 bpb over the stream", "unadapted, exact: 1.0700", "ttt5 +0.0123"),
     ("position", "highest 1.900 from 0 to 64, lowest 1.100 from 128 to 256", "bytes [%]"),
-    ("export", "SDClip exports score +0.0100 to +0.0200 bpb against GRID=rate (2 exports)", "sdclip, 5 bits",
+    ("export", "SDClip scores +0.0100 to +0.0200 bpb over GRID=rate (2 exports)", "sdclip, 5 bits",
      "all float16 (dashed)", "bpb, exact [bits/byte]")]
 
 
