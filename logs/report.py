@@ -1010,10 +1010,10 @@ def figure_export(logs, folder):
         return []
     fig, ax = new_figure(4.2)
     labels = []
-    for (label, points), color, marker in zip(lines.items(), cycle(COLORS), cycle("os^Dv*")):
-        ax.plot([size / 1e3 for size, _ in points], [bpb for _, bpb in points], marker=marker, ms=5, lw=1.4,
-                color=color)
-        labels.append((points[-1][1], f"{label}", color))
+    for i, ((label, points), color, marker) in enumerate(zip(lines.items(), cycle(COLORS), cycle("os^Dv*"))):
+        ax.plot([size / 1e3 for size, _ in points], [bpb for _, bpb in points], marker=marker, ms=max(4, 10 - 1.3 * i),
+                lw=1.4, color=color)  # later, smaller markers leave those of a line that they lie upon to be seen
+        labels.append((points[-1][1], label, color))
     if float_bpb is not None:
         ax.axhline(float_bpb, color="#444444", lw=1, ls="--")
         labels.append((float_bpb, "all float16 (dashed)", "#444444"))
