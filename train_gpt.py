@@ -3102,7 +3102,7 @@ def load_artifact(path, device="cpu", base=None):
             if type(value) is not kinds[key]:
                 raise ArtifactError(f"its setting {key} is {value!r}, expected {kinds[key].__name__}")
         row = header["config"]["train_seq_len"]  # training settings of `base` need not fit another row length
-        bits = [t["bits"] for t in header["tensors"] if t["role"] in ("mixer", "mlp")]
+        bits = [t["bits"] for t in header["tensors"] if t["role"] in ("mixer", "mlp")] or [8]  # all kept as float16
         cfg = replace(base or Config(), **header["config"], train_batch_tokens=max(64, row), micro_batch_tokens=0,
                       compressor=header["compressor"], matrix_bits=max(bits, key=bits.count))
         with torch.device("meta"):
@@ -4275,12 +4275,14 @@ class Checkpoints:
         return out
 
     def due(self, elapsed):
-        """Whether CHECKPOINT_EVERY_SECONDS have passed since the last one."""
-        return 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
+        """Whether CHECKPOINT_EVERY_SECONDS have passed since this last held; `elapsed` is rank 0's clock, so that ranks
+        whose own clocks differ agree: if one alone saved, its collectives would meet the others' gradients."""
+        is_due = 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
+        self.last_s = elapsed if is_due else self.last_s
+        return is_due
 
     def save(self, name, tensors, facts):
         """Rank 0 writes one; a fault is logged and the run goes on.  Weights that are not finite are never written."""
-        self.last_s = facts["elapsed_s"]
         if self.run.rank:
             return
         facts = facts | dict(config=self.identity(facts["trained"]), shards=self.shards)

@@ -960,9 +960,71 @@ def figure_position(logs, folder):
     return save(fig, folder, "position", f"{run_label(log)}, bpb by tokens since the document began: {', '.join(told)}")
 
 
+EXPORT_KEYS = ("grid", "matrix_bits", "matrix_clip_sigmas", "cap_bytes", "float_matrices")  # differ along its figure
+
+
+def exports(logs):
+    """The most logs that scored exports of one checkpoint which differ in EXPORT_KEYS alone."""
+    groups = {}
+    for log in logs:
+        if log.finished and log.config.get("resume", "-") != "-":
+            key = json.dumps({k: v for k, v in configuration(log).items() if k not in EXPORT_KEYS}, sort_keys=True)
+            groups.setdefault(key, []).append(log)
+    return max(groups.values(), key=len, default=[])
+
+
+def export_lines(logs):
+    """{'rate' or 'sdclip, N bits': [(bytes, bpb)] by size} of `exports`, and the bpb of the one without integers."""
+    lines, float_bpb = {}, None
+    for log in logs:
+        if number(log.last("quantized").get("matrices")) == 0:
+            float_bpb = log.final.bpb
+        else:
+            grid, bits = log.config.get("grid", "?"), log.config.get("matrix_bits", "?")
+            label = f"{grid}, {bits} bits" if grid == "sdclip" else grid
+            lines.setdefault(label, []).append((log.model_bytes, log.final.bpb))
+    return {label: sorted(lines[label]) for label in sorted(lines)}, float_bpb
+
+
+def between(points, x):
+    """y at x on the line through `points`, sorted by x; None outside."""
+    pair = next(((a, b) for a, b in zip(points, points[1:]) if a[0] <= x <= b[0] > a[0]), None)
+    return pair and pair[0][1] + (pair[1][1] - pair[0][1]) * (x - pair[0][0]) / (pair[1][0] - pair[0][0])
+
+
+def export_finding(lines):
+    """How far the rate grid's line lies below the exports of SDClip at their sizes."""
+    gaps = sorted(bpb - at for label, points in lines.items() if label != "rate" for size, bpb in points
+                  if (at := between(lines.get("rate", []), size)) is not None)
+    if not gaps:
+        return "Bits per byte by artifact size"
+    return (f"At equal bytes SDClip scores {gaps[0]:+.4f} to {gaps[-1]:+.4f} bpb over GRID=rate "
+            f"({len(gaps)} exports)")
+
+
+def figure_export(logs, folder):
+    """Bits per byte over the artifact's bytes, of at least three exports of one checkpoint."""
+    found = exports(logs)
+    lines, float_bpb = export_lines(found)
+    if sum(map(len, lines.values())) < 3:
+        return []
+    fig, ax = new_figure(4.2)
+    labels = []
+    for i, ((label, points), color, marker) in enumerate(zip(lines.items(), cycle(COLORS), cycle("os^Dv*"))):
+        ax.plot([size / 1e3 for size, _ in points], [bpb for _, bpb in points], marker=marker, ms=max(4, 10 - 1.3 * i),
+                lw=1.4, color=color)  # later, smaller markers leave those of a line that they lie upon to be seen
+        labels.append((points[-1][1], label, color))
+    if float_bpb is not None:
+        ax.axhline(float_bpb, color="#444444", lw=1, ls="--")
+        labels.append((float_bpb, "all float16 (dashed)", "#444444"))
+    ax.set(xlabel="artifact [kB]", ylabel=f"bpb, {found[0].final.method} [bits/byte]")
+    spread_labels(ax, labels)
+    return save(fig, folder, "export", export_finding(lines))
+
+
 def figures(logs, folder):
     """Draw what the logs have data for; returns the paths of the files."""
-    draw = (figure_curves, figure_time, figure_roles, figure_gptq, figure_ttt, figure_position)
+    draw = (figure_curves, figure_time, figure_roles, figure_gptq, figure_ttt, figure_position, figure_export)
     return [path for one in draw for path in one(logs, Path(folder))]
 
 

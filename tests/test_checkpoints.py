@@ -51,6 +51,19 @@ def train(cfg, die_at=None, every=None, run=None, saved=None):
     return model, stop
 
 
+def test_ranks_whose_clocks_differ_agree_on_when_to_save(tmp_path):
+    cfg = job_config(tmp_path, checkpoint_every_seconds=30.0)
+    told = []
+    for rank, late_s in enumerate((0.0, 0.2, 1.5)):
+        checkpoints = t.Checkpoints(cfg, t.Run(rank=rank, world_size=3), fixed_data(cfg))
+        told.append([])
+        for elapsed in (0.0, 29.9, 30.1, 59.9, 60.2, 61.0, 200.0, 229.9):  # rank 0's clock, as train_loop gives it
+            told[-1].append(checkpoints.due(elapsed))
+            if told[-1][-1]:
+                checkpoints.save("step_1", {}, dict(elapsed_s=elapsed + late_s, trained=False))
+    assert told == 3 * [[False, False, True, False, True, False, True, False]]
+
+
 def assert_same(one, two):
     assert one.keys() == two.keys()
     for name in one:

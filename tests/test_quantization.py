@@ -283,6 +283,16 @@ def test_sandwich_frequent_rows_and_float_matrices(calibrated):
     assert torch.equal(t.load_artifact(blob).get_parameter(worst), model.get_parameter(worst).half().float())
 
 
+@pytest.mark.parametrize("grid", ["rate", "sdclip"])
+def test_a_model_of_float_matrices_alone_comes_back(calibrated, grid):
+    cfg, model, _, hessians = calibrated
+    _, kept, blob = t.fill_cap(model, t.replace(cfg, grid=grid, float_matrices=1000), hessians, t.Run(),
+                               lambda *event, **values: None)
+    assert kept == {}
+    for (name, p), q in zip(model.named_parameters(), t.load_artifact(blob).parameters()):
+        assert torch.equal(q, p if p.numel() <= 64 else p.half().float()), name
+
+
 def test_tokens_weighted_by_frequency_change_the_hessian_not_its_scale(calibrated):
     cfg, _, batches, hessians = calibrated
     weighted = tiny_model(t.replace(cfg, gptq_token_power=0.5))

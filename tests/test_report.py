@@ -463,13 +463,42 @@ def test_submission_names_what_is_missing(logs, tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------
 
 
+def export_text(name, size, bpb, grid="rate", bits=6, matrices=66):
+    """The log of an export of another run's weights: no steps, `size` bytes, `matrices` as integers."""
+    text = re.sub(r"(?m)^step:.*\n", "", log_text(9, bpb, run_id=name)).replace(str(MODEL_BYTES), str(size))
+    settings = dict(resume="a.ckpt", grid=grid, matrix_bits=bits, cap_bytes=size + 1)
+    text = with_lines(text, "model ", "".join(f"config {key}:{value}\n" for key, value in settings.items()))
+    return with_lines(text, "artifact", f"quantized matrices:{matrices} bits_per_weight:4\n")
+
+
+EXPORTS = (("fine", 400_000, 1.10), ("coarse", 200_000, 1.20), ("int4", 300_000, 1.17, "sdclip", 4),
+           ("int5", 350_000, 1.1350, "sdclip", 5), ("int5_large", 500_000, 1.1, "sdclip", 5),
+           ("float16", 900_000, 1.09, "rate", 6, 0))
+
+
+def test_exports_of_one_checkpoint_are_lines_by_grid_and_bits(tmp_path):
+    for values in EXPORTS:
+        (tmp_path / f"{values[0]}.txt").write_text(export_text(*values))
+    (tmp_path / "other.txt").write_text(export_text(*EXPORTS[0]).replace("a.ckpt", "b.ckpt"))
+    (tmp_path / "trained.txt").write_text(log_text())
+    found = report.exports(report.collect([tmp_path]))
+    assert {log.path.stem for log in found} == {values[0] for values in EXPORTS}
+    lines, float_bpb = report.export_lines(found)
+    assert lines == {"rate": [(200_000, 1.20), (400_000, 1.10)], "sdclip, 4 bits": [(300_000, 1.17)],
+                     "sdclip, 5 bits": [(350_000, 1.135), (500_000, 1.1)]} and float_bpb == 1.09
+    assert report.between(lines["rate"], 250_000) == pytest.approx(1.175)
+    assert report.between(lines["rate"], 199_999) is report.between(lines["rate"], 400_001) is None
+
+
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """{file name: path} of the figures of three seeds and of a run with test-time training and the same without."""
+    """{file name: path} of the figures of three seeds, of exports, and of a run with test-time training and without."""
     pytest.importorskip("matplotlib")
     folder = tmp_path_factory.mktemp("drawn")
     for seed, bpb in zip(SEEDS, BPBS):
         (folder / f"seed{seed}.txt").write_text(log_text(seed, bpb))
+    for values in EXPORTS:
+        (folder / f"{values[0]}.txt").write_text(export_text(*values))
     for name, lr, gain in (("still", "0", 0.0), ("ttt", "0.005", 0.0123)):
         text = log_text(5, 1.07, matrix_lr="0.03", run_id=name)
         text = with_lines(text, "config stack", f"config artifact:x.artifact\nconfig ttt_lr:{lr}\n")
@@ -480,7 +509,7 @@ def drawn(tmp_path_factory):
 
 
 def test_every_figure_is_png_and_svg(drawn):
-    names = ("curves", "time", "roles", "gptq", "ttt", "position")
+    names = ("curves", "time", "roles", "gptq", "ttt", "position", "export")
     assert set(drawn) == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
     for name, path in drawn.items():
         data = path.read_bytes()
@@ -512,7 +541,9 @@ FINDINGS = [
     ("roles", "15.900 MB of 16 MB, 51% of it mlp", "7.700 MB, 5.87 bits per symbol", "header", "train_gpt.py"),
     ("gptq", "mixer.k (int8)", "mlp.down (int6)", "relative quantization error"),
     ("ttt", "Test-time training gains 0.0123 bpb over the stream", "unadapted, exact: 1.0700", "ttt5 +0.0123"),
-    ("position", "highest 1.900 from 0 to 64, lowest 1.100 from 128 to 256", "bytes [%]")]
+    ("position", "highest 1.900 from 0 to 64, lowest 1.100 from 128 to 256", "bytes [%]"),
+    ("export", "SDClip scores +0.0100 to +0.0200 bpb over GRID=rate (2 exports)", "sdclip, 5 bits",
+     "all float16 (dashed)", "bpb, exact [bits/byte]")]
 
 
 @pytest.mark.parametrize("row", FINDINGS, ids=[row[0] for row in FINDINGS])
