@@ -46,7 +46,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import cache, reduce, wraps
+from functools import cache, partial, reduce, wraps
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1289,10 +1289,12 @@ def convolved_heads(x, weight, tail, H, HV, packing=None, kernel="reference"):
 
     x: (B, T, (2 H + HV) K), the stacked projections.   weight: (channels of x, taps).   tail: (B, taps - 1, channels),
     the rows of x before.   Returns q, k (B, T, H, K) and v (B, T, HV, K) in x's dtype.
-    kernel: reference, or any other for one pass over memory in Triton, if there are 4 taps and no packing.
+    kernel: reference, or any other (auto: on CUDA) for one pass over memory in Triton, if there are 4 taps and no
+    packing.
     """
     K = x.shape[-1] // (2 * H + HV)
-    if kernel != "reference" and weight.shape[1] == 4 and packing is None:
+    fused = x.is_cuda if kernel == "auto" else kernel != "reference"
+    if fused and weight.shape[1] == 4 and packing is None:
         return _conv_forward(x, weight, tail, H, HV)
     q, k, v = (y.unflatten(-1, (-1, K)) for y in short_convolution(x, weight, tail, packing).split(
         [H * K, H * K, HV * K], -1))
@@ -1304,11 +1306,10 @@ CONV_ROWS = 64  # tokens that one program of the kernels below takes
 
 
 @cache
-def _conv_kernels():
-    """Triton's `convolved_heads`, forward and backward: a program takes CONV_ROWS tokens of one head, one by one.
+def _conv_forward_kernel():
+    """Triton's forward of `convolved_heads`: a program takes CONV_ROWS tokens of one head, one by one.
 
-    It holds the last rows in registers, so that each is read once, and reads two rows ahead.  Both begin three rows
-    early; the backward also ends three late, since a row's gradient comes from the three after it too.
+    It holds the last rows in registers, so that each is read once, reads two rows ahead and begins three rows early.
     """
     global tl  # Triton looks for names among the module's
     import triton
@@ -1326,12 +1327,9 @@ def _conv_kernels():
         x += b * T * C + at
         tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
         out += (b * T * HEADS + h) * K + c
-        x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
-        m = first - 3
-        ahead = tl.load(x + m * C, real & (m >= 0), 0.0) + tl.load(tail + m * C, real & (m < 0), 0.0)
-        beyond = tl.load(x + (m + 1) * C, real & (m >= -1) & (m + 1 < T), 0.0) + tl.load(
-            tail + (m + 1) * C, real & (m < -1), 0.0)
-        for t in range(first - 3, tl.minimum(first + ROWS, T)):
+        x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # three: see the backward
+        ahead, beyond = tl.zeros([BLOCK], x.dtype.element_ty), tl.zeros([BLOCK], x.dtype.element_ty)
+        for t in range(first - 5, tl.minimum(first + ROWS, T)):  # the first two only read ahead
             x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
             beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
             y = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
@@ -1340,6 +1338,18 @@ def _conv_kernels():
                 y *= 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), 1e-6)
             tl.store(out + t * HEADS * K, y.to(out.dtype.element_ty), real & (t >= first))
             x3, x2, x1 = x2, x1, x0
+    return conv_heads_forward
+
+
+@cache
+def _conv_backward_kernel():
+    """Triton's backward of `convolved_heads`, row by row like the forward, which it computes again.
+
+    It also ends three rows late: a row's gradient comes from the three after it too.
+    """
+    global tl
+    import triton
+    import triton.language as tl
 
     @triton.jit
     def conv_heads_backward(x, weight, tail, dy, dx, dw, T, C: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr,
@@ -1360,12 +1370,9 @@ def _conv_kernels():
         x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
         d1, d2, d3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # before the SiLU, of the rows before
         s0, s1, s2, s3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # the weight's
-        m = first - 3
-        ahead = tl.load(x + m * C, real & (m >= 0), 0.0) + tl.load(tail + m * C, real & (m < 0), 0.0)
-        beyond = tl.load(x + (m + 1) * C, real & (m >= -1) & (m + 1 < T), 0.0) + tl.load(
-            tail + (m + 1) * C, real & (m < -1), 0.0)
         dy1, dy2 = tl.zeros([BLOCK], dy.dtype.element_ty), tl.zeros([BLOCK], dy.dtype.element_ty)
-        for t in range(first - 3, last + 3):
+        ahead, beyond = tl.zeros([BLOCK], x.dtype.element_ty), tl.zeros([BLOCK], x.dtype.element_ty)
+        for t in range(first - 5, last + 3):
             x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
             beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
             d, dy1 = dy1.to(tl.float32), dy2
@@ -1376,24 +1383,22 @@ def _conv_kernels():
                 z = y * gate
                 norm = tl.sqrt(tl.sum(z * z, 0))
                 z *= 1.0 / tl.maximum(norm, 1e-6)
-                along = tl.where(norm > 1e-6, tl.sum(d * z, 0), 0.0)
-                d = (d - along * z) / tl.maximum(norm, 1e-6)
+                d = (d - tl.where(norm > 1e-6, tl.sum(d * z, 0), 0.0) * z) / tl.maximum(norm, 1e-6)
             d *= gate * (1.0 + y * (1.0 - gate))
-            tl.store(dx + (t - 3) * C, (w0 * d + w1 * d1 + w2 * d2 + w3 * d3).to(dx.dtype.element_ty),
-                     real & (t - 3 >= first))
+            dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
+            tl.store(dx + (t - 3) * C, dx_row.to(dx.dtype.element_ty), real & (t - 3 >= first))
             own = tl.where(t < last, d, 0.0)
             s0, s1, s2, s3 = s0 + own * x3, s1 + own * x2, s2 + own * x1, s3 + own * x0
-            x3, x2, x1 = x2, x1, x0
-            d3, d2, d1 = d2, d1, d
+            x3, x2, x1, d3, d2, d1 = x2, x1, x0, d2, d1, d
         tl.store(dw, s0, real)
         tl.store(dw + C, s1, real)
         tl.store(dw + 2 * C, s2, real)
         tl.store(dw + 3 * C, s3, real)
-    return conv_heads_forward, conv_heads_backward
+    return conv_heads_backward
 
 
 def _launch_conv(kernel, x, H, HV, tensors_of):
-    """Run a kernel of `_conv_kernels` for the heads of q, of k and of v; tensors_of(i) are its tensors for one."""
+    """Run a convolution kernel for the heads of q, of k and of v; tensors_of(i) are its tensors for one of them."""
     B, T, C = x.shape
     K = C // (2 * H + HV)
     for i, heads in enumerate((H, H, HV)):
@@ -1411,7 +1416,7 @@ def _empty_heads(x, H, HV):
 def _conv_forward(x: Tensor, weight: Tensor, tail: Tensor, H: int, HV: int) -> tuple[Tensor, Tensor, Tensor]:
     """`convolved_heads` in Triton."""
     x, weight, tail, out = x.contiguous(), weight.contiguous(), tail.contiguous(), _empty_heads(x, H, HV)
-    _launch_conv(_conv_kernels()[0], x, H, HV, lambda i: (x, weight, tail, out[i]))
+    _launch_conv(_conv_forward_kernel(), x, H, HV, lambda i: (x, weight, tail, out[i]))
     return out
 
 
@@ -1428,7 +1433,7 @@ def _conv_backward(x: Tensor, weight: Tensor, tail: Tensor, dq: Tensor, dk: Tens
     x, weight, tail, grads = x.contiguous(), weight.contiguous(), tail.contiguous(), [dq, dk, dv]
     grads = [g.contiguous() for g in grads]
     dx, dw = torch.empty_like(x), weight.new_empty(B * -(-T // CONV_ROWS), 4, C)
-    _launch_conv(_conv_kernels()[1], x, H, HV, lambda i: (x, weight, tail, grads[i], dx, dw))
+    _launch_conv(_conv_backward_kernel(), x, H, HV, lambda i: (x, weight, tail, grads[i], dx, dw))
     return dx, dw.sum(0).mT.contiguous()
 
 
@@ -1626,14 +1631,6 @@ def outputs_and_gradients(function, leaves):
     return {name: o.detach() for name, o in outputs.items()} | {"d" + name: x.grad for name, x in leaves.items()}
 
 
-def gdn_gradients(kernel, inputs, state, cu_seqlens=None):
-    """`outputs_and_gradients` of one delta-rule call."""
-    return outputs_and_gradients(
-        lambda **leaves: dict(zip(("o", "final_state"), gated_delta_rule(**leaves, cu_seqlens=cu_seqlens,
-                                                                         kernel=kernel))),
-        inputs if state is None else inputs | dict(state=state))
-
-
 def gdn_inputs(B, T, H, HV, K, device, dtype, seed=0):
     """Random, realistic inputs of `gated_delta_rule` (dict) and a state."""
     rng = torch.Generator(device).manual_seed(seed)
@@ -1651,33 +1648,37 @@ def check_kernels(cfg, run):
         return
     worst, rng = {}, torch.Generator(run.device).manual_seed(0)
 
-    def compare(setting, leaves, fast, exact):
-        """Both functions on `leaves`, the exact one in float32."""
-        got, want = outputs_and_gradients(fast, leaves), outputs_and_gradients(exact, {n: x.float() for n, x in
-                                                                                      leaves.items()})
+    def compare(setting, call, fast, exact, **leaves):
+        """call(kernel, **leaves) of both kernels, the exact one in float32."""
+        got = outputs_and_gradients(partial(call, fast), leaves)
+        want = outputs_and_gradients(partial(call, exact), {name: x.float() for name, x in leaves.items()})
         worst.update({f"{setting} {name}": relative_error(got[name], want[name]) for name in want})
 
-    def normal(*shape, dtype=torch.bfloat16):
-        return torch.randn(*shape, device=run.device, generator=rng).to(dtype)
+    def normal(*shape):
+        return torch.randn(*shape, device=run.device, generator=rng).bfloat16()
+
+    def delta_rule(kernel, **x):
+        return dict(zip(("o", "final_state"), gated_delta_rule(**x, kernel=kernel)))
+
+    def convolution(kernel, x, w):
+        return dict(zip("qkv", convolved_heads(x, w, tail.to(x.dtype), H, HV, kernel=kernel)))
+
+    def attention(kernel, **x):
+        call = torch.compile(windowed_attention, dynamic=False) if kernel == "flex" else windowed_attention
+        return dict(o=call(**x, window=min(cfg.swa_window, 48), kernel=kernel))
     H, HV, K = cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads, cfg.gdn_head_dim
     if cfg.kernel != "reference" and "gdn" in cfg.stack:
         inputs, state = gdn_inputs(2, 200, H, HV, K, run.device, torch.bfloat16)
-        compare(f"KERNEL={cfg.kernel}", inputs | dict(state=state), *(
-            lambda kernel=kernel, **x: dict(zip(("o", "final_state"), gated_delta_rule(**x, kernel=kernel)))
-            for kernel in (cfg.kernel, "reference")))
-        x, tail = normal(2, 200, (2 * H + HV) * K), normal(2, cfg.gdn_conv - 1, (2 * H + HV) * K)
-        w = normal(x.shape[-1], cfg.gdn_conv, dtype=torch.float32)
-        compare(f"KERNEL={cfg.kernel} conv", dict(x=x, w=w), *(
-            lambda x, w, kernel=kernel: dict(zip("qkv", convolved_heads(x, w, tail.to(x.dtype), H, HV, kernel=kernel)))
-            for kernel in (cfg.kernel, "reference")))
+        C = (2 * H + HV) * K
+        tail = normal(2, cfg.gdn_conv - 1, C)
+        compare(f"KERNEL={cfg.kernel}", delta_rule, cfg.kernel, "reference", **inputs, state=state)
+        compare(f"KERNEL={cfg.kernel} conv", convolution, cfg.kernel, "reference", x=normal(2, 200, C),
+                w=normal(C, cfg.gdn_conv).float())
     if cfg.attn_kernel != "sdpa" and parse_stack(cfg.stack) != parse_stack("gdn") * len(parse_stack(cfg.stack)):
-        call = torch.compile(windowed_attention, dynamic=False) if cfg.attn_kernel == "flex" else windowed_attention
         head = cfg.model_dim // cfg.num_heads
-        compare(f"ATTN_KERNEL={cfg.attn_kernel}", dict(
-            q=normal(2, 96, cfg.num_heads, head), k=normal(2, 120, cfg.num_kv_heads, head),
-            v=normal(2, 120, cfg.num_kv_heads, head)), *(
-            lambda f=f, kernel=kernel, **x: dict(o=f(**x, window=min(cfg.swa_window, 48), kernel=kernel))
-            for f, kernel in ((call, cfg.attn_kernel), (windowed_attention, "sdpa"))))
+        compare(f"ATTN_KERNEL={cfg.attn_kernel}", attention, cfg.attn_kernel, "sdpa",
+                q=normal(2, 96, cfg.num_heads, head), k=normal(2, 120, cfg.num_kv_heads, head),
+                v=normal(2, 120, cfg.num_kv_heads, head))
     wrong = [f"{name} differs by {error:.3f}" for name, error in worst.items() if not error < KERNEL_TOLERANCE]
     if wrong:
         raise KernelError(f"{'; '.join(wrong)} (relative, at most {KERNEL_TOLERANCE} allowed): this kernel computes "

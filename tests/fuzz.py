@@ -116,7 +116,7 @@ def settings(rng, folder):
     cfg = t.Config.from_env(env)
     run = t.Run()
     run.write = lambda line: None
-    t.print_plan(cfg, run)
+    t.print_plan(t.settle_batch(cfg, run), run)
 
 
 @cache

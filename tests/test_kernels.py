@@ -18,6 +18,13 @@ import train_gpt as t
 NAMES = ("q", "k", "v", "g", "beta")
 
 
+def gdn_gradients(kernel, inputs, state, cu_seqlens=None):
+    """Outputs and gradients of one delta-rule call."""
+    def call(**x):
+        return dict(zip(("o", "final_state"), t.gated_delta_rule(**x, cu_seqlens=cu_seqlens, kernel=kernel)))
+    return t.outputs_and_gradients(call, inputs if state is None else inputs | dict(state=state))
+
+
 def delta_inputs(B, T, H, HV, K, V, strongest=2.0, seed=0):
     """Float64 leaves of the delta rule, by name, and an initial state; g reaches down to -strongest."""
     rng = torch.Generator().manual_seed(seed)
@@ -182,7 +189,7 @@ def test_operator_hands_every_gradient_to_its_input(kernels_by_reference, kernel
     inputs, state = t.gdn_inputs(1, 70, 1, 2, 8, "cpu", torch.float32)
     cu_seqlens = torch.tensor([0, 7, 70]) if case == "packed" else None
     state = {"state": state, "no_state": None, "packed": None}[case]
-    got, want = (t.gdn_gradients(name, inputs, state, cu_seqlens) for name in (kernel, "reference"))
+    got, want = (gdn_gradients(name, inputs, state, cu_seqlens) for name in (kernel, "reference"))
     assert got.keys() == want.keys()
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
@@ -400,8 +407,8 @@ def assert_within_kernel_tolerance(got, want):
 def test_cuda_delta_rule_equals_reference(heads, T, with_state):
     inputs, state = t.gdn_inputs(2, T, *heads[1:], "cuda", torch.bfloat16)
     state = state if with_state else None
-    want = t.gdn_gradients("reference", {n: x.float() for n, x in inputs.items()}, state)
-    assert_within_kernel_tolerance(t.gdn_gradients(heads[0], inputs, state), want)
+    want = gdn_gradients("reference", {n: x.float() for n, x in inputs.items()}, state)
+    assert_within_kernel_tolerance(gdn_gradients(heads[0], inputs, state), want)
 
 
 @pytest.mark.gpu
@@ -411,8 +418,8 @@ def test_cuda_delta_rule_packed_equals_reference(heads, with_states):
     inputs, _ = t.gdn_inputs(1, 513, *heads[1:], "cuda", torch.bfloat16)
     cu_seqlens = torch.tensor([0, 1, 65, 200, 513], device="cuda")
     states = torch.randn(4, heads[2], heads[3], heads[3], device="cuda") if with_states else None
-    want = t.gdn_gradients("reference", {n: x.float() for n, x in inputs.items()}, states, cu_seqlens)
-    assert_within_kernel_tolerance(t.gdn_gradients(heads[0], inputs, states, cu_seqlens), want)
+    want = gdn_gradients("reference", {n: x.float() for n, x in inputs.items()}, states, cu_seqlens)
+    assert_within_kernel_tolerance(gdn_gradients(heads[0], inputs, states, cu_seqlens), want)
 
 
 @pytest.mark.gpu
@@ -420,7 +427,7 @@ def test_cuda_delta_rule_packed_equals_reference(heads, with_states):
 def test_cuda_delta_rule_survives_strong_decay(heads):
     inputs, state = t.gdn_inputs(2, 200, *heads[1:], "cuda", torch.bfloat16)
     inputs["g"] = inputs["g"] * 20
-    for name, value in t.gdn_gradients(heads[0], inputs, state).items():
+    for name, value in gdn_gradients(heads[0], inputs, state).items():
         assert value.isfinite().all(), name
 
 
