@@ -4378,9 +4378,9 @@ def train(model, data, cfg, run, checkpoints, saved=None):
             job.average.copy_to()
         facts = job.facts(trained=True)  # the place in the data before calibration: it can be done again
         hessians = calibrate(model, job.loader, cfg, run, job.clock)
+        train_s = job.clock.pause()
     finally:
         job.loader.close()
-    train_s = job.clock.pause()
     if not job.trained:
         checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s))
     return StopWatch(job.step, train_s, hessians)
@@ -4440,11 +4440,11 @@ def calibrate(model, loader, cfg, run, clock):
     loop_end_s = clock.elapsed()
     rows, done = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size), 0
 
-    def is_late():  # one more batch, as long as half again the mean so far, would end after the clock
+    def is_late():  # one more batch, half again as long as the mean so far, and the sums over ranks would not fit
         run.synchronize()
         now = clock.elapsed()
         batch_s = (now - loop_end_s) / max(1, done // CALIBRATION_ROWS)
-        return run.broadcast(done > 0 and 0 < cfg.max_wallclock_seconds < now + 1.5 * batch_s)
+        return run.broadcast(done > 0 and 0 < cfg.max_wallclock_seconds < now + 1.5 * batch_s + 0.5)
 
     def batches():
         nonlocal done

@@ -323,14 +323,17 @@ def test_the_rate_search_ends_just_under_the_cap(larger, bits_per_weight):
 
 
 def test_calibration_ends_inside_the_clock(calibrated):
-    """Each batch takes a tenth of a second on a clock that has seven of them left: fewer batches than twenty."""
+    """Each batch takes a tenth of a second on a clock that has twelve of them left: fewer batches than twenty.
+
+    A run that ends 0.05 s after its clock is void, so half a second is left for what follows the last batch.
+    """
     cfg, model, batches, _ = calibrated
     cfg = t.replace(cfg, max_wallclock_seconds=10.0, gptq_calibration_batches=20, gptq_reserve_seconds=1.0)
     seen, lines, run = [], {}, t.Run()
 
     class Ticking:
         def elapsed(self):
-            return 9.3 + 0.1 * len(seen)
+            return 8.8 + 0.1 * len(seen)
 
     def loader():
         while True:
@@ -339,4 +342,4 @@ def test_calibration_ends_inside_the_clock(calibrated):
     run.log = lambda event, **values: lines.update(values)
     hessians = t.calibrate(model, loader(), cfg, run, Ticking())
     assert 2 < len(seen) < 10 and int(hessians[t.COUNTS].sum()) == 48 * 8 * (len(seen) - 1)
-    assert lines["tokens"] < lines["wanted_tokens"] and float(lines["hessian_end_s"]) <= 10.0
+    assert lines["tokens"] < lines["wanted_tokens"] and float(lines["hessian_end_s"]) <= 9.5
