@@ -238,7 +238,7 @@ class Config:
 
     kernel: str = group("kernels", "auto", "gated delta rule", one_of("auto", "flashqla", "fla", "reference"))
     attn_kernel: str = knob("auto", "windowed attention", one_of("auto", "flash_attn", "varlen", "flex", "sdpa"))
-    compile: str = knob("auto", "torch.compile; auto = on CUDA", one_of("auto", "0", "1"))
+    compile: str = knob("auto", "torch.compile; auto = on CUDA, evaluation if it is long", one_of("auto", "0", "1"))
 
     grid: str = group("export", "rate", "steps of the integers: rate = by their effect on the loss, for equal gain per "
                       "byte (needs GPTQ_ENABLED); sdclip = by the row's standard deviation", one_of("rate", "sdclip"))
@@ -1609,8 +1609,8 @@ def resolve_kernels(cfg, run):
                 if "sample" not in cfg.preset or kernel != "auto":
                     raise
                 kernel = "reference"  # minutes at sample size; the log's kernel line says so
-    compiled = cfg.compile if cfg.compile != "auto" else str(int(on_cuda and kernel != "reference"))
-    return replace(cfg, kernel=kernel, attn_kernel=attn, compile=compiled)
+    slow = cfg.compile == "auto" and kernel == "reference"
+    return replace(cfg, kernel=kernel, attn_kernel=attn, compile="0" if slow else cfg.compile)
 
 
 KERNEL_TOLERANCE = 0.02  # relative error that bf16 inputs allow; right kernels measured 0.002 to 0.004 on an H100
@@ -1749,10 +1749,10 @@ def region(function):
 
 
 def compiled(function, enabled):
-    """`function`, all its regions under torch.compile if enabled is '1'."""
+    """`function`, all its regions under torch.compile if enabled."""
     @wraps(function)
     def run(*args):
-        before, COMPILING[0] = COMPILING[0], enabled == "1"
+        before, COMPILING[0] = COMPILING[0], enabled
         try:
             return function(*args)
         finally:
@@ -3312,12 +3312,12 @@ EAGER_TOKENS = 50_000_000  # that a GPU runs forward in about the time that comp
 
 
 def compile_evaluation(cfg, run, method, num_targets, adapting=False):
-    """COMPILE for an evaluation: compiled only if a rank has more than EAGER_TOKENS to run, or for FlexAttention."""
+    """Whether an evaluation runs compiled: with COMPILE=auto if a rank has more than EAGER_TOKENS to run."""
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
     share = 1 if adapting and method == "exact" and cfg.ttt_spans == 1 else run.world_size  # one stream: no sharing
     training = 3 * cfg.ttt_epochs / run.world_size if adapting else 0.0  # a backward pass is two forward ones
-    pays = num_targets * (passes / share + training) > EAGER_TOKENS or cfg.attn_kernel == "flex"
-    return cfg.compile if pays else "0"
+    pays = num_targets * (passes / share + training) > EAGER_TOKENS
+    return pays or cfg.attn_kernel == "flex" if cfg.compile == "auto" else cfg.compile == "1"
 
 
 class Rows(NamedTuple):
@@ -3367,9 +3367,9 @@ class Scorer:
     `state`: behind the text so far, where an adapting evaluation goes on in one stream (TTT_SPANS=1).
     """
 
-    def __init__(self, model, tokens, table, run, adapt, probing, mode="0"):
+    def __init__(self, model, tokens, table, run, adapt, probing, fast):
         self.model, self.tokens, self.run, self.cfg, self.state = model, tokens, run, model.cfg, None
-        self.table, self.score = table.to(run.device), compiled(score_rows, mode)
+        self.table, self.score = table.to(run.device), compiled(score_rows, fast)
         self.adapter, self.adapting = adapt if isinstance(adapt, Adapter) else None, adapt is not None
         self.begins = np.concatenate([[0], np.flatnonzero(tokens == self.cfg.bos_id)])  # of documents
         self.calls, self.probing, self.faults = 0, probing, [0.0, 0.0]
@@ -3514,8 +3514,8 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
     Returns the Ledger over all n - 1 targets, equal on all ranks; raises ScoreError if any is missing.
     """
     run, cfg, total = run or Run(device=next(model.parameters()).device), model.cfg, len(tokens) - 1
-    mode = adapt.mode if isinstance(adapt, Adapter) else compile_evaluation(cfg, run, method, total)
-    scorer = Scorer(model, tokens, table, run, adapt, probing, mode)
+    fast = adapt.fast if isinstance(adapt, Adapter) else compile_evaluation(cfg, run, method, total)
+    scorer = Scorer(model, tokens, table, run, adapt, probing, fast)
     if scorer.adapter:
         scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry and scorer.adapter.trains else None
     ledger = progress.restore(scorer) if progress else Ledger()
@@ -3674,7 +3674,7 @@ class Adapter:
     def __init__(self, model, num_targets, run):
         cfg = model.cfg
         self.model, self.cfg, self.run, self.began = model, cfg, run, time.perf_counter()
-        self.mode = compile_evaluation(cfg, run, cfg.ttt_scoring, num_targets, adapting=True)
+        self.fast = compile_evaluation(cfg, run, cfg.ttt_scoring, num_targets, adapting=True)
         self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
         self.kept, self.pending, self.steps, self.rate, self.train_s = None, [], 0, 0.0, 0.0
         self.tilt = new_tilt(cfg, num_targets, run.device) if cfg.ttt_tilt else None
@@ -3790,7 +3790,7 @@ class Adapter:
 
     def _train(self):
         """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
-        loss_of, chunks = compiled(summed_nll, self.mode), [chunk for chunk in self.pending if chunk[1]]
+        loss_of, chunks = compiled(summed_nll, self.fast), [chunk for chunk in self.pending if chunk[1]]
         average = [p.detach().clone() for p in self.params] if self.raw else []
         copy_all(self.params, self.raw)
         for batches, num_targets in chunks * self.cfg.ttt_epochs:
@@ -4021,7 +4021,7 @@ def on_export_grid(model, enabled):
 
 def train_step(model, optimizer, batch, micro_rows, lr_mul, qat=False):
     """One optimizer step on batch (rows, T + 1), with qat at rounded weights; this rank's mean loss, a tensor."""
-    loss_of = compiled(mean_nll, model.cfg.compile)
+    loss_of = compiled(mean_nll, model.cfg.compile != "0")
     parts, total = batch.split(micro_rows), 0.0
     with on_export_grid(model, qat):
         for part in parts:
@@ -4056,7 +4056,7 @@ def check_graph(model, batch, run):
         torch._foreach_zero_([p.grad for p in params])
         return loss.detach(), found
     try:
-        (loss, fast), (eager_loss, exact) = gradient(compiled(mean_nll, "1")), gradient(mean_nll)
+        (loss, fast), (eager_loss, exact) = gradient(compiled(mean_nll, True)), gradient(mean_nll)
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         torch._foreach_zero_([p.grad for p in params])
@@ -4083,7 +4083,7 @@ def warm_up(model, cfg, run, micro_rows):
         batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng, dtype=torch.int32)
         train_step(model, optimizer, batch.to(run.device), micro_rows, 1.0)
         average.update(0, 0.0)
-    if cfg.compile == "1" and cfg.warmup_steps:
+    if cfg.compile != "0" and cfg.warmup_steps:
         check_graph(model, batch[:micro_rows].to(run.device), run)
     if cfg.gptq_enabled:
         Hessians(model).collect(model, [batch[:CALIBRATION_ROWS].to(run.device)], run)
@@ -4106,7 +4106,7 @@ def rehearse(model, method, num_targets, run):
         # Two tensors: one passed twice would compile a graph for aliased inputs, which no evaluation has.
         ids, targets = torch.zeros(2, B, T, dtype=torch.int32, device=run.device).unbind()
         _, state = score(model, ids, targets)
-        if cfg.compile == "1":
+        if cfg.compile != "0":
             score(model, ids, targets, state if carried else None)
             every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, min(PROBE_CANDIDATES, cfg.vocab_size))
             score_rows(model, ids[:1, :PROBE_TOKENS], every)  # what a probe calls
@@ -4139,7 +4139,7 @@ def rehearse_adapting(model, num_targets, run):
     tokens = np.random.default_rng(cfg.seed).integers(0, cfg.vocab_size, total + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
-    for _ in range(1 + (cfg.compile == "1")):  # the first time compiles
+    for _ in range(1 + (cfg.compile != "0")):  # the first time compiles
         adapter = Adapter(model, num_targets, run)
         adapter.report = lambda ledger, scored: None
         began = time.perf_counter()
@@ -4161,7 +4161,7 @@ def plan_evaluation(model, cfg, run, num_targets):
     does not allow to trim it.
     """
     method, seconds, epoch_s = cfg.final_score, 0.0, 0.0
-    if cfg.compile == "1":  # what else will be called: validation, and diagnostics if wanted
+    if cfg.compile != "0":  # what else will be called: validation, and diagnostics if wanted
         for other in ("roundtrip", *(("exact", "sliding") if cfg.eval_diagnostics else ())):
             rehearse(model, other, num_targets, run)
         if cfg.ttt_enabled and method != "ttt":
@@ -4364,9 +4364,9 @@ def train(model, data, cfg, run, checkpoints, saved=None):
     began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
     if not (saved and saved[1]["trained"]):
         warm_up(model, cfg, run, micro_rows)
-    if cfg.compile == "1":  # compiles evaluation too, and stops here if it would take too long
+    if cfg.compile != "0":  # compiles evaluation too, and stops here if it would take too long
         plan_evaluation(model, cfg, run, len(data.val) - 1)
-    run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile == "1" else "eager",
+    run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile != "0" else "eager",
             micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
     job = Training(model, data, cfg, run, saved)
     checkpoints.last_s = job.clock.total

@@ -246,7 +246,7 @@ class Subject:
         cfg = replace(cfg, compile="0") if plain else cfg
         model = t.init_weights(t.LM(cfg), cfg.seed).to(run.device)
         self.run, self.rows, self.steps = run, t.micro_batch_rows(cfg, run), 0
-        self.model, self.loss_of = model, t.compiled(t.mean_nll, cfg.compile)
+        self.model, self.loss_of = model, t.compiled(t.mean_nll, cfg.compile != "0")
         if plain:  # eager keeps about twice as much for the backward pass
             self.rows = next(r for r in range(max(1, self.rows // 2), 0, -1) if self.rows % r == 0)
             self.model, self.loss_of = make_plain(model), plain_loss

@@ -514,7 +514,7 @@ def test_cuda_compiled_model_equals_eager(tiny_config, tiny_model, kernel, attn_
     ids = gpu_ids(model, 2, 257)
     eager_model = gpu_model(tiny_config, tiny_model, kernel, "varlen" if attn_kernel == "flex" else attn_kernel)
     results = []
-    for m, loss_of in ((model, t.compiled(t.mean_nll, "1")), (eager_model, t.mean_nll)):
+    for m, loss_of in ((model, t.compiled(t.mean_nll, True)), (eager_model, t.mean_nll)):
         loss = loss_of(m, ids[:, :-1], ids[:, 1:])
         loss.backward()
         results.append((loss.item(), torch.cat([p.grad.flatten() for p in m.parameters()])))
@@ -539,7 +539,7 @@ def test_cuda_streaming_equals_one_pass(tiny_config, tiny_model, kernel):
 @pytest.mark.parametrize("path", PATHS, ids="{0[0]}-{0[1]}".format)
 def test_cuda_logits_never_see_later_tokens(tiny_config, tiny_model, path):
     model = gpu_model(tiny_config, tiny_model, *path)
-    call = t.compiled(t.score_rows, "1") if path[1] == "flex" else t.score_rows
+    call = t.compiled(t.score_rows, True) if path[1] == "flex" else t.score_rows
     ids = gpu_ids(model, 2, 256)
     with torch.no_grad():
         before, _ = call(model, ids, ids)

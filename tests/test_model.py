@@ -600,18 +600,18 @@ def test_regions_run_compiled_only_inside_a_compiled_function(monkeypatch):
         seen.append(options)
         return lambda x: ("fast", function(x)[0])
     monkeypatch.setattr(torch, "compile", fake_compile)
-    both = [t.compiled(doubled, enabled) for enabled in "10"]
+    both = [t.compiled(doubled, enabled) for enabled in (True, False)]
     assert doubled(3) == (6, False) and both[0](3) == ("fast", 6) and both[1](3) == (6, False)
     assert both[0](4) == ("fast", 8) and len(seen) == 1 and seen[0]["fullgraph"] and not seen[0]["dynamic"]
 
     def nested(x):
         return both[1](x), doubled(x)
-    assert t.compiled(nested, "1")(1) == ((2, False), ("fast", 2))
+    assert t.compiled(nested, True)(1) == ((2, False), ("fast", 2))
 
     def failing():
         raise KeyError
     with pytest.raises(KeyError):
-        t.compiled(failing, "1")()
+        t.compiled(failing, True)()
     assert doubled(3) == (6, False)
 
 
@@ -619,8 +619,10 @@ def test_regions_run_compiled_only_inside_a_compiled_function(monkeypatch):
     ("exact", 2_300_000, False, False), ("exact", 62_000_000, False, True), ("sliding", 2_300_000, False, True),
     ("exact", 2_300_000, True, False), ("exact", 62_000_000, True, True), ("roundtrip", 40_000_000, False, False)])
 def test_evaluation_is_compiled_where_it_pays(tiny_config, method, targets, adapting, compiles):
-    cfg = tiny_config(compile="1", eval_stride=2, ttt_epochs=1)  # 32 passes over each target by windows
-    assert t.compile_evaluation(cfg, t.Run(), method, targets, adapting) == str(int(compiles))
-    assert t.compile_evaluation(tiny_config(compile="0"), t.Run(), method, targets, adapting) == "0"
-    shared = t.compile_evaluation(cfg, t.Run(world_size=8), method, targets, adapting) == "1"
+    cfg = tiny_config(compile="auto", eval_stride=2, ttt_epochs=1)  # 32 passes over each target by windows
+    assert t.compile_evaluation(cfg, t.Run(), method, targets, adapting) == compiles
+    for enabled in "01":
+        forced = tiny_config(compile=enabled)
+        assert t.compile_evaluation(forced, t.Run(), method, targets, adapting) == (enabled == "1")
+    shared = t.compile_evaluation(cfg, t.Run(world_size=8), method, targets, adapting)
     assert shared == (adapting and targets == 62_000_000 or method == "sliding" and targets * 32 / 8 > t.EAGER_TOKENS)

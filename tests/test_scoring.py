@@ -694,5 +694,5 @@ def test_compiled_function_computes_the_same():
     """With torch's in-place reuse of what was concatenated, SmearGate would come out wrong by several percent."""
     ids = torch.from_numpy(random_text(64).astype(np.int64))[None]
     with torch.inference_mode():
-        torch.testing.assert_close(t.compiled(smeared, "1")(LM.embed, ids), smeared(LM.embed, ids), rtol=1e-4,
+        torch.testing.assert_close(t.compiled(smeared, True)(LM.embed, ids), smeared(LM.embed, ids), rtol=1e-4,
                                    atol=1e-5)

@@ -471,7 +471,7 @@ def test_resumed_plain_evaluation_ends_at_the_same_ledger(method, stop_after, tm
 def test_a_file_that_does_not_fit_is_not_used(fault, tmp_path):
     path, cfg = tmp_path / "evaluation.npz", ttt_config()
     t.Progress(path, "key", t.Run(), 1e-9).save(t.Ledger(0, 64, 1.0, 64), t.Scorer(
-        tiny_model(cfg), text(), TABLE, t.Run(), None, False))
+        tiny_model(cfg), text(), TABLE, t.Run(), None, False, False))
     if fault == "damaged":
         path.write_bytes(path.read_bytes()[:-30])
     if fault == "missing":
