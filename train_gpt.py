@@ -207,7 +207,7 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial token embedding", at_least(0))
 
     train_seq_len: int = group("training", 2048, "length of a training row and of a window [tokens]", multiple_of(64))
-    train_batch_tokens: int = knob(0, "tokens of one step, over all ranks; 0 = 131072 a rank, at most 786432 in all",
+    train_batch_tokens: int = knob(0, "tokens of one step, over all ranks; 0 = 131072 a rank, together 786432 or so",
                                    Rule("0 or at least 64", lambda v: v == 0 or v >= 64))
     micro_batch_tokens: int = knob(0, "most tokens of one forward pass on one rank; 0 = by memory", at_least(0))
     iterations: int = knob(20000, "most training steps", at_least(0))
@@ -1092,7 +1092,7 @@ class Loader:
 # ----------------------------------------------------------------------------------------------------
 # One dispatch for the gated delta rule, one for windowed attention, one loss.  Each has a plain-torch
 # reference that is the CPU path and the oracle of the tests.  On CUDA the delta rule runs in FlashQLA or FLA
-# behind one torch.library operator, so that a model compiles to one graph; `check_kernels` compares outputs,
+# behind one torch.library operator, so that no graph breaks there; `check_kernels` compares outputs,
 # states and all gradients with the reference on the GPU in use, and refuses to train if they differ.
 
 GDN_CHUNK = 64  # tokens per chunk: the kernels' own size; states are exact when cut at its multiples
@@ -1284,7 +1284,7 @@ def short_convolution(x, weight, tail, packing):
     return F.silu(y)
 
 
-def convolved_heads(x, weight, tail, H, HV, packing=None, kernel="reference"):
+def convolved_heads(x, weight, tail, H, HV, packing=None, kernel="auto"):
     """The delta rule's q, k and v: short convolution, SiLU, and for q and k the l2 norm of each head.
 
     x: (B, T, (2 H + HV) K), the stacked projections.   weight: (channels of x, taps).   tail: (B, taps - 1, channels),
@@ -1294,7 +1294,7 @@ def convolved_heads(x, weight, tail, H, HV, packing=None, kernel="reference"):
     """
     K = x.shape[-1] // (2 * H + HV)
     fused = x.is_cuda if kernel == "auto" else kernel != "reference"
-    if fused and weight.shape[1] == 4 and packing is None:
+    if fused and weight.shape[1] == 4 and packing is None and x[0].numel() < 2**31:
         return _conv_forward(x, weight, tail, H, HV)
     q, k, v = (y.unflatten(-1, (-1, K)) for y in short_convolution(x, weight, tail, packing).split(
         [H * K, H * K, HV * K], -1))
@@ -1316,7 +1316,7 @@ def _conv_forward_kernel():
     import triton.language as tl
 
     @triton.jit
-    def conv_heads_forward(x, weight, tail, out, T, C: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr,
+    def conv_heads_forward(x, weight, tail, out, T, FIRST, C: tl.constexpr, HEADS: tl.constexpr,
                            K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
         b, h, first = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * ROWS
         c = tl.arange(0, BLOCK)
@@ -1352,7 +1352,7 @@ def _conv_backward_kernel():
     import triton.language as tl
 
     @triton.jit
-    def conv_heads_backward(x, weight, tail, dy, dx, dw, T, C: tl.constexpr, FIRST: tl.constexpr, HEADS: tl.constexpr,
+    def conv_heads_backward(x, weight, tail, dy, dx, dw, T, FIRST, C: tl.constexpr, HEADS: tl.constexpr,
                             K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
         b, h, first = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * ROWS
         last = tl.minimum(first + ROWS, T)
@@ -1402,7 +1402,7 @@ def _launch_conv(kernel, x, H, HV, tensors_of):
     B, T, C = x.shape
     K = C // (2 * H + HV)
     for i, heads in enumerate((H, H, HV)):
-        kernel[-(-T // CONV_ROWS), B, heads](*tensors_of(i), T, C=C, FIRST=i * H * K, HEADS=heads, K=K,
+        kernel[-(-T // CONV_ROWS), B, heads](*tensors_of(i), T, i * H * K, C=C, HEADS=heads, K=K,
                                              BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2, num_warps=1)
 
 
@@ -1430,8 +1430,7 @@ def _conv_backward(x: Tensor, weight: Tensor, tail: Tensor, dq: Tensor, dk: Tens
                    dv: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the weight, which is summed over programs afterwards, in a fixed order."""
     (B, T, C), H, HV = x.shape, dq.shape[2], dv.shape[2]
-    x, weight, tail, grads = x.contiguous(), weight.contiguous(), tail.contiguous(), [dq, dk, dv]
-    grads = [g.contiguous() for g in grads]
+    x, weight, tail, *grads = (y.contiguous() for y in (x, weight, tail, dq, dk, dv))
     dx, dw = torch.empty_like(x), weight.new_empty(B * -(-T // CONV_ROWS), 4, C)
     _launch_conv(_conv_backward_kernel(), x, H, HV, lambda i: (x, weight, tail, grads[i], dx, dw))
     return dx, dw.sum(0).mT.contiguous()
@@ -1591,7 +1590,7 @@ def pick_attention_kernel(wanted):
 
 
 def resolve_kernels(cfg, run):
-    """cfg with KERNEL, ATTN_KERNEL and COMPILE settled for this device; raises KernelError."""
+    """cfg with KERNEL and ATTN_KERNEL settled for this device, and COMPILE=0 if it is slow; raises KernelError."""
     on_cuda = run.device.type == "cuda"
     kernel, attn = cfg.kernel, cfg.attn_kernel
     if not on_cuda:
@@ -1738,7 +1737,7 @@ def region(function):
     """
     @cache
     def fast():
-        torch._dynamo.config.cache_size_limit = 64  # forms: kinds of layers, shapes, with and without state or gradient
+        torch._dynamo.config.cache_size_limit = 256  # kinds of layers, shapes, with and without state or gradient
         # torch 2.13's in-place reuse overwrites a tensor inside a concatenation that is still read (SmearGate): off.
         return torch.compile(function, fullgraph=True, dynamic=False, options={"inplace_buffers": False})
 
@@ -1841,7 +1840,7 @@ class Embedding(nn.Module):
             rows = self.ngram_rows(ids, prev1, prev2, len(self.hash_table))
             x = x + sum(F.embedding(r, self.hash_table) for r in rows).to(dtype)
         x = rms_norm(x)
-        after = EmbedState(last_tokens(state.ids, ids, 2), x[:, -1:])
+        after = EmbedState(last_tokens(state.ids, ids, 2), x[:, -1:].detach())
         if self.cfg.smear:
             before = shifted(x, state.x.to(dtype), 1, None)
             gate = torch.sigmoid(self.smear_gate).to(dtype) * (prev1 >= 0).to(dtype).unsqueeze(-1)
@@ -1885,7 +1884,7 @@ class KeyValue(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Gated DeltaNet mixer [1]: short convolutions on q, k, v, l2-normalised q and k, gated delta rule, gated norm.
 
-    Weights are separate per role, so that Muon orthogonalises each as a whole; the forward stacks them for one product.
+    Weights are separate per role, so that Muon orthogonalises each as a whole; the forward stacks them for products.
     """
 
     def __init__(self, cfg, kv):
@@ -2019,8 +2018,10 @@ class Block(nn.Module):
         self.qk_gain = nn.Parameter(torch.empty(mixer.num_gains)) if mixer.num_gains else None
 
     @region
-    def forward(self, x, x0, state, packing):
-        """x, x0 (B, T, D), x0 the embedding -> x and the mixer's state."""
+    def forward(self, x, x0, state, packing, skip=None, skip_scale=None):
+        """x, x0 (B, T, D), x0 the embedding -> x and the mixer's state; skip (B, T, D) is added first, scaled (D,)."""
+        if skip is not None:
+            x = x + skip_scale.to(x.dtype) * skip
         mix = self.resid_mix.to(x.dtype)
         x = mix[0] * x + mix[1] * x0
         y, state = self.mixer(rms_norm(x), self.mixer_scale, self.qk_gain, state, packing)
@@ -2100,13 +2101,14 @@ class LM(nn.Module):
         x0 = x.clone()  # not x itself: the first block would be compiled apart, for two inputs that are one
         layers, skips, half = [], [], len(self.blocks) // 2
         for i, (block, layer_state) in enumerate(zip(self.blocks, before.layers)):
+            skip = ()
             if self.skip_scale is not None and i >= len(self.blocks) - half:  # the last layer meets the first
-                x = x + self.skip_scale[i - len(self.blocks) + half].to(x.dtype) * skips.pop()
-            x, layer_state = block(x, x0, layer_state, packing)
+                skip = skips.pop(), self.skip_scale[i - len(self.blocks) + half]
+            x, layer_state = block(x, x0, layer_state, packing, *skip)
             layers.append(layer_state)
             if self.skip_scale is not None and i < half:
                 skips.append(x)
-        after = StreamState(EmbedState(*(t.detach() for t in embed_state)), tuple(layers))
+        after = StreamState(embed_state, tuple(layers))
         return x, (after if packing is None else None)
 
 
@@ -3102,9 +3104,8 @@ def load_artifact(path, device="cpu", base=None):
         for key, value in header["config"].items():
             if type(value) is not kinds[key]:
                 raise ArtifactError(f"its setting {key} is {value!r}, expected {kinds[key].__name__}")
-        row = header["config"]["train_seq_len"]  # training settings of `base` need not fit another row length
         bits = [t["bits"] for t in header["tensors"] if t["role"] in ("mixer", "mlp")] or [8]  # all kept as float16
-        cfg = replace(base or Config(), **header["config"], train_batch_tokens=max(64, row), micro_batch_tokens=0,
+        cfg = replace(base or Config(), **header["config"], train_batch_tokens=0, micro_batch_tokens=0,
                       compressor=header["compressor"], matrix_bits=max(bits, key=bits.count))
         with torch.device("meta"):
             model = LM(cfg)
@@ -3314,10 +3315,12 @@ EAGER_TOKENS = 50_000_000  # that a GPU runs forward in about the time that comp
 def compile_evaluation(cfg, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has more than EAGER_TOKENS to run."""
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
-    share = 1 if adapting and method == "exact" and cfg.ttt_spans == 1 else run.world_size  # one stream: no sharing
-    training = 3 * cfg.ttt_epochs / run.world_size if adapting else 0.0  # a backward pass is two forward ones
-    pays = num_targets * (passes / share + training) > EAGER_TOKENS
-    return pays or cfg.attn_kernel == "flex" if cfg.compile == "auto" else cfg.compile == "1"
+    spans = cfg.ttt_spans if adapting else cfg.eval_spans
+    share = min(run.world_size, spans) if method == "exact" else run.world_size
+    training = 3 * bool(cfg.ttt_epochs) / run.world_size if adapting else 0.0  # of one epoch, the same if trimmed
+    if cfg.compile != "auto":
+        return cfg.compile == "1"
+    return cfg.attn_kernel == "flex" or num_targets * (passes / share + training) > EAGER_TOKENS
 
 
 class Rows(NamedTuple):
@@ -3965,14 +3968,16 @@ def activation_bytes_per_token(cfg):
     return total * width + 12 * cfg.vocab_size
 
 
-def settle_batch(cfg, run):
+def settle_batch(cfg, run, before=0):
     """cfg with TRAIN_BATCH_TOKENS=0 replaced: whole rows, as many on every rank.
 
-    131072 tokens a step were best of three sizes on one GPU (README); over many ranks steps grow to the challenge's.
+    131072 tokens a step were better than 262144 on one GPU (README); over many ranks steps grow to the challenge's.
+    before: the number of the checkpoint that the run goes on from, if any.
     """
-    if cfg.train_batch_tokens:
-        return cfg
+    if cfg.train_batch_tokens or before:
+        return replace(cfg, train_batch_tokens=cfg.train_batch_tokens or before)
     rows = max(1, min(131072, 786432 // run.world_size) // cfg.train_seq_len)
+    rows -= rows % 8 if rows > 8 else 0  # so that micro-batches divide them
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 
@@ -4065,9 +4070,9 @@ def check_graph(model, batch, run):
     run.log("graph_check", **{name: f"{error:.6f}" for name, error in errors.items()})
     most = GRAPH_TOLERANCE[run.device.type]
     if not all(error <= most for error in errors.values()):
-        raise KernelError(f"COMPILE=1: the compiled loss and gradient differ from the eager ones by {errors} "
-                          f"(relative, at most {most} allowed): torch.compile makes wrong code here; set COMPILE=0, or "
-                          "use another torch")
+        raise KernelError(f"COMPILE={model.cfg.compile}: the compiled loss and gradient differ from the eager ones by "
+                          f"{errors} (relative, at most {most} allowed): torch.compile makes wrong code here; set "
+                          "COMPILE=0, or use another torch")
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)  # the peak that the log shows is that of training
 
@@ -4105,11 +4110,11 @@ def rehearse(model, method, num_targets, run):
     def call_s(B, T, carried):
         # Two tensors: one passed twice would compile a graph for aliased inputs, which no evaluation has.
         ids, targets = torch.zeros(2, B, T, dtype=torch.int32, device=run.device).unbind()
-        _, state = score(model, ids, targets)
-        if cfg.compile != "0":
-            score(model, ids, targets, state if carried else None)
-            every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, min(PROBE_CANDIDATES, cfg.vocab_size))
-            score_rows(model, ids[:1, :PROBE_TOKENS], every)  # what a probe calls
+        state = None
+        for _ in range(3):  # the first state that is carried and the later ones have other strides
+            _, state = score(model, ids, targets, state if carried else None)
+        every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, min(PROBE_CANDIDATES, cfg.vocab_size))
+        score_rows(model, ids[:1, :PROBE_TOKENS], every)  # what a probe calls
         run.synchronize()
         began = time.perf_counter()
         score(model, ids, targets, state if carried else None)
@@ -4139,7 +4144,7 @@ def rehearse_adapting(model, num_targets, run):
     tokens = np.random.default_rng(cfg.seed).integers(0, cfg.vocab_size, total + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
-    for _ in range(1 + (cfg.compile != "0")):  # the first time compiles
+    for _ in range(2):  # the first time compiles
         adapter = Adapter(model, num_targets, run)
         adapter.report = lambda ledger, scored: None
         began = time.perf_counter()
@@ -4155,7 +4160,7 @@ OVERRUN_ADVICE = {"roundtrip": "EVAL_BATCH_TOKENS", "exact": "EVAL_SPANS and EVA
 
 
 def plan_evaluation(model, cfg, run, num_targets):
-    """Compile evaluation, log how long it will take, on synthetic tokens alone; model.cfg may get fewer TTT_EPOCHS.
+    """Warm up evaluation, log how long it will take, on synthetic tokens alone; model.cfg may get fewer TTT_EPOCHS.
 
     Raises SettingError, naming the setting, if the reported method would overrun EVAL_BUDGET_SECONDS and EVAL_OVERRUN
     does not allow to trim it.
@@ -4330,13 +4335,16 @@ class Checkpoints:
     def _check(self, file, facts):
         """Raise FileError if the facts are malformed, SettingError if they are those of another run."""
         kinds = dict(step=int, elapsed_s=float, loader=list, averaged=int, trained=bool, config=dict, shards=list)
-        if not isinstance(facts, dict) or any(type(facts.get(key)) is not kind for key, kind in kinds.items()):
+        if not isinstance(facts, dict) or any(type(facts.get(key)) is not kind for key, kind in kinds.items()) or not (
+                str(facts["config"].get("train_batch_tokens")).isdigit()):
             raise FileError(f"{file}: not a checkpoint of this script")
         place = facts["loader"]
         if [type(n) for n in place] != [int, int] or min(*place, facts["step"], facts["averaged"]) < 0 or not (
                 0 <= facts["elapsed_s"] < math.inf) or (facts["trained"] and type(facts.get("train_s")) is not float):
             raise FileError(f"{file}: its step, clock or place in the data are impossible")
         now, then = self.identity(facts["trained"]), facts["config"]
+        if not self.cfg.train_batch_tokens:  # by default it goes on as it was, under any number of ranks
+            now["train_batch_tokens"] = then["train_batch_tokens"]
         differing = [f"{name.upper()} was {then.get(name)}, is {now.get(name)}" for name in {**then, **now}
                      if then.get(name) != now.get(name)]
         if facts["shards"] != self.shards:
@@ -4364,7 +4372,7 @@ def train(model, data, cfg, run, checkpoints, saved=None):
     began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
     if not (saved and saved[1]["trained"]):
         warm_up(model, cfg, run, micro_rows)
-    if cfg.compile != "0":  # compiles evaluation too, and stops here if it would take too long
+    if cfg.compile != "0":  # stops here if evaluation would take too long
         plan_evaluation(model, cfg, run, len(data.val) - 1)
     run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile != "0" else "eager",
             micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
@@ -4551,6 +4559,16 @@ FINAL_EVENTS = {"roundtrip": "final_int6_roundtrip", "exact": "final_int6_exact"
 TTT_EVENT = "final_int6_ttt"
 
 
+def load_on(run, artifact, cfg):
+    """`load_artifact`, with the kernels that fit the artifact's own heads and this device."""
+    model = load_artifact(artifact, run.device, cfg)
+    settled = resolve_kernels(model.cfg, run)
+    for module in model.modules():
+        if hasattr(module, "cfg"):
+            module.cfg = settled
+    return model
+
+
 def evaluate_artifact(blob, data, cfg, run, resume=False):
     """Reload the artifact from its bytes, score it, print the final lines.
 
@@ -4558,7 +4576,9 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
     Returns the model, the Ledger that counts, its seconds, and whether no weight changed while text was scored.
     """
     began = time.perf_counter()
-    model = load_artifact(blob, run.device, cfg)
+    model = load_on(run, blob, cfg)
+    if cfg.eval_only:
+        check_kernels(model.cfg, run)
     if model.cfg.vocab_size != cfg.vocab_size:
         raise ArtifactError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, but the tokenizer "
                             f"has VOCAB_SIZE={cfg.vocab_size}")
@@ -4654,7 +4674,7 @@ def tokens_per_second(params, run):
 def continue_prompt(cfg, run):
     """PROMPT: print a continuation of the text by the model in ARTIFACT, one token at a time from carried state."""
     sp = open_tokenizer(cfg)
-    model = load_artifact(cfg.artifact, run.device, cfg)
+    model = load_on(run, cfg.artifact, cfg)
     if sp.vocab_size() != model.cfg.vocab_size:
         raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: {sp.vocab_size()} pieces, the artifact's model has "
                         f"{model.cfg.vocab_size}")
@@ -4743,11 +4763,9 @@ def main(env):
     """The whole run that the environment variables in `env` describe; returns the exit code."""
     cfg = Config.from_env(env)
     run = Run.from_env(env, cfg)
-    cfg = settle_batch(cfg, run)
     try:
         if cfg.plan:
-            return print_plan(cfg, run) or 0
-        cfg = resolve_kernels(cfg, run)
+            return print_plan(settle_batch(cfg, run), run) or 0
         if cfg.prompt:
             return continue_prompt(cfg, run) or 0
         data = open_data(cfg)
@@ -4777,8 +4795,10 @@ def load_checked(path):
 
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks of that; returns StopWatch and artifact bytes."""
-    checkpoints = Checkpoints(cfg, run, data)
+    checkpoints = Checkpoints(resolve_kernels(cfg, run), run, data)
     saved = checkpoints.load()
+    cfg = checkpoints.cfg = settle_batch(checkpoints.cfg, run, int(saved[1]["config"]["train_batch_tokens"]) if saved
+                                         else 0)
     start_log(cfg, run)
     path = Path(cfg.out_dir) / f"{cfg.run_id}.artifact"
     if saved:

@@ -760,3 +760,18 @@ def test_mutated_bytes_are_refused_or_make_a_model(seed, sealed):
         t.load_artifact(bytes(blob))
     except t.ArtifactError:
         pass
+
+
+def test_kernels_are_chosen_for_the_artifacts_own_heads(monkeypatch, tmp_path):
+    """EVAL_ONLY and PROMPT know the width of the heads only once the file is open."""
+    cfg = tiny_config(gdn_head_dim=32)
+    t.save_artifact(tmp_path / "a", tiny_model(cfg), cfg)
+    artifact, seen = (tmp_path / "a").read_bytes(), []
+
+    def resolve(found, run):
+        seen.append(found.gdn_head_dim)
+        return t.replace(found, kernel="fla")
+    monkeypatch.setattr(t, "resolve_kernels", resolve)
+    model = t.load_on(t.Run(), artifact, tiny_config(gdn_head_dim=16))
+    assert seen == [32] and {m.cfg.kernel for m in model.modules() if hasattr(m, "cfg")} == {"fla"}
+    assert sum(hasattr(m, "cfg") for m in model.modules()) > 4

@@ -149,6 +149,16 @@ def test_other_configuration_is_refused_with_the_fields_that_differ(tmp_path):
     assert "MATRIX_BITS was 6, is 5" in message and "EVAL_SPANS" not in message
 
 
+def test_a_batch_left_to_the_script_goes_on_as_it_was_under_other_ranks(tmp_path):
+    train(job_config(tmp_path), every=4)
+    cfg, two = job_config(tmp_path, train_batch_tokens=0), t.Run(world_size=2)
+    saved = t.Checkpoints(cfg, t.Run(), fixed_data(job_config(tmp_path))).load()
+    assert t.settle_batch(cfg, two, int(saved[1]["config"]["train_batch_tokens"])) == job_config(tmp_path)
+    with pytest.raises(t.SettingError, match="TRAIN_BATCH_TOKENS was 512, is 1024"):
+        other = job_config(tmp_path, train_batch_tokens=1024)
+        t.Checkpoints(other, t.Run(), fixed_data(other)).load()
+
+
 def test_trained_weights_may_be_exported_otherwise(tmp_path):
     train(job_config(tmp_path))
     cfg = job_config(tmp_path, matrix_bits=5, final_score="sliding")
@@ -192,8 +202,9 @@ def test_path_without_a_checkpoint_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    dict(step=-1), dict(step="1"), dict(loader=[0]), dict(loader=[0, -5]), dict(config=3), dict(elapsed_s=float("inf")),
-    dict(trained=True), dict(averaged=None)], ids=str)
+    dict(step=-1), dict(step="1"), dict(loader=[0]), dict(loader=[0, -5]), dict(config=3), dict(config={}),
+    dict(elapsed_s=float("inf")), dict(config=dict(train_batch_tokens="many")), dict(trained=True),
+    dict(averaged=None)], ids=str)
 def test_impossible_facts_are_refused(tmp_path, change):
     cfg = job_config(tmp_path)
     with pytest.raises(Halt):

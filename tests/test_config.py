@@ -460,7 +460,7 @@ def test_lines_fit_120_columns():
 
 
 def test_code_leaves_the_cap_to_the_weights():
-    assert len(t.code_bytes()) == len((ROOT / "train_gpt.py").read_bytes()) < 260_000
+    assert len(t.code_bytes()) == len((ROOT / "train_gpt.py").read_bytes()) < 262_144
 
 
 def test_source_is_python_3_10():

@@ -545,14 +545,17 @@ def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tin
 def test_unet_pairs_the_second_layer_with_the_last_but_one(tiny_config, tiny_model):
     model, ids = tiny_model(tiny_config(stack="gdn*4", unet=True)), torch.arange(20)[None] % 64
     assert model.skip_scale.shape[0] == 2
-    seen = []
+    given, out = [], []
     for block in model.blocks:
-        block.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-        block.register_forward_hook(lambda module, args, out: seen.append(out[0]))
+        block.register_forward_hook(lambda module, args, result: given.append(args) or out.append(result[0]))
     with torch.no_grad():
         model(ids)
-    torch.testing.assert_close(seen[4], seen[3] + model.skip_scale[0] * seen[3])  # into layer 2: out of 1, twice over
-    torch.testing.assert_close(seen[6], seen[5] + model.skip_scale[1] * seen[1])  # into layer 3: layer 0's output
+        for i, skip in ((2, out[1]), (3, out[0])):  # into 2 what left 1, into 3 what left 0
+            x, x0, state, packing, *_ = given[i]
+            assert torch.equal(x, out[i - 1])
+            want, _ = model.blocks[i](x + model.skip_scale[i - 2] * skip, x0, state, packing)
+            torch.testing.assert_close(out[i], want)
+    assert len(given[0]) == len(given[1]) == 4
 
 
 def test_xsa_output_is_orthogonal_to_the_tokens_own_value():
@@ -625,4 +628,6 @@ def test_evaluation_is_compiled_where_it_pays(tiny_config, method, targets, adap
         forced = tiny_config(compile=enabled)
         assert t.compile_evaluation(forced, t.Run(), method, targets, adapting) == (enabled == "1")
     shared = t.compile_evaluation(cfg, t.Run(world_size=8), method, targets, adapting)
+    assert t.compile_evaluation(tiny_config(compile="auto", eval_stride=2, ttt_epochs=30), t.Run(), method, targets,
+                                adapting) == compiles  # a rehearsal is of one epoch, and must see the same
     assert shared == (adapting and targets == 62_000_000 or method == "sliding" and targets * 32 / 8 > t.EAGER_TOKENS)

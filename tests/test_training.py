@@ -319,7 +319,7 @@ def test_micro_batch_divides_the_rows_of_a_rank(tiny_config, case):
     assert t.micro_batch_rows(cfg, t.Run(world_size=ranks)) == want
 
 
-@pytest.mark.parametrize("ranks, tokens", [(1, 131072), (2, 262144), (6, 786432), (7, 774144), (8, 786432),
+@pytest.mark.parametrize("ranks, tokens", [(1, 131072), (2, 262144), (6, 786432), (7, 688128), (8, 786432),
                                            (384, 786432), (1000, 2048000)])
 def test_batch_of_0_grows_with_the_ranks_to_the_challenges(ranks, tokens):
     cfg = build_config(train_batch_tokens=0, train_seq_len=2048, eval_batch_tokens=2048)
@@ -328,7 +328,8 @@ def test_batch_of_0_grows_with_the_ranks_to_the_challenges(ranks, tokens):
     assert settled.train_batch_tokens == tokens
     assert t.micro_batch_rows(settled, run) >= 1  # the ranks share the rows evenly
     given = build_config(train_batch_tokens=640)
-    assert t.settle_batch(given, run) is given
+    assert t.settle_batch(given, run, 1280) == given  # what is set counts; then the checkpoint's number
+    assert t.settle_batch(cfg, run, 4096).train_batch_tokens == 4096
 
 
 @pytest.mark.parametrize("case", [(8, 3, 9), (8, 5, 10), (2, 8, 8), (7, 2, 8)], ids="rows{0[0]}-ranks{0[1]}".format)
@@ -677,7 +678,7 @@ def test_compiled_graph_is_compared_with_eager_and_refused_if_it_differs(tiny_co
             t.check_graph(model, fixed_batch(cfg), t.Run())
             assert capsys.readouterr().out == "graph_check loss:0.000000 gradient:0.000000\n"
         else:
-            with pytest.raises(t.KernelError, match="COMPILE=1: the compiled loss and gradient differ"):
+            with pytest.raises(t.KernelError, match="COMPILE=.: the compiled loss and gradient differ"):
                 t.check_graph(model, fixed_batch(cfg), t.Run())
     assert not any(bool(p.grad.any()) for p in model.parameters())
 
