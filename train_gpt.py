@@ -4281,11 +4281,9 @@ class Checkpoints:
         return out
 
     def due(self, elapsed):
-        """Whether CHECKPOINT_EVERY_SECONDS have passed since this last held; `elapsed` is rank 0's clock, so that ranks
-        whose own clocks differ agree: if one alone saved, its collectives would meet the others' gradients."""
-        is_due = 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
-        self.last_s = elapsed if is_due else self.last_s
-        return is_due
+        """Whether CHECKPOINT_EVERY_SECONDS have passed since `last_s`; `elapsed` is rank 0's clock, so that ranks whose
+        own clocks differ agree: if one alone saved, its collectives would meet the others' gradients."""
+        return 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
 
     def save(self, name, tensors, facts):
         """Rank 0 writes one; a fault is logged and the run goes on.  Weights that are not finite are never written."""
@@ -4422,6 +4420,7 @@ def train_loop(job, data, cfg, run, micro_rows, checkpoints):
         if last:
             break
         if checkpoints.due(elapsed):
+            checkpoints.last_s = elapsed
             checkpoints.save_step(job)
             pace.last_tick = clock.elapsed()
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
