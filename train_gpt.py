@@ -787,16 +787,50 @@ CASE_SLACK = 1e-3  # published sidecars count the text before normalisation: a n
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # CaseOps [6]: title, all capitals, capital next, escape; no text of their own
 
 
+@dataclass(frozen=True)
+class Shard:
+    """Tokens of one shard file, read at each access: shard[i:j] is np.uint16 (j - i,).
+
+    Not memory-mapped: a mapped file that is cut short under way kills the process, a read raises DataError.
+    """
+    path: Path
+    tokens: int
+    stamp: tuple  # size and time of change when it was opened
+
+    def __len__(self):
+        return self.tokens
+
+    def __getitem__(self, part):
+        start, stop, _ = part.indices(self.tokens)
+        try:
+            tokens = np.fromfile(self.path, "<u2", stop - start, offset=4 * HEADER_INTS + 2 * start)
+            found = stamp(self.path)
+        except OSError as error:
+            raise DataError(f"{self.path}: vanished while the run was reading it ({error.strerror}); put it back and "
+                            "set RESUME to go on") from None
+        if found != self.stamp:  # looked at after reading: what was read is of the file that was opened
+            raise DataError(f"{self.path}: changed while the run was reading it; put it back as it was and set RESUME "
+                            "to go on")
+        return tokens
+
+
+def stamp(path):
+    """Size and time of change of a file."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
 def open_shard(path):
-    """Memory-map one shard: np.uint16 (tokens,).  Raises DataError naming the file and its fault."""
+    """Open one shard.  Raises DataError naming the file and its fault."""
     try:
-        with path.open("rb") as f:
-            size = os.fstat(f.fileno()).st_size
+        found = stamp(path)
+        header = np.fromfile(path, "<i4", 3)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    size = found[0]
     if size < 4 * HEADER_INTS:
         raise DataError(f"{path}: {size} bytes, shorter than the {4 * HEADER_INTS}-byte header of a token shard")
-    magic, version, tokens = (int(v) for v in np.fromfile(path, dtype="<i4", count=3))
+    magic, version, tokens = header.tolist()
     if (magic, version) != (SHARD_MAGIC, SHARD_VERSION):
         raise DataError(f"{path}: magic {magic} version {version}, expected {SHARD_MAGIC} version {SHARD_VERSION}: "
                         "not a token shard of this challenge")
@@ -805,11 +839,11 @@ def open_shard(path):
     if size != 4 * HEADER_INTS + 2 * tokens:
         raise DataError(f"{path}: {size} bytes, but {tokens} tokens need {4 * HEADER_INTS + 2 * tokens}: truncated or "
                         "altered")
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * HEADER_INTS, shape=(tokens,))
+    return Shard(path, tokens, found)
 
 
 def open_shards(data_path, split):
-    """All shards of a split, by name: list of (Path, np.uint16 (tokens,)).  Raises DataError."""
+    """All shards of a split, by name: list of (Path, Shard).  Raises DataError."""
     folder = Path(data_path)
     how = "data/download.py fetches the challenge's shards; PRESET=sample uses the embedded ones"
     if not folder.is_dir():
@@ -842,7 +876,7 @@ def open_sidecar(cfg, val, parts, sp):
             raise DataError(f"{what} is missing, but the tokenizer has CaseOps marks: the score is by the original "
                             "text's bytes; data/download.py fetches the sidecar, data/prepare.py --case-ops writes it")
         return None
-    counts = [open_shard(path) for path in paths]
+    counts = [open_shard(path)[:] for path in paths]
     if (found := [len(c) for c in counts]) != (expected := [len(tokens) for _, tokens in parts]):
         raise DataError(f"{what} holds {found} counts, the validation shards {expected} tokens")
     counts = np.concatenate(counts)
@@ -875,10 +909,10 @@ def open_data(cfg):
         if len(last) <= cfg.holdout_tokens + cfg.train_seq_len:
             raise SettingError(f"HOLDOUT_TOKENS={cfg.holdout_tokens}: the last training shard {path} has only "
                                f"{len(last)} tokens")
-        val, train[-1] = np.array(last[-cfg.holdout_tokens:]), (path, last[:-cfg.holdout_tokens])
+        val, train[-1] = last[-cfg.holdout_tokens:], (path, replace(last, tokens=len(last) - cfg.holdout_tokens))
         check_vocabulary(path, val, cfg.vocab_size)
     else:
-        parts = open_shards(cfg.data_path, "val")
+        parts = [(path, shard[:]) for path, shard in open_shards(cfg.data_path, "val")]
         for path, tokens in parts:
             check_vocabulary(path, tokens, cfg.vocab_size)
         val = np.concatenate([tokens for _, tokens in parts])
@@ -982,16 +1016,6 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     return counted, sum(len(text.encode()) - first.startswith(" ") for first, text in zip(firsts, texts))
 
 
-def stamp(path):
-    """Size and time of change of a file; raises DataError if it is not there."""
-    try:
-        found = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: vanished while the run was reading it ({error.strerror}); put it back and set RESUME "
-                        "to go on") from None
-    return found.st_size, found.st_mtime_ns
-
-
 class Loader:
     """Training batches in a random order, prefetched by a thread, the same rows for any number of ranks.
 
@@ -1008,7 +1032,6 @@ class Loader:
             raise DataError(f"{shards[0][0]}: {self.lengths[0]} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
         self._cut_rows()
-        self.stamps = {s: stamp(path) for s, (path, tokens) in enumerate(shards) if isinstance(tokens, np.memmap)}
         self.queue = queue.Queue(maxsize=2)
         self.stopped = threading.Event()
         self.thread = threading.Thread(target=self._produce, daemon=True)
@@ -1044,10 +1067,6 @@ class Loader:
         try:
             while not self.stopped.is_set():
                 mine = self._next_rows(rows)[first:last]
-                for s in self.stamps.keys() & {s for s, _ in mine}:  # a mapped file cut short would kill the process
-                    if stamp(self.shards[s][0]) != self.stamps[s]:
-                        raise DataError(f"{self.shards[s][0]}: changed while the run was reading it; put it back as it "
-                                        "was and set RESUME to go on")
                 batch = np.stack([self.shards[s][1][i:i + self.cfg.train_seq_len + 1] for s, i in mine])
                 if int(batch.max()) >= self.cfg.vocab_size:
                     bad = mine[int(batch.max(1).argmax())][0]

@@ -76,7 +76,7 @@ def shard(rng, folder):
     path.write_bytes(blob if rng.random() < 0.1 else mutated(rng, blob))
     cfg = tiny_config(vocab_size=1024, data_path=str(folder))
     shards = t.open_shards(folder, "train")
-    t.check_vocabulary(path, shards[0][1], cfg.vocab_size)
+    t.check_vocabulary(path, shards[0][1][:], cfg.vocab_size)
     loader = t.Loader(shards, cfg, t.Run())
     try:
         for _ in range(2):

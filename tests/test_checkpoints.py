@@ -327,15 +327,19 @@ def test_run_goes_on_after_a_bad_step_and_says_so(tmp_path, capsys):
     assert found == dict(step="3", count="1", most="10")
 
 
-def test_shard_that_changes_or_vanishes_under_way_is_named(tiny, tmp_path):
+@pytest.mark.parametrize("after", ["opening", "a_batch"])
+def test_shard_that_changes_or_vanishes_under_way_is_named(tiny, tmp_path, after):
     shard = tmp_path / "fineweb_train_000000.bin"
     for change, expected in ((lambda: os.truncate(shard, 5000), "changed while"),
                              (lambda: shard.unlink(), "vanished while")):
         shard.write_bytes((Path(tiny["DATA_PATH"]) / shard.name).read_bytes())
-        cfg = tiny_config(vocab_size=1024)
-        loader = t.Loader(t.open_shards(tmp_path, "train"), cfg, t.Run())
-        next(loader)
-        change()
+        cfg, shards = tiny_config(vocab_size=1024), t.open_shards(tmp_path, "train")
+        if after == "opening":
+            change()
+        loader = t.Loader(shards, cfg, t.Run())
+        if after == "a_batch":
+            next(loader)
+            change()
         with pytest.raises(t.DataError, match=f"{shard.name}: {expected}"):
             for _ in range(10):
                 next(loader)
