@@ -1942,13 +1942,27 @@ class GatedDeltaNet(nn.Module):
                                                                        S.detach())
 
 
-def rotary(x, first, base, dims):
-    """Rotate `dims` channels of each head of x (B, T, H, d) by its position first, first + 1, ... [3]."""
-    d = dims or x.shape[-1]
-    position = torch.arange(first, first + x.shape[1], device=x.device, dtype=torch.float32)
-    angle = position[:, None] * base ** (-torch.arange(0, d, 2, device=x.device, dtype=torch.float32) / d)
-    cos, sin = angle.cos()[:, None].to(x.dtype), angle.sin()[:, None].to(x.dtype)  # (T, 1, d / 2)
-    x1, x2, rest = x.split([d // 2, d // 2, x.shape[-1] - d], -1)
+@torch.library.custom_op("gdn_swa::rotary_table", mutates_args=())
+def rotary_table(length: int, base: float, dims: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cosine and sine of the angles [3] that turn `dims` channels at positions 0, 1, ...: (2, length, 1, dims / 2).
+
+    An operator, so that torch.compile keeps the table instead of computing it again at every element of q and k.
+    """
+    position = torch.arange(length, device=device, dtype=torch.float32)
+    angle = position[:, None] * base ** (-torch.arange(0, dims, 2, device=device, dtype=torch.float32) / dims)
+    return torch.stack([angle.cos(), angle.sin()]).unsqueeze(2).to(dtype)
+
+
+@rotary_table.register_fake
+def _(length, base, dims, dtype, device):
+    return torch.empty(2, length, 1, dims // 2, dtype=dtype, device=device)
+
+
+def rotary(x, table):
+    """Rotate channels of each head of x (B, T, H, d) by a `rotary_table` of T positions; the rest stay as they are."""
+    cos, sin = table
+    half = cos.shape[-1]
+    x1, x2, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
     return torch.cat([x1 * cos - x2 * sin, x1 * sin + x2 * cos, rest], -1)
 
 
@@ -1975,9 +1989,10 @@ class Attention(nn.Module):
         if state is not None:
             k, v = torch.cat([state.k.to(x.dtype), k], 1), torch.cat([state.v.to(x.dtype), v], 1)
         S = k.shape[1]
-        q = rotary(q, S - x.shape[1], cfg.rope_base, cfg.rope_dims) * gain.to(x.dtype)[:, None]
-        o = windowed_attention(q, rotary(k, 0, cfg.rope_base, cfg.rope_dims), v, self.window,
-                               None if packing is None else packing.cu_seqlens, cfg.attn_kernel)
+        table = rotary_table(S, cfg.rope_base, cfg.rope_dims or d, x.dtype, x.device)
+        q = rotary(q, table[:, S - x.shape[1]:]) * gain.to(x.dtype)[:, None]
+        o = windowed_attention(q, rotary(k, table), v, self.window, None if packing is None else packing.cu_seqlens,
+                               cfg.attn_kernel)
         if self.xsa:
             o = without_own_value(o, v[:, S - x.shape[1]:])
         keep = S - min(self.window - 1, S)

@@ -88,11 +88,16 @@ def test_gdn_mixer_equals_its_formula(tiny_config, tiny_model):
     torch.testing.assert_close(state.S, S.detach(), rtol=1e-4, atol=1e-5)
 
 
+def turned(x, first, base, dims):
+    """x (B, T, H, d) rotated from position `first` on; dims 0: all channels."""
+    return t.rotary(x, t.rotary_table(first + x.shape[1], base, dims or x.shape[-1], x.dtype, x.device)[:, first:])
+
+
 def test_attention_mixer_equals_its_formula(tiny_config, tiny_model):
     block, x = tiny_model(tiny_config(stack="swa")).blocks[0], random_x(2, 40)
     mixer, at = block.mixer, torch.arange(40)
     q, k, v = ((x @ w.T).unflatten(-1, (-1, 16)) for w in (mixer.q_proj, mixer.kv.k_proj, mixer.kv.v_proj))
-    q, k = (t.rotary(F.rms_norm(y, (16,), eps=1e-6), 100, 10000.0, 0) for y in (q, k))  # only distances matter
+    q, k = (turned(F.rms_norm(y, (16,), eps=1e-6), 100, 10000.0, 0) for y in (q, k))  # only distances matter
     k, v = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
     scores = torch.einsum("bthd,bshd->bhts", q * block.qk_gain[:, None], k) / 4
     hidden = (at > at[:, None]) | (at <= at[:, None] - 16)
@@ -280,7 +285,7 @@ def test_attention_state_keeps_no_more_than_the_window(tiny_config, tiny_model, 
 
 def test_rotary_turns_heads_alike_and_positions_differently():
     x = random_x(1, 1, 8).view(1, 1, 1, 8).expand(1, 5, 3, 8)  # one vector at five positions in three heads
-    y = t.rotary(x, 0, 100.0, 0)
+    y = turned(x, 0, 100.0, 0)
     for head in range(1, 3):
         assert torch.equal(y[:, :, head], y[:, :, 0])
     for i in range(1, 5):
@@ -291,20 +296,20 @@ def test_rotary_equals_complex_multiplication():
     x = random_x(2, 5, 3 * 8).view(2, 5, 3, 8)
     angle = torch.arange(4, 9).double()[:, None] * 100.0 ** (-torch.arange(4).double() / 4)
     z = torch.complex(*x.double().chunk(2, -1)) * torch.polar(torch.ones_like(angle), angle)[:, None]
-    torch.testing.assert_close(t.rotary(x, 4, 100.0, 0).double(), torch.cat([z.real, z.imag], -1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(turned(x, 4, 100.0, 0).double(), torch.cat([z.real, z.imag], -1), rtol=1e-5, atol=1e-5)
 
 
 def test_rotary_products_depend_on_distance_alone():
     q, k = random_x(1, 1, 8).view(1, 1, 1, 8), random_x(1, 1, 8, seed=1).view(1, 1, 1, 8)
-    products = [(t.rotary(q, at + 3, 100.0, 0) * t.rotary(k, at, 100.0, 0)).sum() for at in (0, 1, 50)]
+    products = [(turned(q, at + 3, 100.0, 0) * turned(k, at, 100.0, 0)).sum() for at in (0, 1, 50)]
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-4, atol=1e-4)
 
 
 def test_rotary_leaves_channels_beyond_rope_dims():
     x = random_x(1, 5, 2 * 8).view(1, 5, 2, 8)
-    y = t.rotary(x, 3, 100.0, 4)
+    y = turned(x, 3, 100.0, 4)
     assert torch.equal(y[..., 4:], x[..., 4:])
-    assert torch.equal(y[..., :4], t.rotary(x[..., :4], 3, 100.0, 0))
+    assert torch.equal(y[..., :4], turned(x[..., :4], 3, 100.0, 0))
 
 
 @pytest.mark.parametrize("changed", [dict(rope_dims=8), dict(rope_base=100.0)], ids=["rope_dims", "rope_base"])
