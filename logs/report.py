@@ -245,13 +245,13 @@ class RunLog:
 
     @property
     def verdict(self):
-        """'ok', or 'fail (what)', 'unfinished', or a dash for older logs, which judge nothing."""
+        """'ok', 'holdout', 'fail (what)', 'unfinished', or a dash for older logs, which judge nothing."""
         if not (self.final and (self.compliance or not self.ours)):
             return "unfinished"
         if not self.compliance:
             return DASH
-        if self.compliance.get("verdict") == "ok":
-            return "ok"
+        if self.compliance.get("verdict") in ("ok", "holdout"):
+            return self.compliance["verdict"]
         broken = [k for k in CHECKS if self.compliance.get(k) not in (None, "ok")]
         broken += [values.get("limit", "?") for values in self.events.get("over_limit", [])]
         return f"fail ({', '.join(broken) or 'unsaid'})"

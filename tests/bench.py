@@ -183,7 +183,7 @@ def fla_parts():
 class PlainGDN(t.GatedDeltaNet):
     """The mixer as FLA's own layer composes it: a product and a convolution per role; gate and l2 norm in the op."""
 
-    def forward(self, x, scale, gain, state, packing):
+    def forward(self, x, scale, gain, state, packing, xsa=False):
         """x (B, T, D), scale (D,) of the output -> (B, T, D); takes and returns no state."""
         fla, kv, K = fla_parts(), self.kv, self.K
         q, k, v, gate, a, b = (t.linear(x, w) for w in (self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj,

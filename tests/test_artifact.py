@@ -60,6 +60,16 @@ def blob(files):
     return files["brotli"].read_bytes()
 
 
+def test_the_smallest_model_is_read_back_too(tmp_path):
+    """Its integers are fewer than the coder's table of frequencies."""
+    cfg = fixed_config(model_dim=8, vocab_size=16, stack="gdn", gdn_heads=1, gdn_head_dim=8, mlp_mult=1.0,
+                       ngram_buckets=0, compressor="rans")
+    small = tiny_model(cfg)
+    assert sum(p.numel() for p in small.parameters()) < 1000
+    t.save_artifact(tmp_path / "small", small, cfg)
+    assert t.load_artifact(tmp_path / "small").cfg.model_dim == 8
+
+
 def seal(version, head, unpacked, payload):
     """An artifact's bytes with right lengths and checksum around any packed header and payload."""
     digest = hashlib.sha256(head + payload).digest()

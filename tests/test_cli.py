@@ -289,6 +289,7 @@ def test_run_without_a_step_is_a_whole_run(run):
 def test_holdout_scores_training_text_instead_of_validation(run):
     result = run(HOLDOUT_TOKENS="1000", ITERATIONS="1", EVAL_DIAGNOSTICS="0", FINAL_SCORE="roundtrip")
     assert result.code == 0 and values(result.out, "final")["tokens"] == "999"
+    assert values(result.out, "compliance")["verdict"] == "holdout"  # not a score of the validation split
 
 
 def test_presets_combine(run, tiny):

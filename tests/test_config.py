@@ -243,8 +243,9 @@ def test_config_cannot_be_changed_afterwards():
     (dict(NGRAM_BUCKETS="2147483648"), ["NGRAM_BUCKETS=2147483648", "must be below 2147483648"]),
     (dict(MAX_WALLCLOCK_SECONDS="1e300"), ["MAX_WALLCLOCK_SECONDS=1e+300", "a finite number, at most 1e+38"]),
     (dict(RESUME="x", EVAL_ONLY="1", ARTIFACT="a"), ["RESUME=x", "EVAL_ONLY", "checkpoint"]),
-    (dict(EVAL_ONLY="1"), ["ARTIFACT is empty", "EVAL_ONLY"]),
-    (dict(PROMPT="hello"), ["ARTIFACT is empty", "PROMPT"]),
+    (dict(EVAL_SAVE_SECONDS="9", EVAL_ONLY="1", ARTIFACT="a"), ["EVAL_SAVE_SECONDS=9", "EVAL_ONLY=1", "resumed"]),
+    (dict(EVAL_ONLY="1"), ["ARTIFACT=: ", "EVAL_ONLY"]),
+    (dict(PROMPT="hello"), ["ARTIFACT=: ", "PROMPT"]),
 ], ids=lambda x: " ".join(f"{k}={v}" for k, v in x.items()) if isinstance(x, dict) else "")
 def test_contradicting_settings_are_refused(env, parts):
     message = fault(**env)
@@ -379,8 +380,22 @@ def test_help_lists_every_setting_with_default_and_meaning():
         assert t.parse_value(name, text.removesuffix(meaning).strip(), type(f.default)) == f.default
 
 
-def test_help_lists_the_presets():
-    assert all(f"\nPRESET={name}: " in t.help_text() for name in t.PRESETS)
+def test_help_lists_the_presets_as_the_environment_takes_them():
+    for name in t.PRESETS:
+        [line] = [line for line in t.help_text().splitlines() if line.startswith(f"PRESET={name}: ")]
+        if name != "record":
+            settings = dict(word.split("=") for word in re.split(r" (?=[A-Z][A-Z0-9_]*=)", line.partition(": ")[2]))
+            cfg = t.Config.from_env(settings)
+            assert all(getattr(cfg, key) == value for key, value in t.PRESETS[name].items())
+
+
+def test_a_foreign_variable_of_one_word_is_not_ours():
+    assert t.Config.from_env(dict(COMPILER="gcc", TOOLS="1")) == t.Config()
+
+
+def test_run_name_has_no_character_of_a_preset_list():
+    name = t.name_run(t.Config.from_env(dict(PRESET="pr1749, sample")), t.Run()).run_id
+    assert re.fullmatch(r"[\d-]+_pr1749-sample_seed1337", name)
 
 
 # ---- source --------------------------------------------------------------------------------------

@@ -211,12 +211,13 @@ def test_operator_backward_when_one_result_is_unused(kernels_by_reference, used)
 def test_operator_fake_shapes_are_the_reference_shapes(packed, dtype):
     inputs, state = t.gdn_inputs(1 if packed else 2, 70, 1, 2, 8, "cpu", dtype)
     cu_seqlens = torch.tensor([0, 7, 30, 70]) if packed else None
-    real = t.gated_delta_rule_reference(**inputs, state=None if packed else state, cu_seqlens=cu_seqlens)
+    state = state.repeat(3, 1, 1, 1) if packed else state
+    real = t.gated_delta_rule_reference(**inputs, state=state, cu_seqlens=cu_seqlens)
     with FakeTensorMode() as mode:
         fake = {n: mode.from_tensor(x) for n, x in inputs.items()}
-        o, final, _, _ = torch.ops.gdn_swa.gdn_forward(
-            **fake, state=None if packed else mode.from_tensor(state),
-            cu_seqlens=mode.from_tensor(cu_seqlens) if packed else None, kernel="fla")
+        cuts = mode.from_tensor(cu_seqlens) if packed else None
+        o, final, _, _ = torch.ops.gdn_swa.gdn_forward(**fake, state=mode.from_tensor(state), cu_seqlens=cuts,
+                                                       kernel="fla")
     for got, want in ((o, real[0]), (final, real[1])):
         assert (got.shape, got.dtype) == (want.shape, want.dtype)
 

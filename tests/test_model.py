@@ -185,17 +185,18 @@ def test_nothing_before_bos_enters_through_the_carried_state(tiny_config, tiny_m
 @pytest.mark.parametrize("bos_id", [-1, 1], ids=["no_bos", "bos1"])
 def test_first_token_of_a_text_has_no_predecessor(tiny_config, tiny_model, bos_id):
     model = tiny_model(tiny_config(bos_id=bos_id, ngram_order=2))
-    row = model.embed.ngram_rows(torch.tensor([[7]]), torch.tensor([[-1]]), torch.tensor([[-1]]))[0]
-    x = model.embed.weight[7] + model.embed.ngram_table[row[0, 0]] @ model.embed.ngram_proj.T
+    absent = torch.tensor([[-1]])
+    row = model.embed.ngrams(model.embed.ngram_table, torch.tensor([[7]]), absent, absent)[0, 0]
+    x = model.embed.weight[7] + row @ model.embed.ngram_proj.T
     torch.testing.assert_close(embed(model, torch.tensor([[7]]))[0][0, 0], F.rms_norm(x, (64,), eps=1e-6))
 
 
 def test_ngram_rows_fill_the_table_evenly(tiny_config):
-    embedding = t.Embedding(tiny_config(ngram_buckets=97))
     ids = random_ids(1, 20000, vocab=60000)
-    for rows in embedding.ngram_rows(ids[:, 2:], ids[:, 1:-1], ids[:, :-2]):
-        counts = torch.bincount(rows.flatten(), minlength=97)
-        assert len(counts) == 97 and counts.min() > 120 and counts.max() < 300  # 206 on average
+    for order in (2, 3):
+        embedding = t.Embedding(tiny_config(ngram_order=order))
+        counts = embedding.ngrams(torch.eye(97), ids[:, 2:], ids[:, 1:-1], ids[:, :-2]).sum((0, 1))
+        assert counts.min() > (order - 1) * 120 and counts.max() < (order - 1) * 300  # 206 on average of each order
 
 
 # ---- packing ----------------------------------------------------------------------------------------
@@ -485,7 +486,7 @@ def test_gdn_v_heads_sets_the_state(tiny_config, tiny_model):
 
 @pytest.mark.parametrize("kind, window", [("swa", 16), ("attn", 64)])
 def test_window_of_each_attention_kind(tiny_config, kind, window):
-    assert t.make_mixer(tiny_config(), kind, None, False).window == window
+    assert t.LM(tiny_config(stack=kind)).blocks[0].mixer.window == window
 
 
 @pytest.mark.parametrize("overrides, absent", [(dict(ngram_buckets=0), "ngram"), (dict(smear=False), "smear")],
@@ -575,7 +576,19 @@ def test_xsa_output_is_orthogonal_to_the_tokens_own_value():
 
 def test_xsa_is_on_in_the_last_attention_layers_only(tiny_config):
     blocks = t.LM(tiny_config(stack="swa gdn swa swa gdn", xsa_layers=2)).blocks
-    assert [block.mixer.xsa for block in blocks if block.qk_gain is not None] == [False, True, True]
+    assert [block.xsa for block in blocks] == [False, False, True, True, False]
+
+
+@pytest.mark.parametrize("overrides", [dict(stack="gdn swa:a gdn swa:a"), dict(stack="attn*4", unique_layers=2)],
+                         ids=["tag", "loop"])
+def test_xsa_of_a_shared_mixer_is_its_layers_own(tiny_config, tiny_model, overrides):
+    ids, logits = random_ids(1, 20), []
+    for xsa_layers in (0, 1, 2):
+        model = tiny_model(tiny_config(**overrides, xsa_layers=xsa_layers))
+        assert sum(block.xsa for block in model.blocks) == xsa_layers
+        with torch.no_grad():
+            logits.append(model(ids)[0])
+    assert not any(torch.allclose(*pair) for pair in zip(logits, logits[1:] + logits[:1]))
 
 
 @pytest.mark.parametrize("overrides", [dict(kv_share=2), dict(unet=True), dict(xsa_layers=2), dict(unique_layers=2)],

@@ -252,7 +252,7 @@ def trained_rows(cfg, tokens):
     def spy(model, ids, targets, wanted, state=None):
         for row in range(len(ids)):
             seen.append((ids[row], targets[row][wanted[row]],
-                         t.map_states(lambda x, row=row: x[row:row + 1], state)))
+                         state and t.tree_map(lambda x, row=row: x[row:row + 1], state)))
         return real(model, ids, targets, wanted, state)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "summed_nll", spy)
@@ -480,13 +480,30 @@ def test_a_file_that_does_not_fit_is_not_used(fault, tmp_path):
     assert t.evaluate(tiny_model(cfg), text(), TABLE, "roundtrip", progress=progress).tokens == 319
 
 
+def test_a_full_disk_does_not_end_an_evaluation(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    progress = t.Progress(tmp_path / "file" / "evaluation.npz", "key", t.Run(), 1e-9)
+    assert t.evaluate(tiny_model(ttt_config()), text(), TABLE, "roundtrip", progress=progress).tokens == 319
+    assert "evaluation_not_saved reason:" in capsys.readouterr().out
+
+
+def test_seconds_before_a_resumption_count(tmp_path):
+    cfg, data = ttt_config(), t.Data([], text(), None, TABLE)
+    scorer = t.Scorer(tiny_model(cfg), text(), TABLE, t.Run(), None, False, False)
+    progress = t.Progress(tmp_path / "evaluation.npz", "key", t.Run(), 1e-9)
+    progress.began -= 1000.0
+    progress.save(t.Ledger(), scorer)
+    resumed = t.Progress(tmp_path / "evaluation.npz", "key", t.Run(), 0.0, resume=True)
+    _, seconds = t.timed_evaluation("final_int6_roundtrip", tiny_model(cfg), data, "roundtrip", t.Run(), None, resumed)
+    assert 1000 < seconds < 1100
+
+
 def test_key_knows_artifact_text_method_and_settings():
     cfg, tokens = ttt_config(), text()
     keys = {t.evaluation_key(*arguments) for arguments in (
         (b"a", tokens, "ttt", cfg), (b"b", tokens, "ttt", cfg), (b"a", tokens[:-1], "ttt", cfg),
         (b"a", tokens, "exact", cfg), (b"a", tokens, "ttt", replace(cfg, ttt_lr=0.03)))}
-    same = t.evaluation_key(b"a", tokens, "ttt", replace(cfg, run_id="x", eval_save_seconds=9.0, eval_only=True,
-                                                         artifact="x"))
+    same = t.evaluation_key(b"a", tokens, "ttt", replace(cfg, run_id="x", eval_save_seconds=9.0, resume="x"))
     assert len(keys) == 5 and same in keys
 
 
