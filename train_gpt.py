@@ -1304,54 +1304,19 @@ CONV_ROWS = 64  # tokens that one program of the kernels below takes
 
 
 @cache
-def _conv_forward_kernel():
-    """Triton's forward of `convolved_heads`: a program takes CONV_ROWS tokens of one head, one by one.
+def _conv_kernel():
+    """Triton's `convolved_heads`, and its gradient (BACKWARD): a program takes CONV_ROWS tokens of one head.
 
     It holds the last rows in registers, so that each is read once, reads two rows ahead and begins three rows early.
+    The backward pass computes the forward again and ends three rows late: a row's gradient comes from three more too.
     """
     global tl  # Triton looks for names among the module's
     import triton
     import triton.language as tl
 
     @triton.jit
-    def conv_heads_forward(x, weight, tail, out, T, FIRST, C: tl.constexpr, HEADS: tl.constexpr,
-                           K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
-        b, h, first = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * ROWS
-        c = tl.arange(0, BLOCK)
-        real = c < K
-        at = FIRST + h * K + c
-        w0, w1 = tl.load(weight + 4 * at, real, 0.0), tl.load(weight + 4 * at + 1, real, 0.0)
-        w2, w3 = tl.load(weight + 4 * at + 2, real, 0.0), tl.load(weight + 4 * at + 3, real, 0.0)
-        x += b * T * C + at
-        tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
-        out += (b * T * HEADS + h) * K + c
-        x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # three: see the backward
-        ahead, beyond = tl.zeros([BLOCK], x.dtype.element_ty), tl.zeros([BLOCK], x.dtype.element_ty)
-        for t in range(first - 5, tl.minimum(first + ROWS, T)):  # the first two only read ahead
-            x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
-            beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
-            y = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
-            y *= tl.sigmoid(y)
-            if NORM:
-                y *= 1.0 / tl.maximum(tl.sqrt(tl.sum(y * y, 0)), 1e-6)
-            tl.store(out + t * HEADS * K, y.to(out.dtype.element_ty), real & (t >= first))
-            x3, x2, x1 = x2, x1, x0
-    return conv_heads_forward
-
-
-@cache
-def _conv_backward_kernel():
-    """Triton's backward of `convolved_heads`, row by row like the forward, which it computes again.
-
-    It also ends three rows late: a row's gradient comes from the three after it too.
-    """
-    global tl
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def conv_heads_backward(x, weight, tail, dy, dx, dw, T, FIRST, C: tl.constexpr, HEADS: tl.constexpr,
-                            K: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr):
+    def conv_heads(x, weight, tail, y, dx, dw, T, FIRST, C: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
+                   BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, BACKWARD: tl.constexpr):
         b, h, first = tl.program_id(1).to(tl.int64), tl.program_id(2), tl.program_id(0) * ROWS
         last = tl.minimum(first + ROWS, T)
         c = tl.arange(0, BLOCK)
@@ -1360,48 +1325,56 @@ def _conv_backward_kernel():
         w0, w1 = tl.load(weight + 4 * at, real, 0.0), tl.load(weight + 4 * at + 1, real, 0.0)
         w2, w3 = tl.load(weight + 4 * at + 2, real, 0.0), tl.load(weight + 4 * at + 3, real, 0.0)
         x += b * T * C + at
-        dx += b * T * C + at
-        tail += (b * 3 + 3) * C + at
-        dy += (b * T * HEADS + h) * K + c
-        dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
+        tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
+        y += (b * T * HEADS + h) * K + c  # the result, or with BACKWARD its gradient
         # Zeros of their own: Triton carries names that begin as one value through the loop as one.
         x1, x2, x3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)
-        d1, d2, d3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # before the SiLU, of the rows before
-        s0, s1, s2, s3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # the weight's
-        dy1, dy2 = tl.zeros([BLOCK], dy.dtype.element_ty), tl.zeros([BLOCK], dy.dtype.element_ty)
         ahead, beyond = tl.zeros([BLOCK], x.dtype.element_ty), tl.zeros([BLOCK], x.dtype.element_ty)
-        for t in range(first - 5, last + 3):
+        if BACKWARD:
+            dx += b * T * C + at
+            dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
+            d1, d2, d3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # before the SiLU, of the rows before
+            s0, s1, s2, s3 = tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0), tl.zeros_like(w0)  # the weight's
+            dy1, dy2 = tl.zeros([BLOCK], y.dtype.element_ty), tl.zeros([BLOCK], y.dtype.element_ty)
+        for t in range(first - 5, last + 3 * BACKWARD):  # the first two only read ahead
             x0, ahead, n = ahead.to(tl.float32), beyond, t + 2
             beyond = tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0) + tl.load(tail + n * C, real & (n < 0), 0.0)
-            d, dy1 = dy1.to(tl.float32), dy2
-            dy2 = tl.load(dy + n * HEADS * K, real & (n >= first) & (n < T), 0.0)
-            y = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
-            gate = tl.sigmoid(y)
+            u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
+            gate = tl.sigmoid(u)
+            z = u * gate
             if NORM:
-                z = y * gate
                 norm = tl.sqrt(tl.sum(z * z, 0))
                 z *= 1.0 / tl.maximum(norm, 1e-6)
-                d = (d - tl.where(norm > 1e-6, tl.sum(d * z, 0), 0.0) * z) / tl.maximum(norm, 1e-6)
-            d *= gate * (1.0 + y * (1.0 - gate))
-            dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
-            tl.store(dx + (t - 3) * C, dx_row.to(dx.dtype.element_ty), real & (t - 3 >= first))
-            own = tl.where(t < last, d, 0.0)
-            s0, s1, s2, s3 = s0 + own * x3, s1 + own * x2, s2 + own * x1, s3 + own * x0
-            x3, x2, x1, d3, d2, d1 = x2, x1, x0, d2, d1, d
-        tl.store(dw, s0, real)
-        tl.store(dw + C, s1, real)
-        tl.store(dw + 2 * C, s2, real)
-        tl.store(dw + 3 * C, s3, real)
-    return conv_heads_backward
+            if BACKWARD:
+                d, dy1 = dy1.to(tl.float32), dy2
+                dy2 = tl.load(y + n * HEADS * K, real & (n >= first) & (n < T), 0.0)
+                if NORM:
+                    d = (d - tl.where(norm > 1e-6, tl.sum(d * z, 0), 0.0) * z) / tl.maximum(norm, 1e-6)
+                d *= gate * (1.0 + u * (1.0 - gate))
+                dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
+                tl.store(dx + (t - 3) * C, dx_row.to(dx.dtype.element_ty), real & (t - 3 >= first))
+                own = tl.where(t < last, d, 0.0)
+                s0, s1, s2, s3 = s0 + own * x3, s1 + own * x2, s2 + own * x1, s3 + own * x0
+                d3, d2, d1 = d2, d1, d
+            else:
+                tl.store(y + t * HEADS * K, z.to(y.dtype.element_ty), real & (t >= first))
+            x3, x2, x1 = x2, x1, x0
+        if BACKWARD:
+            tl.store(dw, s0, real)
+            tl.store(dw + C, s1, real)
+            tl.store(dw + 2 * C, s2, real)
+            tl.store(dw + 3 * C, s3, real)
+    return conv_heads
 
 
-def _launch_conv(kernel, x, H, HV, tensors_of):
-    """Run a convolution kernel for the heads of q, of k and of v; tensors_of(i) are its tensors for one of them."""
+def _launch_conv(x, weight, tail, heads_of, H, HV, *gradients):
+    """Run the kernel for the heads of q, k and v, each with its tensor of heads_of; gradients: dx and dw, if any."""
     B, T, C = x.shape
     K = C // (2 * H + HV)
     for i, heads in enumerate((H, H, HV)):
-        kernel[-(-T // CONV_ROWS), B, heads](*tensors_of(i), T, i * H * K, C=C, HEADS=heads, K=K,
-                                             BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2, num_warps=1)
+        _conv_kernel()[-(-T // CONV_ROWS), B, heads](
+            x, weight, tail, heads_of[i], *(gradients or (x, x)), T, i * H * K, C=C, HEADS=heads, K=K,
+            BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2, BACKWARD=int(bool(gradients)), num_warps=1)
 
 
 def _empty_heads(x, H, HV):
@@ -1414,7 +1387,7 @@ def _empty_heads(x, H, HV):
 def _conv_forward(x: Tensor, weight: Tensor, tail: Tensor, H: int, HV: int) -> tuple[Tensor, Tensor, Tensor]:
     """`convolved_heads` in Triton."""
     x, weight, tail, out = x.contiguous(), weight.contiguous(), tail.contiguous(), _empty_heads(x, H, HV)
-    _launch_conv(_conv_forward_kernel(), x, H, HV, lambda i: (x, weight, tail, out[i]))
+    _launch_conv(x, weight, tail, out, H, HV)
     return out
 
 
@@ -1430,7 +1403,7 @@ def _conv_backward(x: Tensor, weight: Tensor, tail: Tensor, dq: Tensor, dk: Tens
     (B, T, C), H, HV = x.shape, dq.shape[2], dv.shape[2]
     x, weight, tail, *grads = (y.contiguous() for y in (x, weight, tail, dq, dk, dv))
     dx, dw = torch.empty_like(x), weight.new_empty(B * -(-T // CONV_ROWS), 4, C)
-    _launch_conv(_conv_backward_kernel(), x, H, HV, lambda i: (x, weight, tail, grads[i], dx, dw))
+    _launch_conv(x, weight, tail, grads, H, HV, dx, dw)
     return dx, dw.sum(0).mT.contiguous()
 
 
