@@ -2430,11 +2430,22 @@ def gptq(W, H, bits, clip_sigmas, damp=0.01, block=128):
     return compensate(W, scale.float().unsqueeze(-1), U, 2 ** (bits - 1) - 1, block), scale, float(damp.max())
 
 
-ROWS, COUNTS = ":rows", ":counts"  # keys among the Hessians: a parameter's row sensitivities, the tokens' counts
+class Calibration(NamedTuple):
+    """Sums over calibration tokens, float32, by parameter name; all empty without calibration.
+
+    H: x x^T (C, C) of the matrix's inputs.   rows: with GRID=rate the squared gradients (R,) of its rows.
+    counts: of each token, (vocab,).
+    """
+    H: dict
+    rows: dict
+    counts: Tensor | None
+
+
+UNCALIBRATED = Calibration({}, {}, None)
 
 
 class Hessians:
-    """Sums over calibration tokens for every matrix that a forward multiplies by: x x^T, float32 (C, C) by name."""
+    """Collects a Calibration from the products that forwards make."""
 
     def __init__(self, model):
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -2462,9 +2473,8 @@ class Hessians:
             self.rows[name] = self.rows[name].add_(rows) if name in self.rows else rows
 
     def collect(self, model, batches, run):
-        """Sum over `batches`, an iterable of ids (B, T + 1), and over all ranks.
+        """The Calibration by `batches`, an iterable of ids (B, T + 1), summed over all ranks.
 
-        Returns {name: H (C, C)}, {COUNTS: (vocab,)}, and with GRID=rate {name + ROWS: (R,)}, squared gradients by row.
         TF32 is allowed meanwhile: it keeps more bits than the bfloat16 activations have, so products stay exact.
         """
         cfg, precision = model.cfg, torch.get_float32_matmul_precision()
@@ -2482,8 +2492,8 @@ class Hessians:
             torch.set_float32_matmul_precision(precision)
         for product in (*self.sums.values(), *self.rows.values()):
             run.all_sum(product)
-        return {name: product for key, product in self.sums.items() for name in key} | {
-            name + ROWS: rows for name, rows in self.rows.items()} | {COUNTS: run.all_sum(self.counts)}
+        return Calibration({name: product for key, product in self.sums.items() for name in key}, self.rows,
+                           run.all_sum(self.counts))
 
 
 class Quantized(NamedTuple):
@@ -2510,21 +2520,21 @@ class Quantizer:
     GRID=rate: `strength` is the geometric mean of step / std(row) over all weights.  A weight's step is inverse to the
     square root of its effect on the loss, sensitivity of its row times conditional variance of its input, so that a
     byte buys as much wherever it is spent (reverse water-filling; an entropy coder makes any step possible).
-    Without row sensitivities among the Hessians the grid is SDClip's.
+    Without row sensitivities in the Calibration the grid is SDClip's.
     """
 
     SENSITIVITY_POWER = 0.7  # below 1: rows are estimated from few batches, and coarse steps save less than theory says
     LEAST_SENSITIVITY = 0.02  # of the matrix's mean, for rows that calibration hardly reached
     MOST = 108  # largest weight in steps; the rest of the int8 range takes up what GPTQ adds to it
 
-    def __init__(self, model, cfg, hessians, run):
-        self.cfg, self.run, self.rate = cfg, run, cfg.grid == "rate" and any(key.endswith(ROWS) for key in hessians)
+    def __init__(self, model, cfg, calibration, run):
+        self.cfg, self.run, self.rate = cfg, run, cfg.grid == "rate" and bool(calibration.rows)
         params = {name: p.detach() for name, p in model.named_parameters() if route(name).bits}
         self.shapes = {name: tuple(p.shape) for name, p in params.items()}
         self.bits = dict.fromkeys(params, 8) if self.rate else stored_bits(model, cfg)
         self.frequent = None
-        if cfg.frequent_rows and COUNTS in hessians:
-            self.frequent = hessians[COUNTS].topk(min(cfg.frequent_rows, cfg.vocab_size)).indices
+        if cfg.frequent_rows and calibration.counts is not None:
+            self.frequent = calibration.counts.topk(min(cfg.frequent_rows, cfg.vocab_size)).indices
         self.shares, work = [[] for _ in range(run.world_size)], [0] * run.world_size  # names by rank, about equal work
         for name in sorted(params, key=lambda n: -params[n].numel() * params[n].shape[1]):
             rank = work.index(min(work))
@@ -2532,20 +2542,21 @@ class Quantizer:
             self.shares[rank].append(name)
         groups = {}
         for name in self.shares[run.rank]:
-            key = self.shapes[name], self.bits[name], route(name).clip, name in hessians, name == "embed.weight"
+            key = self.shapes[name], self.bits[name], route(name).clip, name in calibration.H, name == "embed.weight"
             groups.setdefault(key, []).append(name)
-        self.groups = [self.prepare(names, params, hessians) for names in groups.values()]
+        self.groups = [self.prepare(names, params, calibration) for names in groups.values()]
         mine = [sum(g["log_step"] for g in self.groups), float(sum(g["W"].numel() for g in self.groups))]
         log_step, self.weights = map(sum, zip(*run.gather(mine)))
         self.unit = math.exp(log_step / self.weights)
 
     @torch.no_grad()
-    def prepare(self, names, params, hessians):
+    def prepare(self, names, params, calibration):
         """What does not depend on the strength, for matrices of one shape: W, H, factor, relative steps (a dict)."""
         W = torch.stack([params[n].float() for n in names])
         n, R, C = W.shape
-        has_hessian, order = names[0] in hessians, None
-        H = torch.stack([hessians[n] for n in names]) if has_hessian else torch.eye(C, device=W.device).expand(n, C, C)
+        has_hessian, order = names[0] in calibration.H, None
+        H = (torch.stack([calibration.H[n] for n in names]) if has_hessian else
+             torch.eye(C, device=W.device).expand(n, C, C))
         if has_hessian and self.cfg.gptq_order:
             order = H.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
             H = H.take_along_dim(order.unsqueeze(2), 1).take_along_dim(order.unsqueeze(1), 2)
@@ -2553,7 +2564,7 @@ class Quantizer:
         U, damp = error_factor(H, self.cfg.gptq_damp) if has_hessian else (None, W.new_zeros(n))
         group = dict(names=names, W=W, H=H, U=U, damp=damp, order=order, log_step=0.0)
         trace = H.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
-        rows = torch.stack([hessians.get(n + ROWS, W.new_zeros(R)) for n in names]).to(W.device)
+        rows = torch.stack([calibration.rows.get(n, W.new_zeros(R)) for n in names]).to(W.device)
         group["rows"] = rows / trace  # (n, R): this times H is the expected second derivative of the loss
         if self.rate:
             mean = group["rows"].mean(-1, keepdim=True).clamp_min(1e-30)
@@ -2822,15 +2833,15 @@ def rans_roles(integers, roles, pool):
     return [(role, len(symbols[role]), out) for role, out in zip(integers, coded)]
 
 
-def save_artifact(path, model, cfg, hessians=None, run=None):
+def save_artifact(path, model, cfg, calibration=UNCALIBRATED, run=None):
     """Quantize, compress and write the model; returns the bytes written.  The file appears whole or not at all.
 
-    hessians: what `Hessians.collect` returned; without, matrices are rounded to nearest on SDClip's grid.
+    Without a calibration, matrices are rounded to nearest on SDClip's grid.
     run: all its ranks must call, rank 0 writes; default: one rank, silent.
     """
     log = run.log if run else lambda *event, **values: None
     run = run or Run(device=next(model.parameters()).device)
-    strength, quantized, blob = fill_cap(model, cfg, hessians or {}, run, log)
+    strength, quantized, blob = fill_cap(model, cfg, calibration, run, log)
     for name, q in quantized.items():
         spent = entropy_bytes({name: q}) * 8 / q.Q.numel()
         log("gptq", name=name, bits=q.bits, rows=q.Q.shape[0], strength=f"{strength:.3f}",
@@ -2873,14 +2884,14 @@ def expected_clip(model, cfg):
     return cfg.matrix_clip_sigmas or 31 * min(max(step, FINEST_STEP), COARSEST_STEP)
 
 
-def fill_cap(model, cfg, hessians, run, log):
+def fill_cap(model, cfg, calibration, run, log):
     """Find the finest grid whose total fits CAP_BYTES; returns its strength, {name: Quantized}, artifact (rank 0).
 
     Sizes fall almost linearly with the logarithm of the strength: each round quantizes, packs and interpolates.  A
     model that does not fit in FILL_ROUNDS is returned at the smallest size found, and the log says how far it is over.
     """
     began, most, tried, best, floats = time.perf_counter(), cfg.cap_bytes - len(code_bytes()), {}, None, None
-    quantizer = Quantizer(model, cfg, hessians, run)
+    quantizer = Quantizer(model, cfg, calibration, run)
     codec = side_codec(cfg.compressor)
     if codec == "lzma" != cfg.compressor:
         log("compressor", wanted="brotli", used=codec, reason="brotli_is_not_installed")
@@ -2897,7 +2908,8 @@ def fill_cap(model, cfg, hessians, run, log):
         quantized = {name: q for name, q in quantized.items() if name not in floats}
         blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
         tried[strength] = size = run.broadcast(len(blob) if run.rank == 0 else 0)
-        nats = sum(q.nats for q in quantized.values()) / max(1.0, float(hessians[COUNTS].sum())) if hessians else 0.0
+        tokens = 0 if calibration.counts is None else int(calibration.counts.sum())
+        nats = sum(q.nats for q in quantized.values()) / max(1, tokens)
         log("fill_cap", grid="rate" if quantizer.rate else "sdclip", strength=strength, model_bytes=size,
             most_bytes=most, expected_nats=f"{nats:.5f}", search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
         rank = (size <= most, -strength if size <= most else -size)
@@ -4243,17 +4255,17 @@ class Checkpoints:
 FREE_FIELDS = ("data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps", "val_loss_every", "train_log_every")
 
 
-class StopWatch(NamedTuple):
-    """What training left: steps done, seconds on the training clock, {name: Hessian}."""
+class Trained(NamedTuple):
+    """What training left beside the weights: steps done, seconds on the training clock, the Calibration."""
     steps: int
     train_s: float
-    hessians: dict
+    calibration: Calibration
 
 
 def train(model, data, cfg, run, checkpoints, saved=None):
     """Train until ITERATIONS or the clock ends it, from `saved` on; leaves the averaged weights in the model.
 
-    Then calibrates, writes trained.npz, and returns a StopWatch.
+    Then calibrates, writes trained.npz, and returns Trained.
     """
     began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
     if not (saved and saved[1]["trained"]) or cfg.gptq_enabled:  # calibration runs forward and backward too
@@ -4271,13 +4283,13 @@ def train(model, data, cfg, run, checkpoints, saved=None):
                 train_loop(job, data, cfg, run, micro_rows, checkpoints)
             job.average.copy_to()
         facts = job.facts(trained=True)  # the place in the data before calibration: it can be done again
-        hessians = calibrate(model, job.loader, cfg, run, job.clock)
+        calibration = calibrate(model, job.loader, cfg, run, job.clock)
         train_s = job.clock.pause()
     finally:
         job.loader.close()
     if not job.trained:
         checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s))
-    return StopWatch(job.step, train_s, hessians)
+    return Trained(job.step, train_s, calibration)
 
 
 def train_loop(job, data, cfg, run, micro_rows, checkpoints):
@@ -4327,10 +4339,10 @@ CALIBRATION_ROWS = 8  # rows of one calibration batch
 
 
 def calibrate(model, loader, cfg, run, clock):
-    """Hessians from the next training rows, or from text of the model's own, inside the training clock, shared over
-    ranks: what `Hessians.collect` returns."""
+    """The Calibration by the next training rows, or by text of the model's own, inside the training clock, shared over
+    ranks."""
     if not cfg.gptq_enabled:
-        return {}
+        return UNCALIBRATED
     run.synchronize()
     loop_end_s = clock.elapsed()
     rows, done = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size), 0
@@ -4348,12 +4360,12 @@ def calibrate(model, loader, cfg, run, clock):
                     return
                 yield part
                 done += len(part)
-    hessians = Hessians(model).collect(model, batches(), run)
+    calibration = Hessians(model).collect(model, batches(), run)
     run.synchronize()
-    run.log("hessians", matrices=sum(x.dim() == 2 for x in hessians.values()), calibration=cfg.gptq_calibration,
+    run.log("hessians", matrices=len(calibration.H), calibration=cfg.gptq_calibration,
             tokens=done * run.world_size * cfg.train_seq_len, wanted_tokens=rows * run.world_size * cfg.train_seq_len,
             loop_end_s=f"{loop_end_s:.1f}", hessian_end_s=f"{clock.elapsed():.1f}")
-    return hessians
+    return calibration
 
 
 @torch.no_grad()
@@ -4502,7 +4514,7 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
     return model, ledger, seconds + reload_s, in_order
 
 
-def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
+def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run):
     """Print sizes and the compliance line, each verdict from a check made in this run; returns whether all hold."""
     cfg, code = model.cfg, code_bytes()
     total = len(code) + artifact_bytes
@@ -4515,11 +4527,11 @@ def report(model, ledger, artifact_bytes, stop, eval_s, in_order, data, run):
         score_first=in_order,  # no weight changed while text was scored
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
         bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if data.table.sidecar is not None else 0))
-    limits = dict(train=not stop or not cfg.max_wallclock_seconds or stop.train_s <= cfg.max_wallclock_seconds,
+    limits = dict(train=not (trained and 0 < cfg.max_wallclock_seconds < trained.train_s),
                   eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes)
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     verdict = "fail" if not holds else "holdout" if cfg.holdout_tokens else "ok"  # a holdout is for choosing settings
-    spent = dict(train_s=f"{stop.train_s:.1f}" if stop else "-", eval_s=f"{eval_s:.1f}", total_bytes=total,
+    spent = dict(train_s=f"{trained.train_s:.1f}" if trained else "-", eval_s=f"{eval_s:.1f}", total_bytes=total,
                  cap_bytes=cfg.cap_bytes)
     run.log("compliance", **spent, bytes_per_token=f"{ledger.bytes / ledger.tokens:.5f}", tokens_scored=ledger.tokens,
             **{name: "ok" if held else "fail" for name, held in checks.items()}, verdict=verdict)
@@ -4653,7 +4665,7 @@ def main(env):
         if cfg.prompt:
             return continue_prompt(cfg, run) or 0
         data = open_data(cfg)
-        cfg, stop = name_run(cfg, run), None
+        cfg, trained = name_run(cfg, run), None
         ended = run.from_rank_0(lambda: verdict_of(Path(cfg.out_dir) / f"{cfg.run_id}.txt")) if cfg.resume else ""
         if ended:
             run.write(f"RUN_ID={cfg.run_id}: this run has ended, verdict:{ended}")
@@ -4662,9 +4674,9 @@ def main(env):
             blob = load_checked(cfg.artifact)
             start_log(cfg, run)
         else:
-            stop, blob = make_artifact(data, cfg, run)
+            trained, blob = make_artifact(data, cfg, run)
         model, ledger, eval_s, in_order = evaluate_artifact(blob, data, cfg, run, resume=bool(cfg.resume))
-        return 0 if report(model, ledger, len(blob), stop, eval_s, in_order, data, run) else 1
+        return 0 if report(model, ledger, len(blob), trained, eval_s, in_order, data, run) else 1
     finally:
         run.close()
 
@@ -4678,7 +4690,7 @@ def load_checked(path):
 
 
 def make_artifact(data, cfg, run):
-    """Train, calibrate and export, or what a resumed run still lacks of that; returns StopWatch and artifact bytes."""
+    """Train, calibrate and export, or what a resumed run still lacks of that; returns (Trained, artifact)."""
     checkpoints = Checkpoints(resolve_kernels(cfg, run), run, data)
     saved = checkpoints.load()
     cfg = checkpoints.cfg = settle_batch(checkpoints.cfg, run, int(saved[1]["config"]["train_batch_tokens"]) if saved
@@ -4691,21 +4703,21 @@ def make_artifact(data, cfg, run):
         run.log("resume", checkpoint=cfg.resume, step=facts["step"], train_time=f"{1000 * facts['elapsed_s']:.0f}ms",
                 trained=int(facts["trained"]), exported=int(exported))
         if exported:
-            return StopWatch(facts["step"], facts["train_s"], {}), run.from_rank_0(lambda: load_checked(path))
+            return Trained(facts["step"], facts["train_s"], UNCALIBRATED), run.from_rank_0(lambda: load_checked(path))
     check_kernels(cfg, run)
     model = init_weights(LM(cfg), cfg.seed).to(run.device)
     run.log("model", parameters=sum(p.numel() for p in model.parameters()), val_tokens=len(data.val),
             train_tokens=sum(len(tokens) for _, tokens in data.train))
     warn_of_size(model, cfg, run)
-    stop = train(model, data, cfg, run, checkpoints, saved)
+    trained = train(model, data, cfg, run, checkpoints, saved)
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
-    return stop, export(path, model, stop.hessians, cfg, run)
+    return trained, export(path, model, trained.calibration, cfg, run)
 
 
-def export(path, model, hessians, cfg, run):
+def export(path, model, calibration, cfg, run):
     """Write the artifact, the work shared by all ranks; returns its bytes on each."""
     began = time.perf_counter()
-    size = save_artifact(path, model, cfg, hessians, run)
+    size = save_artifact(path, model, cfg, calibration, run)
     run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
             export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
     return run.from_rank_0(lambda: load_checked(path))

@@ -32,7 +32,7 @@ def job_config(folder, **overrides):
 
 
 def train(cfg, die_at=None, every=None, run=None, saved=None):
-    """Train as make_artifact does, a checkpoint every `every` steps, dying before step die_at; model and StopWatch."""
+    """Train as make_artifact does, a checkpoint every `every` steps, dying before step die_at; model and Trained."""
     run, model, data = run or t.Run(), t.init_weights(t.LM(cfg), cfg.seed), fixed_data(cfg)
     checkpoints, done = t.Checkpoints(cfg, run, data), 0
 
@@ -87,7 +87,7 @@ def test_resumed_run_is_bit_equal_to_an_undisturbed_one(tmp_path, overrides):
         train(cfg, die_at=3, every=3)
     resumed, again = train(cfg)
     assert_same(weights_of(whole), weights_of(resumed))
-    assert_same(stop.hessians, again.hessians)
+    assert_same(stop.calibration.H, again.calibration.H)
     assert stop.steps == again.steps == 8
 
 
@@ -110,7 +110,7 @@ def test_trained_run_only_calibrates_again(tmp_path):
     whole, stop = train(job_config(tmp_path))
     resumed, again = train(job_config(tmp_path), die_at=1)
     assert_same(weights_of(whole), weights_of(resumed))
-    assert_same(stop.hessians, again.hessians)
+    assert_same(stop.calibration.H, again.calibration.H)
 
 
 def go_on_by_two(run, folder):

@@ -93,11 +93,11 @@ def calibrated():
 def test_every_multiplied_matrix_gets_a_hessian(calibrated):
     _, model, _, hessians = calibrated
     stored = {name for name, _ in model.named_parameters() if t.route(name).bits}
-    assert {n for n in hessians if ":" not in n} == stored - {"embed.ngram_table"}  # a lookup table multiplies nothing
+    assert set(hessians.H) == stored - {"embed.ngram_table"}  # a lookup table multiplies nothing
     for name in stored:
         rows, columns = model.get_parameter(name).shape
-        assert hessians[name + t.ROWS].shape == (rows,)
-        assert name not in hessians or hessians[name].shape == (columns, columns)
+        assert hessians.rows[name].shape == (rows,)
+        assert name not in hessians.H or hessians.H[name].shape == (columns, columns)
 
 
 def test_hessian_is_the_sum_of_x_xt_over_all_uses_of_a_shared_matrix(calibrated):
@@ -110,7 +110,7 @@ def test_hessian_is_the_sum_of_x_xt_over_all_uses_of_a_shared_matrix(calibrated)
     handle.remove()
     x = torch.cat(seen)
     assert len(seen) == 2 * len(batches) and shared is model.blocks[3].mixer
-    torch.testing.assert_close(hessians["blocks.1.mixer.q_proj"], x.mT @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(hessians.H["blocks.1.mixer.q_proj"], x.mT @ x, rtol=1e-4, atol=1e-3)
 
 
 def test_observing_leaves_no_trace(calibrated):
@@ -124,9 +124,9 @@ def test_observing_leaves_no_trace(calibrated):
 def test_quantized_errors_fall_with_gptq(calibrated):
     cfg, model, _, hessians = calibrated
     fine = quantize_model(model, hessians, t.replace(cfg, grid="sdclip"), 12.85)
-    for name, nearest in quantize_model(model, {}, cfg, 12.85).items():
-        if name in hessians:
-            W, H = model.get_parameter(name).detach(), hessians[name]
+    for name, nearest in quantize_model(model, t.UNCALIBRATED, cfg, 12.85).items():
+        if name in hessians.H:
+            W, H = model.get_parameter(name).detach(), hessians.H[name]
             assert output_error(W, fine[name].Q, fine[name].scale, H) <= \
                 output_error(W, nearest.Q, nearest.scale, H) * 1.001, name
 
@@ -144,27 +144,27 @@ def test_the_search_ends_just_under_the_cap(larger, bits_per_weight):
     weights = sum(p.numel() for n, p in model.named_parameters() if t.route(n).bits)
     most = int(weights * bits_per_weight / 8) + 20_000
     cfg = t.replace(cfg, cap_bytes=most + len(t.code_bytes()))
-    clip, _, blob = t.fill_cap(model, cfg, {}, t.Run(), lambda *event, **values: None)
+    clip, _, blob = t.fill_cap(model, cfg, t.UNCALIBRATED, t.Run(), lambda *event, **values: None)
     assert most - t.FILL_SLACK <= len(blob) <= most
     assert clip > 31 * t.FINEST_STEP
 
 
 def test_a_model_far_below_the_cap_gets_the_finest_grid(larger):
     cfg, model = larger
-    clip, _, blob = t.fill_cap(model, cfg, {}, t.Run(), lambda *event, **values: None)
+    clip, _, blob = t.fill_cap(model, cfg, t.UNCALIBRATED, t.Run(), lambda *event, **values: None)
     assert clip == pytest.approx(31 * t.FINEST_STEP) and len(blob) + len(t.code_bytes()) < cfg.cap_bytes
 
 
 def test_a_model_that_cannot_fit_is_returned_at_the_coarsest_grid(larger):
     cfg, model = larger
     cfg = t.replace(cfg, cap_bytes=len(t.code_bytes()) + 1000)
-    clip, _, blob = t.fill_cap(model, cfg, {}, t.Run(), lambda *event, **values: None)
+    clip, _, blob = t.fill_cap(model, cfg, t.UNCALIBRATED, t.Run(), lambda *event, **values: None)
     assert len(blob) > 1000 and clip > 31 * t.COARSEST_STEP / 2
 
 
 def test_a_clip_set_by_the_user_is_kept(larger):
     cfg, model = larger
-    clip, quantized, _ = t.fill_cap(model, t.replace(cfg, matrix_clip_sigmas=9.0), {}, t.Run(),
+    clip, quantized, _ = t.fill_cap(model, t.replace(cfg, matrix_clip_sigmas=9.0), t.UNCALIBRATED, t.Run(),
                                      lambda *event, **values: None)
     name = "blocks.0.mlp.up_proj"
     assert clip == 9.0
@@ -180,8 +180,8 @@ def test_row_sensitivities_are_squared_gradients_of_the_summed_loss(calibrated):
     for ids in batches:
         loss = t.token_nll(model(ids[:, :-1])[0], ids[:, 1:]).sum()
         want = want + torch.autograd.grad(loss, model.blocks[0].mlp.up_proj)[0].square().sum(1)
-    torch.testing.assert_close(hessians["blocks.0.mlp.up_proj" + t.ROWS], want)
-    assert hessians[t.COUNTS].sum() == sum(ids[:, 1:].numel() for ids in batches)
+    torch.testing.assert_close(hessians.rows["blocks.0.mlp.up_proj"], want)
+    assert hessians.counts.sum() == sum(ids[:, 1:].numel() for ids in batches)
 
 
 def expected_nats(quantized):
@@ -192,11 +192,8 @@ def expected_nats(quantized):
 def uneven(calibrated):
     """The calibrated model and Hessians, some rows of which matter a hundred times more."""
     cfg, model, _, hessians = calibrated
-    changed = dict(hessians)
-    for name in hessians:
-        if name.endswith(t.ROWS):
-            changed[name] = hessians[name] * torch.where(torch.arange(len(hessians[name])) % 4 == 0, 100.0, 1.0)
-    return cfg, model, changed
+    rows = {name: x * torch.where(torch.arange(len(x)) % 4 == 0, 100.0, 1.0) for name, x in hessians.rows.items()}
+    return cfg, model, hessians._replace(rows=rows)
 
 
 def test_rate_grid_spends_bytes_where_they_count(uneven):
@@ -235,7 +232,7 @@ def test_order_of_columns_is_undone(calibrated):
 def test_hessian_that_is_not_finite_falls_back_to_rounding_and_says_so(calibrated):
     cfg, model, _, hessians = calibrated
     name, cfg = "blocks.0.mlp.up_proj", t.replace(cfg, grid="sdclip")
-    bad = hessians | {name: torch.full_like(hessians[name], float("nan"))}
+    bad = hessians._replace(H=hessians.H | {name: torch.full_like(hessians.H[name], float("nan"))})
     q = quantize_model(model, bad, cfg, 12.85)[name]
     nearest = t.quantize(model.get_parameter(name).detach(), 6, 12.85)[0]
     assert q.damp == float("inf") and torch.equal(q.Q, nearest)
@@ -275,7 +272,7 @@ def test_sandwich_frequent_rows_and_float_matrices(calibrated):
     quantized = quantize_model(model, hessians, cfg, 9.0)
     assert quantized["blocks.3.mlp.up_proj"].bits == 8 and quantized["blocks.2.mlp.up_proj"].bits == 5
     assert quantized["blocks.1.mixer.q_proj"].bits == 8  # shared with the last block
-    top = hessians[t.COUNTS].topk(5).indices
+    top = hessians.counts.topk(5).indices
     rest = torch.ones(cfg.vocab_size, dtype=torch.bool).index_fill(0, top, False)
     Q = quantized["embed.weight"].Q
     assert (Q[top].abs().amax(1) > 7).all() and int(Q[rest].abs().max()) <= 7
@@ -298,8 +295,8 @@ def test_a_model_of_float_matrices_alone_comes_back(calibrated, grid):
 def test_tokens_weighted_by_frequency_change_the_hessian_not_its_scale(calibrated):
     cfg, _, batches, hessians = calibrated
     weighted = tiny_model(t.replace(cfg, gptq_token_power=0.5))
-    got = t.Hessians(weighted).collect(weighted, batches, t.Run())["blocks.0.mlp.up_proj"]
-    H = hessians["blocks.0.mlp.up_proj"]
+    got = t.Hessians(weighted).collect(weighted, batches, t.Run()).H["blocks.0.mlp.up_proj"]
+    H = hessians.H["blocks.0.mlp.up_proj"]
     assert not torch.allclose(got, H) and got.trace() == pytest.approx(float(H.trace()), rel=0.1)
 
 
@@ -343,5 +340,5 @@ def test_calibration_ends_inside_the_clock(calibrated):
             yield seen[-1]
     run.log = lambda event, **values: lines.update(values)
     hessians = t.calibrate(model, loader(), cfg, run, Ticking())
-    assert 2 < len(seen) < 10 and int(hessians[t.COUNTS].sum()) == 48 * 8 * (len(seen) - 1)
+    assert 2 < len(seen) < 10 and int(hessians.counts.sum()) == 48 * 8 * (len(seen) - 1)
     assert lines["tokens"] < lines["wanted_tokens"] and float(lines["hessian_end_s"]) <= 9.5

@@ -263,7 +263,7 @@ def test_qat_sees_the_exports_grid_and_leaves_the_weights(tiny_config, tiny_mode
     with t.on_export_grid(model, True):
         inside = weights_of(model)
     assert_same_weights(weights_of(model), before, rtol=0, atol=0)
-    for name, q in quantize_model(model, {}, cfg, 9.0).items():
+    for name, q in quantize_model(model, t.UNCALIBRATED, cfg, 9.0).items():
         assert torch.equal(inside[name], t.dequantize(q.Q, q.scale)), name
         assert q.bits == (5 if ".mlp." in name else 8 if t.route(name).role in ("embed", "gate") else 6)
     assert all(torch.equal(inside[n], before[n]) for n in before if not t.route(n).bits)
@@ -276,7 +276,7 @@ def test_qat_gradient_is_that_of_the_rounded_weights(tiny_config, tiny_model):
         t.mean_nll(model, batch[:, :-1], batch[:, 1:]).backward()
     rounded = tiny_model(cfg)
     with torch.no_grad():
-        for name, q in quantize_model(rounded, {}, cfg, t.expected_clip(rounded, cfg)).items():
+        for name, q in quantize_model(rounded, t.UNCALIBRATED, cfg, t.expected_clip(rounded, cfg)).items():
             rounded.get_parameter(name).copy_(t.dequantize(q.Q, q.scale))
     t.mean_nll(rounded, batch[:, :-1], batch[:, 1:]).backward()
     for p, q in zip(model.parameters(), rounded.parameters(), strict=True):
