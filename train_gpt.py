@@ -408,6 +408,11 @@ def parse_value(name, text, kind):
         raise SettingError(f"{name}={text!r}: must be {expected}") from None
 
 
+def plain(value):
+    """A setting's value as the environment would spell it."""
+    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
 # Names that other scripts of the challenge use for what is set otherwise here.
 ELSEWHERE = {"NUM_LAYERS": "STACK", "WARMDOWN_ITERS": "WARMDOWN_FRAC", "EMBED_LR": "TIED_EMBED_LR",
              "HEAD_LR": "TIED_EMBED_LR", "GRAD_CLIP": "GRAD_CLIP_NORM", "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS",
@@ -1422,7 +1427,7 @@ _conv_forward.register_autograd(
     setup_context=_conv_save)
 
 
-def windowed_attention(q, k, v, window, cu_seqlens=None, kernel="sdpa"):
+def windowed_attention(q, k, v, window, cu_seqlens=None, kernel="auto"):
     """Causal softmax attention in which a query sees the last `window` keys, its own included.
 
     q: (B, T, H, d).   k, v: (B, S, Hk, d), S >= T: the last T belong to the queries, those before were carried over.
@@ -1679,6 +1684,7 @@ def rms_norm(x):
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
+# Two switches that hold for whatever forward runs inside them, not per model: who watches, and who compiles.
 OBSERVERS = []  # functions (x, weights) that see every matrix product of a forward; Hessians uses one
 
 
@@ -2513,6 +2519,26 @@ def octave_grid(x):
     return ((8 * x.float().clamp_min(2.0 ** -20).log2()).round() / 8).clamp(-20, 15).exp2().to(torch.float16)
 
 
+class MatrixGroup(NamedTuple):
+    """Matrices of one shape and treatment, and what their quantization needs at any strength; n matrices (R, C).
+
+    W, H: weights (n, R, C), Hessians (n, C, C) or identities, columns in the `order` (n, C) of rounding (None: as they
+    are).   U: `error_factor` of H, None to round to nearest; damp (n,) its damping.   rows (n, R): this times H is the
+    expected second derivative of the loss.   GRID=rate: relative steps (n, R) and (n, C), and log_step, the sum over
+    weights of log(step / std(row)); else None.
+    """
+    names: list
+    W: Tensor
+    H: Tensor
+    U: Tensor | None
+    damp: Tensor
+    order: Tensor | None
+    rows: Tensor
+    row_step: Tensor | None = None
+    column_step: Tensor | None = None
+    log_step: float = 0.0
+
+
 class Quantizer:
     """All matrices of a model, ready to be quantized at any strength; ranks share the work and all get the results.
 
@@ -2545,13 +2571,13 @@ class Quantizer:
             key = self.shapes[name], self.bits[name], route(name).clip, name in calibration.H, name == "embed.weight"
             groups.setdefault(key, []).append(name)
         self.groups = [self.prepare(names, params, calibration) for names in groups.values()]
-        mine = [sum(g["log_step"] for g in self.groups), float(sum(g["W"].numel() for g in self.groups))]
+        mine = [sum(g.log_step for g in self.groups), float(sum(g.W.numel() for g in self.groups))]
         log_step, self.weights = map(sum, zip(*run.gather(mine)))
         self.unit = math.exp(log_step / self.weights)
 
     @torch.no_grad()
     def prepare(self, names, params, calibration):
-        """What does not depend on the strength, for matrices of one shape: W, H, factor, relative steps (a dict)."""
+        """The MatrixGroup of these matrices: all that does not depend on the strength."""
         W = torch.stack([params[n].float() for n in names])
         n, R, C = W.shape
         has_hessian, order = names[0] in calibration.H, None
@@ -2562,20 +2588,18 @@ class Quantizer:
             H = H.take_along_dim(order.unsqueeze(2), 1).take_along_dim(order.unsqueeze(1), 2)
             W = W.take_along_dim(order.unsqueeze(1), 2)
         U, damp = error_factor(H, self.cfg.gptq_damp) if has_hessian else (None, W.new_zeros(n))
-        group = dict(names=names, W=W, H=H, U=U, damp=damp, order=order, log_step=0.0)
         trace = H.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
         rows = torch.stack([calibration.rows.get(n, W.new_zeros(R)) for n in names]).to(W.device)
-        group["rows"] = rows / trace  # (n, R): this times H is the expected second derivative of the loss
-        if self.rate:
-            mean = group["rows"].mean(-1, keepdim=True).clamp_min(1e-30)
-            g = (group["rows"] / mean).clamp_min(self.LEAST_SENSITIVITY) ** self.SENSITIVITY_POWER
-            group["row_step"] = (mean * g / g.mean(-1, keepdim=True)).rsqrt()
-            u = U.diagonal(dim1=-2, dim2=-1) if has_hessian else W.new_ones(n, C)
-            middle = u.log().mean(-1, keepdim=True).exp()
-            group["column_step"], group["row_step"] = u / middle, group["row_step"] * middle
-            spread = W.std(-1, correction=0).clamp_min(1e-12)
-            group["log_step"] = C * float((group["row_step"] / spread).log().sum())
-        return group
+        group = MatrixGroup(names, W, H, U, damp, order, rows / trace)
+        if not self.rate:
+            return group
+        mean = group.rows.mean(-1, keepdim=True).clamp_min(1e-30)
+        g = (group.rows / mean).clamp_min(self.LEAST_SENSITIVITY) ** self.SENSITIVITY_POWER
+        u = U.diagonal(dim1=-2, dim2=-1) if has_hessian else W.new_ones(n, C)
+        middle = u.log().mean(-1, keepdim=True).exp()
+        row_step, spread = (mean * g / g.mean(-1, keepdim=True)).rsqrt() * middle, W.std(-1, correction=0)
+        return group._replace(row_step=row_step, column_step=u / middle,
+                              log_step=C * float((row_step / spread.clamp_min(1e-12)).log().sum()))
 
     @torch.no_grad()
     def at(self, strength):
@@ -2583,22 +2607,22 @@ class Quantizer:
         mine = {}
         for group in self.groups:
             Q, scale, columns = self.quantize(group, strength)
-            dW, order = group["W"] - dequantize(Q, scale, columns), group["order"]
-            errors = ((dW @ group["H"]) * dW).sum(-1)  # (n, R)
-            whole = ((group["W"] @ group["H"]) * group["W"]).sum((-2, -1)).clamp_min(1e-30)
-            facts = torch.stack([errors.sum(-1) / whole, 0.5 * (errors * group["rows"]).sum(-1), group["damp"]], 1)
+            dW, order = group.W - dequantize(Q, scale, columns), group.order
+            errors = ((dW @ group.H) * dW).sum(-1)  # (n, R)
+            whole = ((group.W @ group.H) * group.W).sum((-2, -1)).clamp_min(1e-30)
+            facts = torch.stack([errors.sum(-1) / whole, 0.5 * (errors * group.rows).sum(-1), group.damp], 1)
             if order is not None:
                 back = order.argsort(-1)
                 Q = Q.take_along_dim(back.unsqueeze(1), 2)
                 columns = columns if columns is None else columns.gather(1, back)
-            for i, name in enumerate(group["names"]):
+            for i, name in enumerate(group.names):
                 parts = (x if x is None else x[i].cpu().clone() for x in (Q, scale, columns))  # each its own memory
                 mine[name] = Quantized(*parts, self.bits[name], *facts[i].tolist())
         return {name: q for part in self.run.gather(mine) for name, q in part.items()}
 
     def quantize(self, group, strength):
         """One group at one strength: Q (n, R, C), scale (n, R), columns (n, C) or None, in the group's column order."""
-        W, U, name = group["W"], group["U"], group["names"][0]
+        W, U, name = group.W, group.U, group.names[0]
         if not self.rate:
             clip, bits = getattr(self.cfg, route(name).clip), torch.tensor(self.bits[name], device=W.device)
             clip = strength if route(name).clip == "matrix_clip_sigmas" else clip
@@ -2609,9 +2633,9 @@ class Quantizer:
             scale = row_scale(W, bits, clip)
             return compensate(W, scale.float().unsqueeze(-1), U, 2 ** (bits - 1) - 1), scale, None
         # Rows, then columns, whose weights would leave the integers' range get a larger step.
-        columns = group["column_step"]
+        columns = group.column_step
         spread = (W / columns.unsqueeze(-2)).square().mean(-1).sqrt()
-        scale = strength / self.unit * group["row_step"]
+        scale = strength / self.unit * group.row_step
         if route(name).role == "gate":  # a saturated gate has no gradient, and an error that opens it does much harm
             scale = torch.minimum(scale, self.cfg.embed_clip_sigmas / 127 * spread)
         scale = octave_grid(torch.maximum(scale, 3 * spread / self.MOST))
@@ -3195,10 +3219,17 @@ def windows(num_targets, seq_len, stride):
         start += stride
 
 
-def cut(first, last, parts):
-    """[first, last) in `parts` contiguous parts of nearly equal size, empty ones left out."""
-    edges = [first + (last - first) * i // parts for i in range(parts + 1)]
-    return [(a, b) for a, b in zip(edges, edges[1:]) if b > a]
+class Part(NamedTuple):
+    """Targets first .. last - 1: of a window that begins at token `start`, or a span of the exact method (None)."""
+    first: int
+    last: int
+    start: int | None = None
+
+
+def cut(first, last, count):
+    """Targets first .. last - 1 in `count` spans of nearly equal size, empty ones left out."""
+    edges = [first + (last - first) * i // count for i in range(count + 1)]
+    return [Part(a, b) for a, b in zip(edges, edges[1:]) if b > a]
 
 
 UNIT_TARGETS = 1 << 20  # targets of which the windows are listed at one time; also a resumable unit of scoring
@@ -3206,7 +3237,7 @@ EXACT_UNITS = 8  # resumable units of the exact method; one where nothing is sav
 
 
 def scoring_units(total, method, cfg, adapting, saving):
-    """Yield lists of parts, left to right: windows (start, end, score_from), or for exact spans (first, last).
+    """Yield lists of Parts, left to right.
 
     When adapting, a list is one chunk of TTT_CHUNK_TOKENS; a window belongs to the chunk of its first scored target.
     """
@@ -3218,11 +3249,11 @@ def scoring_units(total, method, cfg, adapting, saving):
         return
     chunk, pending = cfg.ttt_chunk_tokens if adapting else UNIT_TARGETS, None
     if stride:
-        pending = iter(windows(total, cfg.train_seq_len, stride))
+        pending = (Part(first, last, start) for start, last, first in windows(total, cfg.train_seq_len, stride))
         held = next(pending)
     for first in range(0, total, chunk):
         last, parts = min(first + chunk, total), []
-        while pending and held and held[2] < last:
+        while pending and held and held.first < last:
             parts.append(held)
             held = next(pending, None)
         parts = parts if pending else cut(first, last, cfg.ttt_spans)
@@ -3305,7 +3336,7 @@ class Scorer:
 
     def __call__(self, parts):
         """Score the unit `parts`: windows or spans in order."""
-        exact, mine = len(parts[0]) == 2, None
+        exact, mine = parts[0].start is None, None
         a, b = (0, 1) if exact and self.carries else self.run.share(len(parts))
         if b > a:
             mine = (self.streams if exact else self.windows)(parts[a:b])
@@ -3314,7 +3345,7 @@ class Scorer:
         if exact and self.carries:  # every rank scored the same; the largest fault counts
             mine.causal, mine.normalized = (max(getattr(one, key) for one in found) for key in ("causal", "normalized"))
             return mine
-        return reduce(Ledger.join, found, Ledger(parts[0][0 if exact else 2]))
+        return reduce(Ledger.join, found, Ledger(parts[0].first))
 
     def call(self, rows, state=None):
         """Nats (B, T) of one batch and the state behind it; the 1st, 2nd, 4th, 8th, ... call is probed."""
@@ -3360,44 +3391,44 @@ class Scorer:
 
     def windows(self, parts):
         """The Ledger of consecutive windows, scored in batches of fixed shape."""
-        T, ledger = self.cfg.train_seq_len, Ledger(parts[0][2])
+        T, ledger = self.cfg.train_seq_len, Ledger(parts[0].first)
         batch = max(1, self.cfg.eval_batch_tokens // T)
         for i in range(0, len(parts), batch):
             part = parts[i:i + batch]
-            starts, ends, froms = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
-            rows = make_rows(self.tokens, starts, froms, ends, T, self.run.device)
+            firsts, lasts, starts = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
+            rows = make_rows(self.tokens, starts, firsts, lasts, T, self.run.device)
             nll, num_bytes = self.call(rows)[0], count_bytes(self.table, rows.ids, rows.targets)
-            self.enter(ledger, part[0][2], nll[rows.wanted], num_bytes[rows.wanted])
+            self.enter(ledger, part[0].first, nll[rows.wanted], num_bytes[rows.wanted])
         return ledger
 
     def streams(self, spans):
-        """The Ledger of consecutive spans (first, last) of targets, scored side by side with carried state.
+        """The Ledger of consecutive spans, scored side by side with carried state.
 
         Each row begins EVAL_WARMUP_TOKENS (adapting: TTT_WARMUP_TOKENS) before its span, unscored, and goes through it
         segment by segment, so that a token is predicted from all the text since its row's beginning.  Where the Scorer
         carries, the one row goes on from `state`, and only at the text's end is its last segment filled up.
         """
-        cfg, books = self.cfg, [Ledger(first) for first, _ in spans]
+        cfg, books = self.cfg, [Ledger(span.first) for span in spans]
         warmup = 0 if self.carries else cfg.ttt_warmup_tokens if self.adapting else cfg.eval_warmup_tokens
         at_once = training_rows(cfg) if self.adapting else max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
         for i in range(0, len(spans), at_once):
-            part = spans[i:i + at_once]
-            starts = np.array([max(0, first - warmup) for first, _ in part])
-            longest = int(max(last - start for (_, last), start in zip(part, starts)))
-            T = cfg.train_seq_len if self.adapting else segment_length(longest, len(part), cfg)
+            firsts, lasts, _ = map(np.array, zip(*spans[i:i + at_once]))
+            starts = np.maximum(0, firsts - warmup)
+            longest = int((lasts - starts).max())
+            T = cfg.train_seq_len if self.adapting else segment_length(longest, len(starts), cfg)
             state = self.state if cfg.ttt_carry else None
-            filled = not self.carries or part[-1][1] == len(self.tokens) - 1
+            filled = not self.carries or lasts[-1] == len(self.tokens) - 1
             for done in range(0, longest, T):
-                rows = make_rows(self.tokens, starts + done, *zip(*part), T if filled else min(T, longest - done),
+                rows = make_rows(self.tokens, starts + done, firsts, lasts, T if filled else min(T, longest - done),
                                  self.run.device)
                 nll, after = self.call(rows, state)
                 nll, wanted = nll.cpu(), rows.wanted.cpu()
                 if self.adapter and self.adapter.kept is not None and wanted.any():
                     self.adapter.kept.append((rows, state))
                 state, num_bytes = after, count_bytes(self.table, rows.ids, rows.targets).cpu()
-                for row, (first, _) in enumerate(part):
+                for row, first in enumerate(np.maximum(firsts, starts + done).tolist()):
                     if wanted[row].any():
-                        self.enter(books[i + row], max(first, int(starts[row]) + done), nll[row][wanted[row]],
+                        self.enter(books[i + row], first, nll[row][wanted[row]],
                                    num_bytes[row][wanted[row]])
             self.state = state if self.carries else None
         return reduce(Ledger.join, books)
@@ -3434,7 +3465,7 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
         scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry and scorer.adapter.trains else None
     ledger = progress.restore(scorer) if progress else Ledger()
     for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None):
-        if progress and parts[-1][1] <= ledger.next_target:
+        if progress and parts[-1].last <= ledger.next_target:
             continue  # scored before this evaluation was resumed
         scored = scorer(parts)
         if scorer.adapter:
@@ -3581,6 +3612,11 @@ class Adapter:
     Rows of TRAIN_SEQ_LEN, split over ranks; with exact scoring they begin from the states that scoring had there.  Each
     pass over a chunk is one step on the mean of its targets, so that any number of ranks does the same.  `in_order`
     turns False if weights or hints changed while something was scored, or knew of it before.
+
+    kept: (Rows, state) that scoring left for training, or None if rows are cut anew.   pending: scored chunks of a
+    phase, not yet trained on.   seen: targets handed over so far.   params: trained weights, `weights` those and the
+    adapters' A and B; base: their values in the artifact; raw: with TTT_EMA the newest, while the average scores.
+    mark: fingerprint after the last change.
     """
 
     def __init__(self, model, num_targets, run):
@@ -4648,11 +4684,6 @@ def start_log(cfg, run):
             run.log("config", **{f.name: plain(value)})
         else:
             run.log("config_changed", **{f.name: plain(value)}, default=plain(default))
-
-
-def plain(value):
-    """A setting's value as the environment would spell it."""
-    return str(int(value)) if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def main(env):
