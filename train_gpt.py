@@ -4375,8 +4375,10 @@ CALIBRATION_ROWS = 8  # rows of one calibration batch
 
 
 def calibrate(model, loader, cfg, run, clock):
-    """The Calibration by the next training rows, or by text of the model's own, inside the training clock, shared over
-    ranks."""
+    """The Calibration by the next training rows, or by text of the model's own, inside the training clock.
+
+    Ranks share the work, each by rows of its own part of the batches: another number of ranks sees other rows.
+    """
     if not cfg.gptq_enabled:
         return UNCALIBRATED
     run.synchronize()
