@@ -491,9 +491,10 @@ WITH_SAMPLE = {"pr1749": _QUICK | dict(model_dim=64, gdn_head_dim=16),
                "pr1698": _QUICK | dict(stack="gdn*4"),
                "pr456": _QUICK | dict(stack="attn*6")}
 
-# What the artifact stores of the Config, so that it can be evaluated from its file alone.
-GROUP_OF = dict(zip((f.name for f in fields(Config)), accumulate(  # {field: title of its group in --help}
+# {field: title of its group in --help}
+GROUP_OF = dict(zip((f.name for f in fields(Config)), accumulate(
     (f.metadata.get("group", "") for f in fields(Config)), lambda title, new: new or title)))
+# What the artifact stores of the Config, so that it can be evaluated from its file alone.
 MODEL_FIELDS = ["vocab_size", *(name for name, title in GROUP_OF.items() if title == "model"), "train_seq_len"]
 
 
@@ -3958,9 +3959,9 @@ def on_export_grid(model, enabled):
     Gradients taken inside and applied afterwards are straight-through estimates (late QAT).
     """
     cfg, bits = model.cfg, stored_bits(model, model.cfg) if enabled else {}
-    params = [model.get_parameter(name) for name in bits]
+    params, usual = [model.get_parameter(name) for name in bits], expected_clip(model, cfg) if bits else 0.0
     saved = [p.detach().clone() for p in params]
-    copy_all(params, [dequantize(*quantize(p.detach(), b, getattr(cfg, route(name).clip) or expected_clip(model, cfg)))
+    copy_all(params, [dequantize(*quantize(p.detach(), b, getattr(cfg, route(name).clip) or usual))
                       for (name, b), p in zip(bits.items(), params)])
     try:
         yield
@@ -4637,9 +4638,9 @@ def name_run(cfg, run):
         return cfg
     if cfg.resume:
         return replace(cfg, run_id=(path if path.is_dir() else path.parent).resolve().name.removesuffix(".ckpt"))
-    stamp = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
     presets = "-".join(cfg.preset.replace(" ", "").split(","))
-    return replace(cfg, run_id=run.broadcast(f"{stamp}_{presets}_seed{cfg.seed}"))
+    return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
 
 
 def verdict_of(path):
