@@ -3837,7 +3837,7 @@ class Progress:
             except FileError as error:
                 self.run.log("evaluation_resume", used="no", reason=str(error))
             if found and found[1].get("key") != self.key:
-                self.run.log("evaluation_resume", used="no", reason="another_artifact_text_or_setting")
+                self.run.log("evaluation_resume", used="no", reason="another_script_artifact_text_or_setting")
                 found = None
         found = self.run.broadcast(found)
         if not found:
@@ -3883,12 +3883,12 @@ def state_from(tensors, model, device):
 
 
 def evaluation_key(blob, tokens, method, cfg):
-    """A text that two evaluations share only if artifact, text, method and all settings that matter are the same."""
+    """A text that two evaluations share only if script, artifact, text, method and all settings that matter agree."""
     names = [f.name for f in fields(cfg) if f.name.startswith("ttt_") or f.name in (
         "eval_stride", "eval_spans", "eval_warmup_tokens", "eval_batch_tokens", "muon_backend_steps", "beta1", "beta2",
         "seed")]
-    parts = hashlib.sha256(blob).hexdigest(), hashlib.sha256(np.ascontiguousarray(tokens)).hexdigest(), method, *(
-        getattr(cfg, name) for name in names)
+    digests = (hashlib.sha256(x).hexdigest() for x in (code_bytes(), blob, np.ascontiguousarray(tokens)))
+    parts = *digests, method, *(getattr(cfg, name) for name in names)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
