@@ -1428,6 +1428,183 @@ _conv_forward.register_autograd(
     setup_context=_conv_save)
 
 
+def gated_norm(o, gate, weight, kernel="auto"):
+    """rms_norm(o) weight silu(gate), head by head: o (B, T, HV, V), weight (V,), gate (B, T, HV V), rows of any stride.
+
+    kernel: reference, or any other (auto: on CUDA) for one pass over memory in Triton, backward too.
+    """
+    if (o.is_cuda if kernel == "auto" else kernel != "reference") and o.numel():
+        return _norm_forward(o, gate, weight)
+    return rms_norm(o) * weight.to(o.dtype) * F.silu(gate.unflatten(-1, o.shape[2:]))
+
+
+NORM_ROWS = 32  # heads of tokens that one program of the kernel below takes
+
+
+@cache
+def _norm_kernel():
+    """Triton's `gated_norm`, or with BACKWARD its gradients, the weight's as one row a program."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def gated_norm_kernel(o, gate, weight, dy, out, dgate, dweight, M, STRIDE: tl.constexpr, HEADS: tl.constexpr,
+                          V: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+        row, c = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None], tl.arange(0, BLOCK)
+        real, at = (row < M) & (c < V), row * V + c
+        x = tl.load(o + at, real, 0.0).to(tl.float32)
+        g = tl.load(gate + row // HEADS * STRIDE + row % HEADS * V + c, real, 0.0).to(tl.float32)
+        w = tl.load(weight + c, c < V, 0.0)
+        r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / V + 1e-6)[:, None]
+        x, sigma = x * r, tl.sigmoid(g)
+        if BACKWARD:
+            d = tl.load(dy + at, real, 0.0).to(tl.float32)
+            tl.store(dgate + at, (d * x * w * sigma * (1.0 + g * (1.0 - sigma))).to(dgate.dtype.element_ty), real)
+            d *= g * sigma
+            tl.store(dweight + tl.program_id(0) * V + c, tl.sum(d * x, 0), c < V)
+            d *= w
+            y = r * (d - x * (tl.sum(d * x, 1) / V)[:, None])
+        else:
+            y = x * w * g * sigma
+        tl.store(out + at, y.to(out.dtype.element_ty), real)
+    return gated_norm_kernel
+
+
+def _launch_norm(o, gate, weight, dy, out, dgate, dweight):
+    """Run the kernel, backward if there is a dy."""
+    HV, V = o.shape[2:]
+    M = o.shape[:3].numel()
+    _norm_kernel()[-(-M // NORM_ROWS),](o, gate, weight, dy, out, dgate, dweight, M, STRIDE=gate.stride(1), HEADS=HV,
+                                        V=V, BLOCK=1 << (V - 1).bit_length(), ROWS=NORM_ROWS, BACKWARD=dy is not None)
+
+
+def _even_rows(gate):
+    """gate (B, T, C), its rows at one stride."""
+    return gate if gate.stride(2) == 1 and gate.stride(0) == gate.shape[1] * gate.stride(1) else gate.contiguous()
+
+
+@torch.library.custom_op("gdn_swa::norm_forward", mutates_args=())
+def _norm_forward(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
+    """`gated_norm` in Triton."""
+    o, out = o.contiguous(), o.new_empty(o.shape)
+    _launch_norm(o, _even_rows(gate), weight, None, out, None, None)
+    return out
+
+
+@_norm_forward.register_fake
+def _(o, gate, weight):
+    return o.new_empty(o.shape)
+
+
+@torch.library.custom_op("gdn_swa::norm_backward", mutates_args=())
+def _norm_backward(o: Tensor, gate: Tensor, weight: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of o, gate and weight, the last summed over programs in a fixed order."""
+    o, dy, do, dgate = o.contiguous(), dy.contiguous(), o.new_empty(o.shape), gate.new_empty(gate.shape)
+    dweight = weight.new_empty(-(-o.shape[:3].numel() // NORM_ROWS), len(weight))
+    _launch_norm(o, _even_rows(gate), weight, dy, do, dgate, dweight)
+    return do, dgate, dweight.sum(0)
+
+
+@_norm_backward.register_fake
+def _(o, gate, weight, dy):
+    return o.new_empty(o.shape), gate.new_empty(gate.shape), weight.new_empty(weight.shape)
+
+
+_norm_forward.register_autograd(lambda ctx, dy: _norm_backward(*ctx.saved_tensors, dy),
+                                setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+
+
+MLP_TILE = 128, 256, 64  # rows, columns and depth of the tiles of the kernel below
+
+
+def fuses_mlp(cfg):
+    """Whether the MLP runs in the kernel below, for Hopper's shared memory and TMA: that takes rows of 16 bytes, the
+    pipeline two steps or more."""
+    return (cfg.mlp_act == "relu2" and cfg.kernel != "reference" and torch.cuda.is_available()
+            and torch.cuda.get_device_capability()[0] == 9 and cfg.model_dim > MLP_TILE[2]
+            and cfg.model_dim % 8 == int(cfg.mlp_mult * cfg.model_dim) % 8 == 0)
+
+
+@cache
+def _mlp_kernel():
+    """Triton's product that ends in the squared relu, or in its gradient; a program takes many tiles.
+
+    Rows of tiles come one after another: x is read once, the weight stays in L2.  UP, loads run ahead into the next
+    tile (flatten); else r2's tile is read into registers during the product.
+    """
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit(do_not_specialize=["M"])  # one kernel for every number of tokens
+    def mlp_product(x, w, r2, out, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                    DEPTH: tl.constexpr, UP: tl.constexpr):
+        across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+        for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, tl.num_programs(0), flatten=UP):
+            m, n = tile // across * ROWS, tile % across * COLUMNS
+            if not UP:
+                row, column = m + tl.arange(0, ROWS)[:, None], n + tl.arange(0, COLUMNS)
+                squares = tl.load(r2 + row.to(tl.int64) * N + column, (row < M) & (column < N), 0.0)
+            y = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for k in range(0, K, DEPTH):  # beyond the edges descriptors read zeros and write nothing
+                y = tl.dot(x.load([m, k]), w.load([n, k]).T if UP else w.load([k, n]), y)
+            if UP:
+                y = tl.maximum(y, 0.0)
+                y *= y
+            else:
+                y *= 2.0 * tl.sqrt(squares.to(tl.float32))
+            out.store([m, n], y.to(out.dtype))
+    return mlp_product
+
+
+@torch.library.custom_op("gdn_swa::mlp_product", mutates_args=())
+def _mlp_product(x: Tensor, w: Tensor, r2: Tensor | None) -> Tensor:
+    """r2 = relu(x w^T)^2 (M, N) of x (M, K), w (N, K); or, given r2, x w 2 sqrt(r2) with w (K, N).  All bfloat16."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+    tiled, up, (rows, columns, depth) = TensorDescriptor.from_tensor, r2 is None, MLP_TILE
+    x, w, r2 = (y if y is None else y.contiguous() for y in (x, w, r2))
+    (M, K), N = x.shape, w.shape[0 if up else 1]
+    out, tiles = x.new_empty(M, N), -(-M // rows) * -(-N // columns)
+    _mlp_kernel()[min(torch.cuda.get_device_properties(x.device).multi_processor_count, tiles),](
+        tiled(x, [rows, depth]), tiled(w, [columns, depth] if up else [depth, columns]), r2,
+        tiled(out, [rows, columns]), M, N, K, rows, columns, depth, up, num_warps=8, num_stages=3)
+    return out
+
+
+@_mlp_product.register_fake
+def _(x, w, r2):
+    return x.new_empty(x.shape[0], w.shape[0 if r2 is None else 1])
+
+
+@torch.library.custom_op("gdn_swa::mlp_forward", mutates_args=())
+def _mlp_forward(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """r2 down^T (M, D), and r2 = relu(x up^T)^2: all that is kept, since its root is the relu, and rounds better."""
+    r2 = _mlp_product(x, up, None)
+    return F.linear(r2, down), r2
+
+
+@_mlp_forward.register_fake
+def _(x, up, down):
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], up.shape[0])
+
+
+def _mlp_save(ctx, inputs, output):
+    """Keep for the backward pass what `_mlp_grad` needs; no zeros for r2's gradient."""
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _mlp_grad(ctx, dy, _):
+    """Gradients of `_mlp_forward`'s inputs; torch.compile drops the products that nobody needs."""
+    x, up, down, r2 = ctx.saved_tensors
+    dh = _mlp_product(dy, down, r2)
+    return dh @ up, dh.mT @ x, dy.mT @ r2
+
+
+_mlp_forward.register_autograd(_mlp_grad, setup_context=_mlp_save)
+
+
 def windowed_attention(q, k, v, window, cu_seqlens=None, kernel="auto"):
     """Causal softmax attention in which a query sees the last `window` keys, its own included.
 
@@ -1635,6 +1812,13 @@ def check_kernels(cfg, run):
     def convolution(kernel, x, w):
         return dict(zip("qkv", convolved_heads(x, w, tail.to(x.dtype), H, HV, kernel=kernel)))
 
+    def norm(kernel, o, gate, w):
+        return dict(y=gated_norm(o, gate[..., :-2 * HV], w, kernel))
+
+    def mlp(kernel, x, up, down):
+        return dict(y=F.linear(F.linear(x, up).relu().square(), down) if kernel == "reference" else
+                    _mlp_forward(x, up, down)[0])
+
     def attention(kernel, **x):
         call = torch.compile(windowed_attention, dynamic=False) if kernel == "flex" else windowed_attention
         return dict(o=call(**x, window=min(cfg.swa_window, 48), kernel=kernel))
@@ -1647,6 +1831,12 @@ def check_kernels(cfg, run):
         compare(f"KERNEL={cfg.kernel}", delta_rule, cfg.kernel, "reference", **inputs, state=state)
         compare(f"KERNEL={cfg.kernel} conv", convolution, cfg.kernel, "reference", x=normal(2, 200, C),
                 w=normal(C, cfg.gdn_conv).float())
+        compare(f"KERNEL={cfg.kernel} norm", norm, cfg.kernel, "reference", o=normal(2, 99, HV, K),
+                gate=normal(2, 99, HV * K + 2 * HV), w=normal(K).float())
+    if fuses_mlp(cfg):
+        D, width = cfg.model_dim, int(cfg.mlp_mult * cfg.model_dim)
+        compare(f"KERNEL={cfg.kernel} mlp", mlp, cfg.kernel, "reference", x=normal(6001, D),  # several tiles a program
+                up=normal(width, D), down=normal(D, width))
     if cfg.attn_kernel != "sdpa" and kinds != {"gdn"}:
         head = cfg.model_dim // cfg.num_heads
         compare(f"ATTN_KERNEL={cfg.attn_kernel}", attention, cfg.attn_kernel, "sdpa",
@@ -1890,7 +2080,7 @@ class GatedDeltaNet(nn.Module):
         o, S = gated_delta_rule(q=q, k=k, v=v, g=g, beta=beta,
                                 state=None if state is None else state.S,
                                 cu_seqlens=None if packing is None else packing.cu_seqlens, kernel=self.cfg.kernel)
-        o = rms_norm(o) * self.o_norm.to(x.dtype) * F.silu(gate.unflatten(-1, (HV, K)))
+        o = gated_norm(o, gate, self.o_norm, self.cfg.kernel)
         return linear(o.flatten(2), self.o_proj, rows=scale), GDNState(last_tokens(tail, qkv, taps - 1).detach(),
                                                                        S.detach())
 
@@ -1967,11 +2157,16 @@ class MLP(nn.Module):
         super().__init__()
         width = int(cfg.mlp_mult * cfg.model_dim)
         self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
+        self.fused = fuses_mlp(cfg)
         self.up_proj = nn.Parameter(torch.empty(width, cfg.model_dim))
         self.down_proj = nn.Parameter(torch.empty(cfg.model_dim, width))
 
     def forward(self, x, scale):
         """x (..., D), scale (D,) of the output -> (..., D)."""
+        if self.fused and x.is_cuda and not OBSERVERS:  # they see the products of `linear` only
+            down = self.down_proj if scale is None else self.down_proj * scale.unsqueeze(-1)
+            y, _ = _mlp_forward(x.flatten(0, -2), self.up_proj.to(x.dtype), down.to(x.dtype))
+            return y.view_as(x)
         return linear(F.leaky_relu(linear(x, self.up_proj), self.slope).square(), self.down_proj, rows=scale)
 
 
@@ -3913,7 +4108,7 @@ def activation_bytes_per_token(cfg):
     for layer in parse_stack(cfg.stack):
         qk, v = cfg.gdn_heads * cfg.gdn_head_dim, (cfg.gdn_v_heads or cfg.gdn_heads) * cfg.gdn_head_dim
         total += 4 * qk + 5 * v if layer.kind == "gdn" else 6 * D  # projections, q, k, v, outputs before and after norm
-        total += 4 * D + 2 * cfg.mlp_mult * D  # residual twice, each normalised; MLP before and after activation
+        total += 4 * D + (2 - fuses_mlp(cfg)) * cfg.mlp_mult * D  # residual twice, each normalised; MLP twice or once
     return total * width + 12 * cfg.vocab_size
 
 

@@ -44,8 +44,8 @@ KERNELS = (
     (COMMUNICATION, r"nccl|gloo"),
     (ATTENTION, r"pytorch_flash|flash_(fwd|bwd)|fmha|FlashAttn|flex_attention|scaled_dot_product"),
     (LOSS, r"softmax|nll_loss|cross_entropy|logsumexp"),
-    (GEMM, r"triton_tem|nvjet|cutlass|gemm|cublas|splitK|aten::(add|b)?mm$"),
-    (ELEMENTWISE, r"^triton_|conv_heads|l2norm|causal_conv1d|layer_norm"),
+    (GEMM, r"triton_tem|mlp_product|nvjet|cutlass|gemm|cublas|splitK|aten::(add|b)?mm$"),
+    (ELEMENTWISE, r"^triton_|conv_heads|gated_norm|l2norm|causal_conv1d|layer_norm"),
     (CHUNK, r"tilelang|^kernel_kernel|gated_delta|chunk_|recompute_w_u|wy_repr|gdn_gate|beta_sigmoid|solve_triangular"),
     (ELEMENTWISE, r"at::native|elementwise|reduce_kernel|CatArray|Memcpy|Memset|aten::|Backward\d"),
 )
@@ -208,6 +208,7 @@ class PlainEmbedding(t.Embedding):
 def make_plain(model):
     """Turn an LM, in place, into the plain composition; the parameters and their names stay."""
     for block in model.blocks:
+        block.mlp.fused = False
         if isinstance(block.mixer, t.GatedDeltaNet):
             block.mixer.__class__ = PlainGDN
     model.embed.__class__ = PlainEmbedding

@@ -124,7 +124,7 @@ def test_optimizer_cost_counts_every_parameter(tiny_config):
     ("tilelang_fused_chunk_gdr_bwd_kernel_kernel", bench.CHUNK),
     ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", bench.CHUNK), ("chunk_bwd_kernel_dqkwg", bench.CHUNK),
     ("kernel_kernel", bench.CHUNK), ("prepare_wy_repr_bwd_kernel", bench.CHUNK),
-    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", bench.GEMM),
+    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", bench.GEMM), ("mlp_product", bench.GEMM),
     ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16_16x16_128x1_tn_align8>", bench.GEMM),
     ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<pytorch_flash::Flash_bwd_kernel_traits<64, 128, "
      "128, 8, 4, 4, 4, false, false, cutlass::bfloat16_t>>", bench.ATTENTION),

@@ -479,6 +479,140 @@ def test_cuda_convolution_passes_opcheck():
                           test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
+NORM_SHAPES = [(1, 4, 128), (33, 4, 128), (70, 2, 24), (513, 8, 64)]
+
+
+def norm_results(kernel, shape, dtype):
+    """y and gradients of `gated_norm`, its gate a part of wider rows."""
+    T, HV, V = shape
+    rng = torch.Generator("cuda").manual_seed(0)
+    o, gate, w = (torch.randn(*s, device="cuda", generator=rng) for s in ((2, T, HV, V), (2, T, HV * (V + 2)), (V,)))
+    return t.outputs_and_gradients(lambda o, gate, w: dict(y=t.gated_norm(o, gate[..., :HV * V], w, kernel)),
+                                   dict(o=o.bfloat16().to(dtype), gate=gate.bfloat16().to(dtype), w=w))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", NORM_SHAPES, ids="T{0[0]}-HV{0[1]}-V{0[2]}".format)
+def test_cuda_gated_norm_equals_reference(shape):
+    want = norm_results("reference", shape, torch.float32)
+    assert_within_kernel_tolerance(norm_results("fla", shape, torch.bfloat16), want)
+    for name, value in norm_results("fla", shape, torch.float32).items():
+        assert t.relative_error(value, want[name]) < 1e-5, name
+
+
+@pytest.mark.gpu
+def test_cuda_gated_norm_repeats_bit_for_bit():
+    first, second = (norm_results("fla", (513, 4, 128), torch.bfloat16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.gpu
+def test_cuda_gated_norm_passes_opcheck():
+    o, gate, w = (torch.randn(*s, device="cuda") for s in ((2, 70, 2, 24), (2, 70, 60), (24,)))
+    torch.library.opcheck(torch.ops.gdn_swa.norm_forward.default, (o.requires_grad_(), gate[..., :48], w),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+HOPPER = pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+                            reason="the fused MLP is for GPUs of compute capability 9")
+MLP_SHAPES = [(1, 72, 8), (127, 128, 192), (130, 72, 136), (257, 512, 1536), (20_001, 128, 264)]  # the last: many tiles
+
+
+def mlp_leaves(shape):
+    """bfloat16 x (M, D) and weights (F, D), (D, F) of a fused MLP."""
+    M, D, width = shape
+    rng = torch.Generator("cuda").manual_seed(0)
+    return {name: torch.randn(*size, device="cuda", generator=rng).bfloat16()
+            for name, size in (("x", (M, D)), ("up", (width, D)), ("down", (D, width)))}
+
+
+def fused_mlp(**leaves):
+    return dict(y=torch.ops.gdn_swa.mlp_forward(**leaves)[0])
+
+
+@pytest.mark.parametrize("overrides, capability, fused", [
+    ({}, (9, 0), True), (dict(mlp_act="leaky_relu2"), (9, 0), False), (dict(kernel="reference"), (9, 0), False),
+    (dict(mlp_mult=1.03), (9, 0), False), ({}, (8, 0), False),
+    (dict(model_dim=64), (9, 0), False), ({}, (10, 0), False), ({}, None, False)],
+    ids=["hopper", "leaky", "reference", "odd_width", "ampere", "narrow", "blackwell", "cpu"])
+def test_the_mlp_is_fused_where_its_kernel_runs(tiny_config, monkeypatch, overrides, capability, fused):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    cfg = tiny_config(**(dict(kernel="fla", model_dim=128) | overrides))
+    assert t.fuses_mlp(cfg) is t.MLP(cfg).fused is fused
+    x = torch.randn(2, 3, cfg.model_dim)  # on the CPU, as the model of a machine with a GPU may be
+    assert t.MLP(cfg)(x, None).shape == x.shape
+
+
+@HOPPER
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", MLP_SHAPES, ids="M{0[0]}-D{0[1]}-F{0[2]}".format)
+def test_cuda_mlp_equals_reference(shape):
+    leaves = mlp_leaves(shape)
+    want = t.outputs_and_gradients(
+        lambda x, up, down: dict(y=F.linear(F.linear(x, up).relu().square(), down)),
+        {name: x.float() for name, x in leaves.items()})
+    assert_within_kernel_tolerance(t.outputs_and_gradients(fused_mlp, leaves), want)
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_cuda_mlp_repeats_bit_for_bit():
+    first, second = (t.outputs_and_gradients(fused_mlp, mlp_leaves((20_001, 128, 264))) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_cuda_mlp_reaches_beyond_32_bits():
+    x, up, down = mlp_leaves((1_400_000, 72, 1536)).values()
+    r2 = t._mlp_product(x, up, None)
+    assert r2.numel() > 2**31
+    dh = t._mlp_product(x, down, r2)[-99:]
+    root = F.linear(x[-99:].float(), up.float()).relu()
+    assert t.relative_error(r2[-99:], root.square()) < t.KERNEL_TOLERANCE
+    assert t.relative_error(dh, x[-99:].float() @ down.float() * 2 * root) < t.KERNEL_TOLERANCE
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_cuda_mlp_passes_opcheck():
+    x, up, down = (y.requires_grad_() for y in mlp_leaves((70, 72, 136)).values())
+    torch.library.opcheck(torch.ops.gdn_swa.mlp_forward.default, (x, up, down),
+                          test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
+@HOPPER
+@pytest.mark.gpu
+@pytest.mark.parametrize("enabled", [False, True], ids=["eager", "compiled"])
+def test_cuda_fused_mlp_of_a_model_equals_the_other_path(tiny_config, tiny_model, enabled):
+    model = gpu_model(tiny_config, tiny_model, "fla", "varlen")
+    mlp, ids, results = model.blocks[0].mlp, gpu_ids(model, 2, 257), []
+    assert mlp.fused
+    for fused in (True, False):
+        for block in model.blocks:
+            block.mlp.fused = fused
+        model.zero_grad()
+        t.compiled(t.mean_nll, enabled)(model, ids[:, :-1], ids[:, 1:]).backward()
+        results.append({name: p.grad for name, p in model.named_parameters()})
+        assert all(grad.dtype == torch.float32 for grad in results[-1].values())
+    got, want = (torch.cat([grad.flatten() for grad in grads.values()]) for grads in results)
+    assert t.relative_error(got, want) < 0.05
+
+
+@HOPPER
+@pytest.mark.gpu
+def test_cuda_mlp_shows_its_products_to_observers(tiny_config, tiny_model):
+    mlp, seen = gpu_model(tiny_config, tiny_model, "fla", "varlen").blocks[0].mlp, []
+    assert mlp.fused
+    t.OBSERVERS.append(lambda x, weights: seen.extend(weights))
+    try:
+        mlp(torch.randn(3, 256, device="cuda", dtype=torch.bfloat16), None)
+    finally:
+        t.OBSERVERS.pop()
+    assert [id(w) for w in seen] == [id(mlp.up_proj), id(mlp.down_proj)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
 @pytest.mark.parametrize("shape", [(40, 40, 64), (200, 200, 64), (200, 263, 64), (64, 70, 64)],
