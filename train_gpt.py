@@ -286,11 +286,8 @@ class Config:
     ttt_enabled: bool = group("test-time training", False, "1: also score while training on what has been scored")
     ttt_scoring: str = knob("sliding", "how a chunk is scored before it is trained on: sliding windows by EVAL_STRIDE, "
                             "or exact, by carried state", one_of("sliding", "exact"))
-    ttt_spans: int = knob(1, "exact: spans that each chunk is cut into, side by side; 1 = one unbroken stream",
-                          at_least(1))
-    ttt_warmup_tokens: int = knob(2048, "text before such a span that is run but not scored [tokens]", at_least(0))
-    ttt_carry: bool = knob(True, "exact: 1: the state goes on from one chunk to the next, and training rows begin from "
-                           "the states that scoring had; 0: both begin without one")
+    ttt_carry: bool = knob(True, "exact: 1: the state goes on from one chunk to the next; 0: every chunk begins "
+                           "without one")
     ttt_optimizer: str = knob("sgd", "sgd with momentum, adamw, or muon for matrices and sgd for the rest",
                               one_of("sgd", "adamw", "muon"))
     ttt_lr: float = knob(0.005, "learning rate of the first chunk", at_least(0))
@@ -481,7 +478,7 @@ PRESETS = {
         gptq_calibration_batches=16, gptq_reserve_seconds=10.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0,
         eval_stride=128, eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
-        ttt_chunk_tokens=4096, ttt_warmup_tokens=256),
+        ttt_chunk_tokens=4096),
 }
 
 # What PRESET=NAME,sample has otherwise than sample alone: the same kinds of layers, fewer of them, a clock that leaves
@@ -3454,7 +3451,7 @@ def scoring_units(total, method, cfg, adapting, saving):
         while pending and held and held.first < last:
             parts.append(held)
             held = next(pending, None)
-        parts = parts if pending else cut(first, last, cfg.ttt_spans)
+        parts = parts if pending else cut(first, last, 1)
         if parts:
             yield parts
 
@@ -3477,8 +3474,7 @@ EAGER_TOKENS = 50_000_000  # that a GPU runs forward in about the time that comp
 def compile_evaluation(cfg, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has more than EAGER_TOKENS to run."""
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
-    spans = cfg.ttt_spans if adapting else cfg.eval_spans
-    share = min(run.world_size, spans) if method == "exact" else run.world_size
+    share = min(run.world_size, 1 if adapting else cfg.eval_spans) if method == "exact" else run.world_size
     training = 3 * bool(cfg.ttt_epochs) / run.world_size if adapting else 0.0  # of one epoch, the same if trimmed
     if cfg.compile != "auto":
         return cfg.compile == "1"
@@ -3521,26 +3517,26 @@ class Scorer:
     """Scores parts of a text on this rank, and probes some of its own calls.
 
     Called with the parts of a unit, shares them over ranks and returns their Ledger, the same on every rank.
-    `state`: behind the text so far, where an adapting evaluation goes on in one stream (TTT_SPANS=1).
+    `state`: behind the text so far, where an adapting evaluation goes on in one stream, the same on every rank.
     """
 
     def __init__(self, model, tokens, table, run, adapt, probing, fast):
         self.model, self.tokens, self.run, self.cfg, self.state = model, tokens, run, model.cfg, None
         self.table, self.score = table.to(run.device), compiled(score_rows, fast)
         self.adapter, self.adapting = adapt if isinstance(adapt, Adapter) else None, adapt is not None
-        self.carries = self.adapting and self.cfg.ttt_spans == 1  # one stream through the text, the same on every rank
         self.begins = np.concatenate([[0], np.flatnonzero(tokens == self.cfg.bos_id)])  # of documents
         self.calls, self.probing, self.faults = 0, probing, [0.0, 0.0]
 
     def __call__(self, parts):
         """Score the unit `parts`: windows or spans in order."""
         exact, mine = parts[0].start is None, None
-        a, b = (0, 1) if exact and self.carries else self.run.share(len(parts))
+        replicated = exact and self.adapting
+        a, b = (0, 1) if replicated else self.run.share(len(parts))
         if b > a:
             mine = (self.streams if exact else self.windows)(parts[a:b])
             mine.causal, mine.normalized = self.faults
         found = [one for one in self.run.gather(mine) if one]
-        if exact and self.carries:  # every rank scored the same; the largest fault counts
+        if replicated:  # every rank scored the same; the largest fault counts
             mine.causal, mine.normalized = (max(getattr(one, key) for one in found) for key in ("causal", "normalized"))
             return mine
         return reduce(Ledger.join, found, Ledger(parts[0].first))
@@ -3602,33 +3598,31 @@ class Scorer:
     def streams(self, spans):
         """The Ledger of consecutive spans, scored side by side with carried state.
 
-        Each row begins EVAL_WARMUP_TOKENS (adapting: TTT_WARMUP_TOKENS) before its span, unscored, and goes through it
-        segment by segment, so that a token is predicted from all the text since its row's beginning.  Where the Scorer
-        carries, the one row goes on from `state`, and only at the text's end is its last segment filled up.
+        Each row begins EVAL_WARMUP_TOKENS before its span, unscored, and goes through it segment by segment, so that a
+        token is predicted from all the text since its row's beginning.  When adapting, the one span, a chunk, goes on
+        from `state`; only the text's last is filled up to the shape of the others.
         """
-        cfg, books = self.cfg, [Ledger(span.first) for span in spans]
-        warmup = 0 if self.carries else cfg.ttt_warmup_tokens if self.adapting else cfg.eval_warmup_tokens
-        at_once = training_rows(cfg) if self.adapting else max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+        cfg, total, books = self.cfg, len(self.tokens) - 1, [Ledger(span.first) for span in spans]
+        warmup = 0 if self.adapting else cfg.eval_warmup_tokens
+        at_once = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
         for i in range(0, len(spans), at_once):
             firsts, lasts, _ = map(np.array, zip(*spans[i:i + at_once]))
             starts = np.maximum(0, firsts - warmup)
             longest = int((lasts - starts).max())
-            T = cfg.train_seq_len if self.adapting else segment_length(longest, len(starts), cfg)
+            T = segment_length(min(cfg.ttt_chunk_tokens, total) if self.adapting else longest, len(starts), cfg)
             state = self.state if cfg.ttt_carry else None
-            filled = not self.carries or lasts[-1] == len(self.tokens) - 1
+            filled = not self.adapting or lasts[-1] == total
             for done in range(0, longest, T):
                 rows = make_rows(self.tokens, starts + done, firsts, lasts, T if filled else min(T, longest - done),
                                  self.run.device)
-                nll, after = self.call(rows, state)
-                nll, wanted = nll.cpu(), rows.wanted.cpu()
-                if self.adapter and self.adapter.kept is not None and wanted.any():
-                    self.adapter.kept.append((rows, state))
-                state, num_bytes = after, count_bytes(self.table, rows.ids, rows.targets).cpu()
+                nll, state = self.call(rows, state)
+                nll, wanted, num_bytes = (x.cpu() for x in (
+                    nll, rows.wanted, count_bytes(self.table, rows.ids, rows.targets)))
                 for row, first in enumerate(np.maximum(firsts, starts + done).tolist()):
                     if wanted[row].any():
                         self.enter(books[i + row], first, nll[row][wanted[row]],
                                    num_bytes[row][wanted[row]])
-            self.state = state if self.carries else None
+            self.state = state if self.adapting else None
         return reduce(Ledger.join, books)
 
 
@@ -3650,7 +3644,7 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
 
     model: LM; its cfg holds the evaluation settings.   tokens: np.uint16 (n,).   table: ByteTable.
     method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact (state carried through
-    EVAL_SPANS spans; with `adapt` through TTT_SPANS spans of each chunk, or if that is 1 through the whole text).
+    EVAL_SPANS spans; with `adapt` through the whole text, chunk by chunk).
     adapt: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the tokens scored so
     far, np.uint16 up to and including the last scored target: it cannot see what is yet to be scored.
     progress: None or the Progress that keeps this evaluation on disk.   probing: check some calls (Scorer.probe).
@@ -3659,8 +3653,6 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
     run, cfg, total = run or Run(device=next(model.parameters()).device), model.cfg, len(tokens) - 1
     fast = adapt.fast if isinstance(adapt, Adapter) else compile_evaluation(cfg, run, method, total)
     scorer = Scorer(model, tokens, table, run, adapt, probing, fast)
-    if scorer.adapter:
-        scorer.adapter.kept = [] if method == "exact" and cfg.ttt_carry and scorer.adapter.trains else None
     ledger = progress.restore(scorer) if progress else Ledger()
     for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None):
         if progress and parts[-1].last <= ledger.next_target:
@@ -3756,25 +3748,10 @@ def learn(tilt, tokens, first, last):
         tilt.high.scatter_reduce_(0, bucket, torch.where(top, follower, -1), "amax")
 
 
-def summed_nll(model, ids, targets, wanted, state=None):
+def summed_nll(model, ids, targets, wanted):
     """Nats of the wanted targets, summed: the loss that an Adapter trains on."""
-    x, _ = model.features(ids, state)
+    x, _ = model.features(ids)
     return (head_nll(model.embed, x, targets) * wanted).sum()
-
-
-def batched(pairs, most):
-    """(Rows, state) pairs joined along the batch where their forms agree, `most` rows at most, as normal tensors."""
-    groups = {}
-    for rows, state in pairs:
-        form = rows.ids.shape, state is None, *(x.shape for x in state_tensors(state))
-        groups.setdefault(form, []).append((rows, state))
-    out = []
-    for (shape, *_), group in groups.items():
-        step = max(1, most // shape[0])
-        for i in range(0, len(group), step):
-            rows, states = zip(*group[i:i + step])
-            out.append((Rows(*map(torch.cat, zip(*rows))), states[0] and tree_map(lambda *xs: torch.cat(xs), *states)))
-    return out
 
 
 class Leaf:
@@ -3807,14 +3784,13 @@ class LowRank(NamedTuple):
 class Adapter:
     """Score-first test-time training: called by `evaluate` with the text scored so far, trains on its newest chunk.
 
-    Rows of TRAIN_SEQ_LEN, split over ranks; with exact scoring they begin from the states that scoring had there.  Each
-    pass over a chunk is one step on the mean of its targets, so that any number of ranks does the same.  `in_order`
-    turns False if weights or hints changed while something was scored, or knew of it before.
+    Rows of TRAIN_SEQ_LEN, split over ranks, each from a fresh state as in training.  Each pass over a chunk is one step
+    on the mean of its targets, so that any number of ranks does the same.  `in_order` turns False if weights or hints
+    changed while something was scored, or knew of it before.
 
-    kept: (Rows, state) that scoring left for training, or None if rows are cut anew.   pending: scored chunks of a
-    phase, not yet trained on.   seen: targets handed over so far.   params: trained weights, `weights` those and the
-    adapters' A and B; base: their values in the artifact; raw: with TTT_EMA the newest, while the average scores.
-    mark: fingerprint after the last change.
+    pending: scored chunks of a phase, not yet trained on.   seen: targets handed over so far.   params: trained
+    weights, `weights` those and the adapters' A and B; base: their values in the artifact; raw: with TTT_EMA the
+    newest, while the average scores.   mark: fingerprint after the last change.
     """
 
     def __init__(self, model, num_targets, run):
@@ -3822,7 +3798,7 @@ class Adapter:
         self.model, self.cfg, self.run, self.began = model, cfg, run, time.perf_counter()
         self.fast = compile_evaluation(cfg, run, cfg.ttt_scoring, num_targets, adapting=True)
         self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
-        self.kept, self.pending, self.steps, self.rate, self.train_s = None, [], 0, 0.0, 0.0
+        self.pending, self.steps, self.rate, self.train_s = [], 0, 0.0, 0.0
         self.tilt = new_tilt(cfg, num_targets, run.device) if cfg.ttt_tilt else None
         if cfg.ttt_hash_buckets:
             model.embed.hash_table = nn.Parameter(torch.zeros(cfg.ttt_hash_buckets, cfg.model_dim, device=run.device))
@@ -3881,18 +3857,15 @@ class Adapter:
         self.in_order &= self.seen <= first and self._fingerprint() == self.mark
 
     def _batches(self, tokens, first, last):
-        """This rank's (Rows, state) batches of the chunk of targets first .. last - 1."""
-        T, most = self.cfg.train_seq_len, training_rows(self.cfg)
-        if self.kept is not None:  # exact scoring: the rows that were scored, by this rank or in one stream by all
-            kept, self.kept = self.kept, []
-            return batched(kept[slice(*self.run.share(len(kept)))] if self.cfg.ttt_spans == 1 else kept, most)
+        """This rank's batches, Rows of one shape, of the chunk of targets first .. last - 1."""
+        T = self.cfg.train_seq_len
         starts = np.arange(first, last, T)
         a, b = self.run.share(len(starts))
-        size = max(1, min(most, -(-len(starts) // self.run.world_size)))
+        size = max(1, min(training_rows(self.cfg), -(-len(starts) // self.run.world_size)))
         out = []
         for i in range(a, b, size):
             part = np.pad(starts[i:min(i + size, b)], (0, size - min(size, b - i)), constant_values=last)  # empty rows
-            out.append((make_rows(tokens, part, part, np.minimum(part + T, last), T, self.run.device), None))
+            out.append(make_rows(tokens, part, part, np.minimum(part + T, last), T, self.run.device))
         return out
 
     def __call__(self, scored):
@@ -3909,8 +3882,8 @@ class Adapter:
             if len(begins):  # a document began: forget the others, train on what was seen of this one
                 self.reset()
                 first += 1 + int(begins[-1])
-                batches = [(rows._replace(wanted=rows.wanted & (rows.starts[:, None] + torch.arange(
-                    rows.ids.shape[1], device=rows.starts.device) >= first)), state) for rows, state in batches]
+                batches = [rows._replace(wanted=rows.wanted & (rows.starts[:, None] + torch.arange(
+                    rows.ids.shape[1], device=rows.starts.device) >= first)) for rows in batches]
             self.pending.append((batches, self.seen - first))
             if self.calls % self.cfg.ttt_phase_chunks == 0:
                 self._train()
@@ -3941,8 +3914,8 @@ class Adapter:
         copy_all(self.params, self.raw)
         for batches, num_targets in chunks * self.cfg.ttt_epochs:
             self.flat_grad.zero_()
-            for rows, state in batches:
-                (loss_of(self.model, rows.ids, rows.targets, rows.wanted, state) / num_targets).backward()
+            for rows in batches:
+                (loss_of(self.model, rows.ids, rows.targets, rows.wanted) / num_targets).backward()
             self.run.all_sum(self.flat_grad)
             self._step()
             if average:
@@ -4319,7 +4292,7 @@ def plan_evaluation(model, cfg, run, num_targets):
     fit = math.floor((budget - seconds) / epoch_s) if epoch_s else -1  # epochs that the budget has room for
     if needed > budget and (cfg.eval_overrun == "error" or fit < 0 or method != "ttt"):
         how = {"roundtrip": "EVAL_BATCH_TOKENS", "exact": "EVAL_SPANS and EVAL_WARMUP_TOKENS", "sliding": "EVAL_STRIDE",
-               "ttt": "TTT_EPOCHS" if fit >= 0 else "EVAL_STRIDE, or TTT_SPANS and TTT_WARMUP_TOKENS"}[method]
+               "ttt": "TTT_EPOCHS" if fit >= 0 else "EVAL_STRIDE, or TTT_CHUNK_TOKENS"}[method]
         raise SettingError(f"FINAL_SCORE={method} would take about {needed:.0f} s for {num_targets} targets, more than "
                            f"EVAL_BUDGET_SECONDS={budget:g}; change {how}")
     if needed > budget:

@@ -124,8 +124,6 @@ REFUSED = [
     ("TTT_CHUNK_TOKENS", "0", "at least 1"),
     ("EVAL_OVERRUN", "skip", "one of error, trim"),
     ("EVAL_SAVE_SECONDS", "-1", "at least 0"),
-    ("TTT_SPANS", "0", "at least 1"),
-    ("TTT_WARMUP_TOKENS", "-1", "at least 0"),
     ("TTT_SCHEDULE", "linear", "one of cosine, constant"),
     ("TTT_PHASE_CHUNKS", "0", "at least 1"),
     ("TTT_ROLES", "mlp,attention", "a comma list of embed, gate, mlp, mixer, control"),
@@ -343,7 +341,6 @@ def test_sample_keeps_features_of_the_preset_before_it():
         ngram_dim train_seq_len train_batch_tokens max_wallclock_seconds warmup_steps muon_momentum_warmup_steps
         val_loss_every train_log_every checkpoint_every_seconds eval_stride eval_spans eval_warmup_tokens
         eval_batch_tokens eval_diagnostics gptq_calibration_batches gptq_reserve_seconds ttt_chunk_tokens
-        ttt_warmup_tokens
         """.split())
     assert set(t.PRESETS["sample"]) <= sizes
 

@@ -15,28 +15,27 @@ import train_gpt as t
 
 NONE = torch.zeros(64, dtype=torch.bool)
 TABLE = t.ByteTable(torch.ones(64, dtype=torch.int64), NONE, NONE)
-SPANS = dict(ttt_scoring="exact", ttt_spans=3, ttt_warmup_tokens=32)
+EXACT = dict(ttt_scoring="exact")
 TILT = dict(ttt_tilt=0.7, ttt_tilt_order=4)
 HASH = dict(ttt_hash_buckets=32, ttt_hash_lr=0.05)
 OPTIONS = {
     "sliding": {},
-    "exact": dict(ttt_scoring="exact"),
-    "exact, rows of several lengths": dict(ttt_scoring="exact", ttt_chunk_tokens=150),
-    "spans": SPANS,
-    "no carry": dict(ttt_scoring="exact", ttt_carry=False),
-    "spans, no carry": SPANS | dict(ttt_carry=False),
+    "exact": EXACT,
+    "exact, odd chunks": EXACT | dict(ttt_chunk_tokens=150),
+    "exact, several segments a chunk": EXACT | dict(eval_batch_tokens=64),
+    "no carry": EXACT | dict(ttt_carry=False),
     "adamw": dict(ttt_optimizer="adamw", ttt_lr=0.003),
-    "muon": SPANS | dict(ttt_optimizer="muon"),
+    "muon": EXACT | dict(ttt_optimizer="muon"),
     "constant": dict(ttt_schedule="constant", ttt_epochs=1),
     "roles": dict(ttt_roles="mlp,control"),
     "ema": dict(ttt_ema=0.5),
-    "phase": SPANS | dict(ttt_phase_chunks=2),
+    "phase": EXACT | dict(ttt_phase_chunks=2),
     "reset": dict(ttt_reset=True),
-    "lora": SPANS | dict(ttt_lora=2, ttt_optimizer="adamw"),
+    "lora": EXACT | dict(ttt_lora=2, ttt_optimizer="adamw"),
     "lora muon": dict(ttt_lora=2, ttt_optimizer="muon"),
     "tilt alone": TILT | dict(ttt_epochs=0),
     "hash alone": HASH | dict(ttt_roles=""),
-    "all at once": SPANS | TILT | HASH | dict(ttt_optimizer="muon", ttt_ema=0.5, ttt_phase_chunks=2),
+    "all at once": EXACT | TILT | HASH | dict(ttt_optimizer="muon", ttt_ema=0.5, ttt_phase_chunks=2),
 }
 every_option = pytest.mark.parametrize("option", OPTIONS)
 
@@ -52,7 +51,7 @@ def text(length=320, seed=0):
 
 def ttt_config(option="sliding", **overrides):
     """tiny_config with test-time training of two passes a chunk of 128 targets, and an option."""
-    settings = dict(ttt_enabled=True, ttt_spans=1, ttt_chunk_tokens=128, ttt_epochs=2, ttt_freeze_blocks=1,
+    settings = dict(ttt_enabled=True, ttt_chunk_tokens=128, ttt_epochs=2, ttt_freeze_blocks=1,
                     ttt_lr=0.02, stack="gdn swa", model_dim=32, num_heads=2, num_kv_heads=1, gdn_heads=1,
                     eval_stride=32)
     return tiny_config(**(settings | OPTIONS[option] | overrides))
@@ -78,7 +77,7 @@ def scores(cfg, tokens):
 
 
 @pytest.mark.parametrize("option, overrides", [
-    ("sliding", dict(ttt_lr=0.05)), ("exact", dict(ttt_lr=0.05)), ("spans", dict(ttt_lr=0.05)), ("adamw", {}),
+    ("sliding", dict(ttt_lr=0.05)), ("exact", dict(ttt_lr=0.05)), ("no carry", dict(ttt_lr=0.05)), ("adamw", {}),
     ("muon", {}), ("lora", {}), ("tilt alone", {}), ("hash alone", dict(ttt_epochs=3))])
 def test_training_on_scored_text_helps_with_what_follows(option, overrides):
     cfg, tokens = ttt_config(option, **overrides), text(700)
@@ -110,14 +109,17 @@ def test_an_idle_adapter_gives_the_plain_score(method, overrides):
     assert adapted(cfg, tokens)[0].nats == pytest.approx(plain.nats, rel=1e-6)
 
 
-def test_spans_with_all_text_before_them_are_the_unbroken_stream():
-    tokens = text()
-    one, many = (adapted(ttt_config(ttt_scoring="exact", ttt_lr=0.0, ttt_spans=n, ttt_warmup_tokens=450), tokens)[0]
-                 for n in (1, 3))
-    assert many.nats == pytest.approx(one.nats, rel=1e-6)
+@pytest.mark.parametrize("option, chunk", [("exact", 319), ("exact, odd chunks", 319), ("no carry", 128),
+                                           ("exact, several segments a chunk", 319)])
+def test_exact_scores_are_those_of_one_forward_over_what_the_state_has_seen(option, chunk):
+    cfg, tokens = ttt_config(option, ttt_lr=0.0), text()
+    ids, model = torch.from_numpy(tokens.astype(np.int64))[None], tiny_model(cfg)
+    expected = [t.token_nll(model(ids[:, i:i + chunk][:, :319 - i])[0], ids[:, i + 1:i + chunk + 1])[0]
+                for i in range(0, 319, chunk)]
+    torch.testing.assert_close(scores(cfg, tokens).float(), torch.cat(expected), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("option", ["sliding", "exact", "spans", "all at once"])
+@pytest.mark.parametrize("option", ["sliding", "exact", "no carry", "all at once"])
 def test_first_chunk_is_scored_by_the_weights_of_the_artifact(option):
     tokens = text()
     trained, idle = (scores(ttt_config(option, ttt_lr=lr, ttt_hash_lr=lr, ttt_phase_chunks=1), tokens)
@@ -246,44 +248,24 @@ def test_reset_forgets_what_stood_before_the_document():
 
 
 def trained_rows(cfg, tokens):
-    """(ids, wanted targets, state) of every row that an evaluation trained on."""
+    """Wanted targets of every row that an evaluation trained on."""
     seen, real = [], t.summed_nll
 
-    def spy(model, ids, targets, wanted, state=None):
-        for row in range(len(ids)):
-            seen.append((ids[row], targets[row][wanted[row]],
-                         state and t.tree_map(lambda x, row=row: x[row:row + 1], state)))
-        return real(model, ids, targets, wanted, state)
+    def spy(model, ids, targets, wanted):
+        seen.extend(targets[row][wanted[row]] for row in range(len(ids)))
+        return real(model, ids, targets, wanted)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(t, "summed_nll", spy)
         adapted(cfg, tokens)
     return seen
 
 
-@pytest.mark.parametrize("option", ["sliding", "exact", "exact, rows of several lengths", "spans", "no carry"])
+@pytest.mark.parametrize("option", ["sliding", "exact", "exact, odd chunks"])
 def test_rows_cover_every_scored_chunk_once(option):
     cfg, tokens = ttt_config(option, ttt_epochs=1, ttt_lr=0.0, eval_stride=64), text()
-    targets = torch.cat([wanted for _, wanted, _ in trained_rows(cfg, tokens)])
+    targets = torch.cat(trained_rows(cfg, tokens))
     last = 319 // cfg.ttt_chunk_tokens * cfg.ttt_chunk_tokens
     assert sorted(targets.tolist()) == sorted(tokens[1:last + 1].tolist())
-
-
-@pytest.mark.parametrize("option", ["exact", "spans"])
-def test_rows_begin_from_the_states_that_scoring_had_there(option):
-    """A row scored from its start state equals the same tokens within one forward over all the text before."""
-    cfg = ttt_config(option, ttt_lr=0.0, ttt_epochs=1, ttt_spans=2 if option == "spans" else 1, ttt_warmup_tokens=450)
-    tokens, checked = np.random.default_rng(3).integers(2, 64, 450).astype(np.uint16), 0
-    model = tiny_model(cfg)
-    whole, _ = model(torch.from_numpy(tokens[:-1].astype(np.int64))[None])
-    everything = t.token_nll(whole, torch.from_numpy(tokens[1:].astype(np.int64))[None])[0]
-    places = {tuple(tokens[i:i + 9].tolist()): i for i in range(440)}
-    for ids, wanted, state in trained_rows(cfg, tokens):
-        if len(wanted) == len(ids) == 64:
-            first, (logits, _) = places[tuple(ids[:9].tolist())], model(ids[None], state)
-            torch.testing.assert_close(t.token_nll(logits, wanted[None])[0], everything[first:first + 64], rtol=1e-4,
-                                       atol=1e-4)
-            checked += state is not None
-    assert checked >= 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -292,7 +274,7 @@ def test_rows_of_all_ranks_cover_the_chunk_once(world_size, first, last):
     cfg, tokens, covered, shapes = ttt_config(), text(), [], set()
     for rank in range(world_size):
         adapter = t.Adapter(tiny_model(cfg), len(tokens) - 1, t.Run(rank, world_size))
-        for rows, _ in adapter._batches(tokens, first, last):
+        for rows in adapter._batches(tokens, first, last):
             shapes.add(rows.ids.shape)
             covered += rows.targets[rows.wanted].tolist()
     assert covered == tokens[first + 1:last + 1].tolist() and len(shapes) == 1
@@ -341,7 +323,7 @@ def test_a_weight_that_changes_while_text_is_scored_is_noticed(monkeypatch):
     assert not adapter.in_order
 
 
-@pytest.mark.parametrize("option", ["sliding", "exact", "spans", "tilt alone"])
+@pytest.mark.parametrize("option", ["sliding", "exact", "tilt alone"])
 def test_an_adapter_that_trains_before_scoring_is_noticed(option, monkeypatch):
     real = t.Scorer.__call__
 
