@@ -3451,7 +3451,7 @@ def scoring_units(total, method, cfg, adapting, saving):
         while pending and held and held.first < last:
             parts.append(held)
             held = next(pending, None)
-        parts = parts if pending else cut(first, last, 1)
+        parts = parts if pending else [Part(first, last)]
         if parts:
             yield parts
 
