@@ -651,15 +651,31 @@ class Run:
         """The contiguous part [first, last) of n items that is this rank's."""
         return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
 
+    def to_host(self, *tensors):
+        """Begin to copy tensors to the host; call what is returned to wait for these copies alone and get them."""
+        copies, done = [x.to("cpu", non_blocking=True) for x in tensors], None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event()
+            done.record()
+
+        def wait():
+            if done:
+                done.synchronize()
+            return copies
+        return wait
+
     def synchronize(self):
         """Wait for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def peak_memory_mib(self):
-        """Peak memory so far [MiB]: the allocator's on CUDA, the process's on CPU."""
+    def peak_memory_mib(self, anew=False):
+        """Peak memory so far [MiB]: the allocator's on CUDA, the process's on CPU.   anew: CUDA's starts again here."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) // 2**20
+            peak = torch.cuda.max_memory_allocated(self.device) // 2**20
+            if anew:
+                torch.cuda.reset_peak_memory_stats(self.device)
+            return peak
         import resource  # POSIX only; imported here so that the script still loads elsewhere
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
@@ -3502,7 +3518,19 @@ def make_rows(tokens, starts, score_from, score_to, T, device):
     inputs = index[:, TILT_BEFORE:-1]
     wanted = (inputs >= np.asarray(score_from)[:, None]) & (inputs < np.asarray(score_to)[:, None])
     parts = text[:, TILT_BEFORE:-1], text[:, TILT_BEFORE + 1:], wanted, text[:, :TILT_BEFORE], starts
-    return Rows(*(torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True) for x in parts))
+    parts = [torch.from_numpy(np.ascontiguousarray(x)) for x in parts]
+    if device.type == "cuda":  # a copy from other memory would wait for the device
+        parts = [x.pin_memory() for x in parts]
+    return Rows(*(x.to(device, non_blocking=True) for x in parts))
+
+
+def one_late(items):
+    """Yield the items, each after the next was made: the device goes on while the host takes one in."""
+    held = []
+    for item in items:
+        yield from held
+        held = [item]
+    yield from held
 
 
 def state_tensors(state):
@@ -3510,7 +3538,13 @@ def state_tensors(state):
     return [] if state is None else tree_leaves(state)
 
 
-PROBE_TOKENS, PROBE_CANDIDATES = 64, 256  # positions of a normalisation probe; vocabulary entries scored at once
+PROBE_TOKENS = 64  # positions of a normalisation probe
+PROBE_LOGITS = 2**26  # most logits that it makes at once, the whole vocabulary for every candidate at every position
+
+
+def probe_candidates(vocab):
+    """Vocabulary entries that a normalisation probe scores at once."""
+    return min(vocab, max(1, PROBE_LOGITS // PROBE_TOKENS // vocab))
 
 
 class Scorer:
@@ -3542,12 +3576,12 @@ class Scorer:
         return reduce(Ledger.join, found, Ledger(parts[0].first))
 
     def call(self, rows, state=None):
-        """Nats (B, T) of one batch and the state behind it; the 1st, 2nd, 4th, 8th, ... call is probed."""
+        """Nats (B, T) of one batch and the state behind it; the 1st, 4th, 16th, 64th, ... call is probed."""
         tilt = self.adapter.tilt if self.adapter else None
         more = (tilt, rows.before) if tilt else ()
         nll, after = self.score(self.model, rows.ids, rows.targets, state, *more)
         self.calls += 1
-        if self.probing and self.calls & (self.calls - 1) == 0:
+        if self.probing and self.calls.bit_length() % 2 and self.calls & (self.calls - 1) == 0:
             self.probe(rows, state, nll, more)
         return nll, after
 
@@ -3569,7 +3603,7 @@ class Scorer:
         ids, state = rows.ids[row:row + 1, :PROBE_TOKENS], state and tree_map(lambda x: x[row:row + 1], state)
         more = (more[0], more[1][row:row + 1]) if more else ()
         total = torch.zeros(ids.shape, dtype=torch.float64, device=nll.device)
-        for some in torch.arange(vocab, device=nll.device).split(PROBE_CANDIDATES):
+        for some in torch.arange(vocab, device=nll.device).split(probe_candidates(vocab)):
             scores, _ = score_rows(self.model, ids, some.expand(*ids.shape, -1), state, *more)
             total += scores.double().neg().exp().sum(-1)
         found = torch.stack([leak.double(), (total - 1).abs().max()]).tolist()
@@ -3577,7 +3611,7 @@ class Scorer:
 
     def enter(self, ledger, first, nll, num_bytes):
         """Enter targets first .. with the distances since their documents began."""
-        nll, num_bytes, target = nll.cpu(), num_bytes.cpu(), np.arange(first, first + len(nll))
+        target = np.arange(first, first + len(nll))
         if self.table.sidecar is not None:
             num_bytes = torch.from_numpy(self.table.sidecar[target + 1].astype(np.int64))
         ledger.add(first, nll, num_bytes)
@@ -3587,12 +3621,19 @@ class Scorer:
         """The Ledger of consecutive windows, scored in batches of fixed shape."""
         T, ledger = self.cfg.train_seq_len, Ledger(parts[0].first)
         batch = max(1, self.cfg.eval_batch_tokens // T)
-        for i in range(0, len(parts), batch):
-            part = parts[i:i + batch]
-            firsts, lasts, starts = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
-            rows = make_rows(self.tokens, starts, firsts, lasts, T, self.run.device)
-            nll, num_bytes = self.call(rows)[0], count_bytes(self.table, rows.ids, rows.targets)
-            self.enter(ledger, part[0].first, nll[rows.wanted], num_bytes[rows.wanted])
+
+        def scored():
+            for i in range(0, len(parts), batch):
+                part = parts[i:i + batch]
+                firsts, lasts, starts = zip(*(part + [(0, 0, 0)] * (batch - len(part))))  # empty rows keep the shape
+                rows = make_rows(self.tokens, starts, firsts, lasts, T, self.run.device)
+                nll, _ = self.call(rows)
+                yield part, self.run.to_host(nll, count_bytes(self.table, rows.ids, rows.targets))
+
+        for part, wait in one_late(scored()):
+            nll, num_bytes = (torch.cat([row[one.first - one.start:one.last - one.start] for row, one in zip(x, part)])
+                              for x in wait())
+            self.enter(ledger, part[0].first, nll, num_bytes)
         return ledger
 
     def streams(self, spans):
@@ -3602,28 +3643,33 @@ class Scorer:
         token is predicted from all the text since its row's beginning.  When adapting, the one span, a chunk, goes on
         from `state`; only the text's last is filled up to the shape of the others.
         """
-        cfg, total, books = self.cfg, len(self.tokens) - 1, [Ledger(span.first) for span in spans]
-        warmup = 0 if self.adapting else cfg.eval_warmup_tokens
-        at_once = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+        books, at_once = [], max(1, self.cfg.eval_batch_tokens // self.cfg.train_seq_len)
         for i in range(0, len(spans), at_once):
-            firsts, lasts, _ = map(np.array, zip(*spans[i:i + at_once]))
-            starts = np.maximum(0, firsts - warmup)
-            longest = int((lasts - starts).max())
-            T = segment_length(min(cfg.ttt_chunk_tokens, total) if self.adapting else longest, len(starts), cfg)
-            state = self.state if cfg.ttt_carry else None
-            filled = not self.adapting or lasts[-1] == total
-            for done in range(0, longest, T):
-                rows = make_rows(self.tokens, starts + done, firsts, lasts, T if filled else min(T, longest - done),
-                                 self.run.device)
-                nll, state = self.call(rows, state)
-                nll, wanted, num_bytes = (x.cpu() for x in (
-                    nll, rows.wanted, count_bytes(self.table, rows.ids, rows.targets)))
-                for row, first in enumerate(np.maximum(firsts, starts + done).tolist()):
-                    if wanted[row].any():
-                        self.enter(books[i + row], first, nll[row][wanted[row]],
-                                   num_bytes[row][wanted[row]])
-            self.state = state if self.adapting else None
+            ledgers = [Ledger(span.first) for span in spans[i:i + at_once]]
+            for starts, wait in one_late(self.segments(spans[i:i + at_once])):
+                nll, num_bytes = wait()
+                for row, (span, start, ledger) in enumerate(zip(spans[i:], starts.tolist(), ledgers)):
+                    scored = slice(max(span.first - start, 0), max(span.last - start, 0))
+                    if len(nll[row][scored]):
+                        self.enter(ledger, start + scored.start, nll[row][scored], num_bytes[row][scored])
+            books += ledgers
         return reduce(Ledger.join, books)
+
+    def segments(self, spans):
+        """Run spans side by side; yields each segment's starts (B,) and what waits for its nats and bytes (B, T)."""
+        cfg, total = self.cfg, len(self.tokens) - 1
+        firsts, lasts, _ = map(np.array, zip(*spans))
+        starts = np.maximum(0, firsts - (0 if self.adapting else cfg.eval_warmup_tokens))
+        longest = int((lasts - starts).max())
+        T = segment_length(min(cfg.ttt_chunk_tokens, total) if self.adapting else longest, len(starts), cfg)
+        state = self.state if cfg.ttt_carry else None
+        filled = not self.adapting or lasts[-1] == total
+        for done in range(0, longest, T):
+            rows = make_rows(self.tokens, starts + done, firsts, lasts, T if filled else min(T, longest - done),
+                             self.run.device)
+            nll, state = self.call(rows, state)
+            yield starts + done, self.run.to_host(nll, count_bytes(self.table, rows.ids, rows.targets))
+        self.state = state if self.adapting else None
 
 
 def segment_length(longest, rows, cfg):
@@ -4228,7 +4274,7 @@ def rehearse(model, method, num_targets, run):
         state = None
         for _ in range(3):  # the first state that is carried and the later ones have other strides
             _, state = score(model, ids, targets, state if carried else None)
-        every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, min(PROBE_CANDIDATES, cfg.vocab_size))
+        every = targets[:1, :PROBE_TOKENS, None].expand(-1, -1, probe_candidates(cfg.vocab_size))
         score_rows(model, ids[:1, :PROBE_TOKENS], every)  # what a probe calls
         run.synchronize()
         began = time.perf_counter()
@@ -4553,6 +4599,7 @@ def calibrate(model, loader, cfg, run, clock):
     if not cfg.gptq_enabled:
         return UNCALIBRATED
     run.synchronize()
+    run.peak_memory_mib(anew=True)
     loop_end_s = clock.elapsed()
     rows, done = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size), 0
 
@@ -4573,7 +4620,7 @@ def calibrate(model, loader, cfg, run, clock):
     run.synchronize()
     run.log("hessians", matrices=len(calibration.H), calibration=cfg.gptq_calibration,
             tokens=done * run.world_size * cfg.train_seq_len, wanted_tokens=rows * run.world_size * cfg.train_seq_len,
-            loop_end_s=f"{loop_end_s:.1f}", hessian_end_s=f"{clock.elapsed():.1f}")
+            loop_end_s=f"{loop_end_s:.1f}", hessian_end_s=f"{clock.elapsed():.1f}", peak_mem_mb=run.peak_memory_mib())
     return calibration
 
 
@@ -4658,11 +4705,12 @@ def timed_evaluation(event, model, data, method, run, adapt=None, progress=None,
     """Evaluate by `method`, print the event's line; returns the Ledger and the seconds it took, before a resumption
     too."""
     run.synchronize()
+    run.peak_memory_mib(anew=True)
     began = time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapt, run, progress, probing=True)
     run.synchronize()
     seconds = run.broadcast(time.perf_counter() - began + (progress.spent if progress else 0.0))
-    run.log(event, **ledger.as_log(), eval_time=f"{1000 * seconds:.0f}ms", **facts)
+    run.log(event, **ledger.as_log(), eval_time=f"{1000 * seconds:.0f}ms", **facts, peak_mem_mb=run.peak_memory_mib())
     return ledger, seconds
 
 
@@ -4921,9 +4969,10 @@ def make_artifact(data, cfg, run):
 def export(path, model, calibration, cfg, run):
     """Write the artifact, the work shared by all ranks; returns its bytes on each."""
     began = time.perf_counter()
+    run.peak_memory_mib(anew=True)
     size = save_artifact(path, model, cfg, calibration, run)
     run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
-            export_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+            export_time=f"{1000 * (time.perf_counter() - began):.0f}ms", peak_mem_mb=run.peak_memory_mib())
     return run.from_rank_0(lambda: load_checked(path))
 
 

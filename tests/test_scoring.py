@@ -273,6 +273,30 @@ def test_warmup_gives_a_span_the_text_before_it():
     assert warmed == pytest.approx(whole, rel=2e-6) and abs(cold - whole) > 1e-3
 
 
+def test_the_next_batch_is_made_before_one_is_taken_in():
+    events = []
+
+    def made():
+        for i in range(3):
+            events.append(f"make {i}")
+            yield i
+
+    for i in t.one_late(made()):
+        events.append(f"take {i}")
+    assert events == ["make 0", "make 1", "take 0", "make 2", "take 1", "take 2"]
+    assert list(t.one_late([])) == []
+
+
+@pytest.mark.gpu
+def test_a_copy_to_the_host_is_of_the_time_when_it_was_asked_for():
+    x = torch.arange(1 << 22, device="cuda", dtype=torch.float32)
+    wait = t.Run(device="cuda").to_host(x, x.int())
+    x.zero_()
+    floats, integers = wait()
+    assert floats.device.type == "cpu"
+    assert torch.equal(floats, torch.arange(1 << 22).float()) and torch.equal(integers.long(), torch.arange(1 << 22))
+
+
 def test_unknown_method_is_refused():
     with pytest.raises(KeyError):
         t.evaluate(LM, random_text(10), TABLE, "both")
