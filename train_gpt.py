@@ -457,13 +457,14 @@ def parse_stack(text):
 
 
 _SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
-_INT6 = dict(average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False, compressor="zstd", ttt_enabled=True,
-             final_score="ttt")  # weight averaging, late QAT, rounding to nearest
+_INT6 = dict(average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False, compressor="zstd",
+                         ttt_enabled=True, final_score="ttt")  # weight averaging, late QAT, rounding to nearest
 PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
-    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, grid="sdclip", float_matrices=2, compressor="brotli", eval_stride=32,
-                   ttt_enabled=True, final_score="ttt", ttt_ema=0.5, ttt_tilt=0.5, ttt_hash_buckets=16384),
+    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, grid="sdclip", float_matrices=2, compressor="brotli",
+                               eval_stride=32, ttt_enabled=True, final_score="ttt", ttt_ema=0.5, ttt_tilt=0.5,
+                               ttt_hash_buckets=16384),
     # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
     "pr1698": _INT6 | dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
                            muon_momentum=0.95),
@@ -1140,7 +1141,7 @@ def gated_delta_rule(q, k, v, g, beta, state=None, cu_seqlens=None, kernel="auto
     Returns o (B, T, HV, V) in v's dtype and the final state (N, HV, K, V), float32 (float64 for float64 inputs).
     """
     if kernel == "auto":
-        kernel = "reference" if q.device.type == "cpu" else pick_gdn_kernel("auto", q.shape[-1], v.shape[-1])
+        kernel = "reference" if q.device.type == "cpu" else pick_gdn_kernel("auto", q.shape[-2], *v.shape[-2:])
     if kernel == "reference":
         return gated_delta_rule_reference(q, k, v, g, beta, state, cu_seqlens)
     if state is None:  # zeros: with one form of call there is one kernel to compile, tune and check
@@ -1719,8 +1720,21 @@ def _flash_attention(module):
 ATTENTION = {"sdpa": _sdpa_attention, "varlen": _varlen_attention, "flex": _flex_attention}
 
 
-def pick_gdn_kernel(wanted, K, V):
-    """The delta-rule kernel on CUDA: `wanted`, or for auto the best that is installed and takes heads of K, V.
+@cache
+def flash_qla_refusal(H, HV):
+    """Why FlashQLA does not run H query and HV value heads on this GPU, '' if it does: it cannot compile for 5."""
+    inputs, state = gdn_inputs(2, 200, H, HV, 128, "cuda", torch.bfloat16)
+    try:
+        gated_delta_rule(**inputs, state=state, kernel="flashqla")
+    except (ImportError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # its compiler has no error class of its own
+        return f"fails at {H} and {HV} heads ({str(error).strip().splitlines()[-1]})"
+    return ""
+
+
+def pick_gdn_kernel(wanted, H, HV, K):
+    """The delta-rule kernel on CUDA: `wanted`, or for auto the best that is installed and takes H and HV heads of K.
 
     Raises KernelError saying what is missing and how to install it.
     """
@@ -1729,9 +1743,11 @@ def pick_gdn_kernel(wanted, K, V):
         try:
             if wanted not in ("auto", name):
                 continue
-            if name == "flashqla" and ((K, V) != (128, 128) or torch.cuda.get_device_capability()[0] < 9):
-                raise ImportError(f"takes K = V = 128 on Hopper or later, not K = {K}, V = {V}")
+            if name == "flashqla" and (K != 128 or torch.cuda.get_device_capability()[0] < 9):
+                raise ImportError(f"takes heads of 128 on Hopper or later, not of {K}")
             load()
+            if name == "flashqla" and (refusal := flash_qla_refusal(H, HV)):
+                raise ImportError(refusal)
             return name
         except ImportError as error:
             reasons.append(f"{name}: {error}")
@@ -1768,7 +1784,7 @@ def resolve_kernels(cfg, run):
             raise KernelError("ATTN_KERNEL=flex: FlexAttention is fast only when compiled; set COMPILE=1")
         if kernel != "reference":
             try:
-                kernel = pick_gdn_kernel(kernel, cfg.gdn_head_dim, cfg.gdn_head_dim)
+                kernel = pick_gdn_kernel(kernel, cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads, cfg.gdn_head_dim)
             except KernelError:
                 if "sample" not in cfg.preset or kernel != "auto":
                     raise
@@ -3101,10 +3117,10 @@ def log_roles(blob, quantized, log):
         nearest=sum(q.damp == 0 or math.isinf(q.damp) for q in quantized.values()))
 
 
-USUAL_STEP = 12.85 / 31  # step / std(row) of the challenge's int6 entries, assumed where the searched one is not known
 FINEST_STEP, COARSEST_STEP = 4 / 31, 64 / 31  # SDClip's range at 6 bits, below which it clips more than it refines
 FILL_SLACK = 16_000  # bytes under the cap that end the search
 FILL_ROUNDS = 7
+FEWEST_BITS = 2.5  # per weight that the cap should leave; 2.6 is the least that was run at full size
 
 
 def expected_step(target_bytes, weights):
@@ -3319,16 +3335,24 @@ def unpack_tensor(entry, roles, cursor):
 
 
 def estimate_artifact_bytes(model, cfg):
-    """Expected bytes of the artifact at the usual steps: Gaussian entropy of quantized rows, raw size of the rest."""
-    total, bits = 4096.0, stored_bits(model, cfg)  # head and compressed header, measured
+    """Expected bytes of the artifact, and the bits that CAP_BYTES leaves for each weight whose step is searched.
+
+    Gaussian entropy of the quantized rows, at their set clip, or at the finest step of the search or what fills the
+    cap; raw size of the rest.
+    """
+    fixed, finest, searched, bits = 4096.0, 0.0, 0, stored_bits(model, cfg)  # head and compressed header, measured
+    rate = cfg.grid == "rate"
     for name, p in model.named_parameters():
-        if name in bits:
-            clip = getattr(cfg, route(name).clip)
-            step = USUAL_STEP if cfg.grid == "rate" or not clip else clip / (2 ** (bits[name] - 1) - 1)
-            total += p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step)) + 2 * p.shape[0]
-        else:
-            total += p.numel() * (4 if p.numel() <= 64 else 1 if cfg.control_bits else 2)
-    return int(total)
+        if name not in bits:
+            fixed += p.numel() * (4 if p.numel() <= 64 else 1 if cfg.control_bits else 2)
+            continue
+        clip = 0.0 if rate else getattr(cfg, route(name).clip)
+        step = 3 / Quantizer.MOST if rate else (clip or 31 * FINEST_STEP) / (2 ** (bits[name] - 1) - 1)
+        size = p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step))
+        fixed += 2 * p.shape[0] + (size if clip else 0.0)
+        finest, searched = finest + (0.0 if clip else size), searched + (0 if clip else p.numel())
+    room = cfg.cap_bytes - len(code_bytes()) - FILL_SLACK / 2 - fixed
+    return int(fixed + min(finest, max(0.0, room))), 8 * room / searched if searched else math.inf
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -3443,12 +3467,12 @@ def cut(first, last, count):
     return [Part(a, b) for a, b in zip(edges, edges[1:]) if b > a]
 
 
-UNIT_TARGETS = 1 << 20  # targets of which the windows are listed at one time; also a resumable unit of scoring
+UNIT_TARGETS = 1 << 20  # targets, at least, of which the windows are listed at one time: a resumable unit of scoring
 EXACT_UNITS = 8  # resumable units of the exact method; one where nothing is saved, so that all spans run side by side
 
 
-def scoring_units(total, method, cfg, adapting, saving):
-    """Yield lists of Parts, left to right.
+def scoring_units(total, method, cfg, adapting, saving, ranks=1):
+    """Yield lists of Parts, left to right, of whole batches for every rank.
 
     When adapting, a list is one chunk of TTT_CHUNK_TOKENS; a window belongs to the chunk of its first scored target.
     """
@@ -3458,7 +3482,8 @@ def scoring_units(total, method, cfg, adapting, saving):
         step = -(-len(spans) // (EXACT_UNITS if saving else 1))
         yield from (spans[i:i + step] for i in range(0, len(spans), step))
         return
-    chunk, pending = cfg.ttt_chunk_tokens if adapting else UNIT_TARGETS, None
+    at_once = stride * max(1, cfg.eval_batch_tokens // cfg.train_seq_len) * ranks or 1  # targets of a batch a rank
+    chunk, pending = cfg.ttt_chunk_tokens if adapting else -(-UNIT_TARGETS // at_once) * at_once, None
     if stride:
         pending = (Part(first, last, start) for start, last, first in windows(total, cfg.train_seq_len, stride))
         held = next(pending)
@@ -3562,7 +3587,10 @@ class Scorer:
         self.calls, self.probing, self.faults = 0, probing, [0.0, 0.0]
 
     def __call__(self, parts):
-        """Score the unit `parts`: windows or spans in order."""
+        """Score the unit `parts`: windows or spans, each from where the one before it ends; ScoreError otherwise."""
+        for one, after in zip(parts, parts[1:]):
+            if one.last != after.first:
+                raise ScoreError(f"targets up to {one.last - 1} are followed by {after.first}: a gap or a repeat")
         exact, mine = parts[0].start is None, None
         replicated = exact and self.adapting
         a, b = (0, 1) if replicated else self.run.share(len(parts))
@@ -3700,7 +3728,7 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
     fast = adapt.fast if isinstance(adapt, Adapter) else compile_evaluation(cfg, run, method, total)
     scorer = Scorer(model, tokens, table, run, adapt, probing, fast)
     ledger = progress.restore(scorer) if progress else Ledger()
-    for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None):
+    for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None, run.world_size):
         if progress and parts[-1].last <= ledger.next_target:
             continue  # scored before this evaluation was resumed
         scored = scorer(parts)
@@ -4098,12 +4126,13 @@ def state_from(tensors, model, device):
     return StreamState(EmbedState(next(parts), next(parts)), tuple(kind(next(parts), next(parts)) for kind in kinds))
 
 
-def evaluation_key(blob, tokens, method, cfg):
+def evaluation_key(blob, tokens, sidecar, method, cfg):
     """A text that two evaluations share only if script, artifact, text, method and all settings that matter agree."""
     names = [f.name for f in fields(cfg) if f.name.startswith("ttt_") or f.name in (
         "eval_stride", "eval_spans", "eval_warmup_tokens", "eval_batch_tokens", "muon_backend_steps", "beta1", "beta2",
         "seed")]
-    digests = (hashlib.sha256(x).hexdigest() for x in (code_bytes(), blob, np.ascontiguousarray(tokens)))
+    read = code_bytes(), blob, np.ascontiguousarray(tokens), b"" if sidecar is None else np.ascontiguousarray(sidecar)
+    digests = (hashlib.sha256(x).hexdigest() for x in read)
     parts = *digests, method, *(getattr(cfg, name) for name in names)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -4295,25 +4324,31 @@ def rehearse(model, method, num_targets, run):
 
 
 def rehearse_adapting(model, num_targets, run):
-    """Seconds that an evaluation with test-time training will take for scoring and for each of TTT_EPOCHS.
+    """Seconds that an evaluation with test-time training will take without epochs, and for each of TTT_EPOCHS.
 
     Scores three chunks of synthetic tokens, trains on two of them and puts the weights back.
     """
     cfg = model.cfg
-    model.cfg = replace(cfg, ttt_epochs=min(1, cfg.ttt_epochs), ttt_phase_chunks=1)
     chunks, total = -(-num_targets // cfg.ttt_chunk_tokens), min(num_targets, 3 * cfg.ttt_chunk_tokens)
     tokens = np.random.default_rng(cfg.seed).integers(0, cfg.vocab_size, total + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
-    for _ in range(2):  # the first time compiles
+    def measured(epochs):
+        """Seconds of scoring, and between two chunks."""
+        model.cfg = replace(cfg, ttt_epochs=epochs, ttt_phase_chunks=1)
         adapter = Adapter(model, num_targets, run)
         adapter.report = lambda ledger, scored: None
         began = time.perf_counter()
         evaluate(model, tokens, table, cfg.ttt_scoring, adapter, run)
         scoring_s = time.perf_counter() - began - adapter.train_s
         adapter.close()
-    model.cfg = cfg
-    return scoring_s * num_targets / total, adapter.train_s * chunks / max(1, adapter.calls)
+        model.cfg = cfg
+        return scoring_s, adapter.train_s / max(1, adapter.calls)
+    if cfg.ttt_epochs:
+        measured(1)  # compiles
+    scoring_s, pause_s = measured(min(1, cfg.ttt_epochs))
+    least_s = measured(0)[1] if cfg.ttt_epochs else pause_s
+    return scoring_s * num_targets / total + chunks * least_s, chunks * max(0.0, pause_s - least_s)
 
 
 def plan_evaluation(model, cfg, run, num_targets):
@@ -4749,8 +4784,8 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
              "sliding": dict(stride=cfg.eval_stride),
              "ttt": dict(scoring=cfg.ttt_scoring, optimizer=cfg.ttt_optimizer, epochs=cfg.ttt_epochs)}
     progress, results, in_order = None, {}, True
-    if resume or cfg.eval_save_seconds:
-        key = evaluation_key(blob, data.val, cfg.final_score, cfg)
+    if cfg.eval_save_seconds:  # without, there are other units, and nothing was saved
+        key = evaluation_key(blob, data.val, data.table.sidecar, cfg.final_score, cfg)
         path = Path(cfg.out_dir) / f"{cfg.run_id}.ckpt" / "evaluation.npz"
         progress = Progress(path, key, run, cfg.eval_save_seconds, resume)
     for method, event in FINAL_EVENTS.items():
@@ -4803,7 +4838,7 @@ def print_plan(cfg, run):
     with torch.device("meta"):
         model = LM(cfg)
     params = sum(p.numel() for p in model.parameters())
-    code, artifact = len(code_bytes()), estimate_artifact_bytes(model, cfg)
+    code, (artifact, _) = len(code_bytes()), estimate_artifact_bytes(model, cfg)
     # FLOP/s in training as README measured them, on one H100 with the default model and on 2 CPU cores with the sample.
     rate = (220e12 if run.device.type == "cuda" else 2.5e10 * torch.get_num_threads()) / (6 * params)
     run.log("plan", parameters=params, layers=len(parse_stack(cfg.stack)),
@@ -4823,10 +4858,12 @@ def print_plan(cfg, run):
 
 
 def warn_of_size(model, cfg, run):
-    """Log a warning if the artifact is expected to need a coarser grid than the usual one to fit CAP_BYTES."""
-    total = estimate_artifact_bytes(model, cfg) + len(code_bytes())
-    if total > cfg.cap_bytes:
-        run.log("warning", estimated_total_bytes=total, cap_bytes=cfg.cap_bytes)
+    """Log a warning if the artifact is expected to exceed CAP_BYTES, or to fit only at few bits a weight."""
+    artifact, bits = estimate_artifact_bytes(model, cfg)
+    total = artifact + len(code_bytes())
+    if total > cfg.cap_bytes or bits < FEWEST_BITS:
+        run.log("warning", estimated_total_bytes=total, cap_bytes=cfg.cap_bytes, bits_per_weight=bits,
+                reason="few_bits_are_left_for_each_weight:_lower_MODEL_DIM_or_MLP_MULT")
 
 
 def continue_prompt(cfg, run):

@@ -319,7 +319,21 @@ def test_estimate_is_near_the_size_of_a_gaussian_model(tmp_path, codec, sigmas):
             p.copy_(torch.randn(p.shape, generator=rng) * 0.02)
     assert sum(p.numel() for p in model.parameters()) > 700_000
     actual = t.save_artifact(tmp_path / "a", model, cfg)
-    assert t.estimate_artifact_bytes(model, cfg) == pytest.approx(actual, rel=0.15)
+    estimate, _ = t.estimate_artifact_bytes(model, cfg)
+    assert estimate == pytest.approx(actual, rel=0.15)
+
+
+def test_estimate_of_a_searched_grid_fills_the_cap_and_says_how_many_bits_that_leaves():
+    sizes = []
+    for width in (64, 512, 768):
+        with torch.device("meta"):
+            model = t.LM(cfg := t.Config.from_env(dict(MODEL_DIM=str(width))))
+        total, bits = t.estimate_artifact_bytes(model, cfg)
+        sizes.append((total + len(t.code_bytes()), bits))
+    (small, _), (default, default_bits), (large, large_bits) = sizes
+    assert small < 10_000_000  # too few weights to fill it
+    assert default == large == pytest.approx(16_000_000, abs=t.FILL_SLACK) and default <= 16_000_000
+    assert default_bits > t.FEWEST_BITS > large_bits > 1
 
 
 # ---- write_whole ---------------------------------------------------------------------------------

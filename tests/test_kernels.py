@@ -358,6 +358,32 @@ def test_token_nll_is_each_targets_own(dtype):
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+# ---- the choice of a kernel -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads, wanted, expected", [
+    (4, "auto", "flashqla"), (5, "auto", "fla"), (4, "flashqla", "flashqla"), (5, "fla", "fla"),
+    (5, "flashqla", "KERNEL=flashqla.*fails at 5 and 5 heads .no available layout")])
+def test_kernel_that_cannot_be_compiled_for_these_heads_is_passed_over(heads, wanted, expected, monkeypatch):
+    def compile_and_run(q, kernel, **inputs):
+        assert kernel == "flashqla"
+        if q.shape[2] % 2:
+            raise RuntimeError("a long trace\nno available layout found")
+    real = t.gdn_inputs
+    monkeypatch.setattr(t, "gdn_inputs", lambda B, T, H, HV, K, device, dtype: real(B, T, H, HV, K, "cpu", dtype))
+    monkeypatch.setattr(t, "gated_delta_rule", compile_and_run)
+    monkeypatch.setattr(t, "_flash_qla", lambda: None)
+    monkeypatch.setattr(t, "_fla", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    t.flash_qla_refusal.cache_clear()
+    if expected in ("fla", "flashqla"):
+        assert t.pick_gdn_kernel(wanted, heads, heads, 128) == expected
+    else:
+        with pytest.raises(t.KernelError, match=expected):
+            t.pick_gdn_kernel(wanted, heads, heads, 128)
+    t.flash_qla_refusal.cache_clear()
+
+
 # ---- on a GPU ---------------------------------------------------------------------------------------
 
 

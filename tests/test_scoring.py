@@ -644,6 +644,15 @@ def test_a_long_text_is_listed_a_unit_at_a_time(method, adapting, monkeypatch):
     assert len(first) <= t.UNIT_TARGETS and second[0] > first[-1]
 
 
+@pytest.mark.parametrize("ranks", [1, 3, 8])
+def test_units_of_validation_are_whole_batches_on_every_rank(ranks, monkeypatch):
+    monkeypatch.setattr(t, "UNIT_TARGETS", 5000)
+    cfg = tiny_config(eval_batch_tokens=320)  # 5 rows of 64
+    *units, last = t.scoring_units(100_000, "roundtrip", cfg, adapting=False, saving=False, ranks=ranks)
+    assert units and {len(unit) % (5 * ranks) for unit in units} == {0}
+    assert sum(map(len, units)) + len(last) == -(-100_000 // 64)
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 

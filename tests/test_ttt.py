@@ -4,6 +4,7 @@ not, and faults of the order that must be noticed.
 
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -445,7 +446,7 @@ def test_resumed_test_time_training_ends_at_the_same_ledger(option, tmp_path):
 @pytest.mark.parametrize("method, stop_after", [("roundtrip", 2), ("sliding", 2), ("exact", 2)])
 def test_resumed_plain_evaluation_ends_at_the_same_ledger(method, stop_after, tmp_path):
     whole, resumed, (units, before, after) = stopped_and_resumed(
-        ttt_config(eval_spans=10), method, False, tmp_path, text(), stop_after)
+        ttt_config(eval_spans=10, eval_batch_tokens=128), method, False, tmp_path, text(), stop_after)
     assert resumed == whole and (before, after) == (stop_after, units - stop_after)
 
 
@@ -482,11 +483,13 @@ def test_seconds_before_a_resumption_count(tmp_path):
 
 def test_key_knows_artifact_text_method_and_settings():
     cfg, tokens = ttt_config(), text()
+    counts = np.ones(len(tokens), np.uint16)
     keys = {t.evaluation_key(*arguments) for arguments in (
-        (b"a", tokens, "ttt", cfg), (b"b", tokens, "ttt", cfg), (b"a", tokens[:-1], "ttt", cfg),
-        (b"a", tokens, "exact", cfg), (b"a", tokens, "ttt", replace(cfg, ttt_lr=0.03)))}
-    same = t.evaluation_key(b"a", tokens, "ttt", replace(cfg, run_id="x", eval_save_seconds=9.0, resume="x"))
-    assert len(keys) == 5 and same in keys
+        (b"a", tokens, None, "ttt", cfg), (b"b", tokens, None, "ttt", cfg), (b"a", tokens[:-1], None, "ttt", cfg),
+        (b"a", tokens, counts, "ttt", cfg), (b"a", tokens, counts + 1, "ttt", cfg), (b"a", tokens, None, "exact", cfg),
+        (b"a", tokens, None, "ttt", replace(cfg, ttt_lr=0.03)))}
+    same = t.evaluation_key(b"a", tokens, None, "ttt", replace(cfg, run_id="x", eval_save_seconds=9.0, resume="x"))
+    assert len(keys) == 7 and same in keys
 
 
 def test_artifact_evaluation_resumes_and_removes_its_file(tmp_path, monkeypatch):
@@ -531,6 +534,24 @@ def test_rehearsal_leaves_no_trace_and_reads_no_text():
     assert seconds > 0 and epoch_s > 0 and model.cfg == cfg
     for (name, p), q in zip(model.named_parameters(), tiny_model(cfg).parameters(), strict=True):
         assert torch.equal(p, q), name
+
+
+def test_rehearsal_tells_what_an_epoch_costs_from_what_a_chunk_costs(monkeypatch):
+    """Each chunk takes 3 seconds of hints, each epoch 5 more."""
+    real, now = t.Adapter._train, [0.0]
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def learn(*arguments):
+        now[0] += 3.0
+
+    def train(adapter):
+        now[0] += 5.0 * adapter.cfg.ttt_epochs
+        real(adapter)
+    monkeypatch.setattr(t, "learn", learn)
+    monkeypatch.setattr(t.Adapter, "_train", train)
+    for epochs, epoch_s in ((3, 50.0), (0, 0.0)):
+        cfg = ttt_config(ttt_tilt=0.5, ttt_epochs=epochs, ttt_chunk_tokens=100)
+        assert t.rehearse_adapting(tiny_model(cfg), 1000, t.Run()) == (30.0, epoch_s)
 
 
 @pytest.mark.parametrize("scoring_s, overrun, expected", [
