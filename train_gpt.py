@@ -192,7 +192,7 @@ class Config:
     kv_share: int = knob(1, "neighbours of one kind that share key and value projections and convolutions; 1 = none",
                          at_least(1))
     gdn_neg_eigval: bool = knob(False, "1: beta in (0, 2), so that the state may also reflect")
-    mlp_mult: float = knob(3.0, "MLP width over D", at_least(0.25))
+    mlp_mult: float = knob(4.0, "MLP width over D", at_least(0.25))
     mlp_act: str = knob("relu2", "MLP activation; leaky_relu2 has slope 0.5 below zero", one_of("relu2", "leaky_relu2"))
     share_mlp: bool = knob(False, "1: layers of one tag share their MLP too")
     unique_layers: int = knob(0, "depth recurrence: layer i runs the matrices of layer i mod N; 0 = each its own",
@@ -224,7 +224,7 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", between(0, 0.9999))
     muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", at_least(0))
     muon_backend_steps: int = knob(5, "Newton-Schulz iterations", between(1, 20))
-    muon_weight_decay: float = knob(0.04, "decoupled weight decay of matrices", at_least(0))
+    muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices", at_least(0))
     adam_weight_decay: float = knob(0.04, "decoupled weight decay of embedding and n-gram tables", at_least(0))
     beta1: float = knob(0.9, "AdamW first-moment decay", between(0, 0.9999))
     beta2: float = knob(0.95, "AdamW second-moment decay", between(0, 0.99999))
@@ -312,7 +312,7 @@ class Config:
     ttt_tilt_order: int = knob(4, "longest n-gram that such a hint comes from [tokens]", between(2, 9))
     ttt_hash_buckets: int = knob(0, "rows of an embedding of hashed n-grams that starts at zero and is trained, by "
                                  "AdamW, in evaluation only; 0 = none", at_least(0))
-    ttt_hash_lr: float = knob(0.01, "its learning rate, on the same schedule", at_least(0))
+    ttt_hash_lr: float = knob(0.003, "its learning rate, on the same schedule", at_least(0))
 
     def __post_init__(self):
         """Raise SettingError for the first value that breaks its rule or contradicts another."""
@@ -457,13 +457,14 @@ def parse_stack(text):
 
 
 _SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
-_INT6 = dict(average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False, compressor="zstd",
+_ANCESTOR = dict(mlp_mult=3.0, muon_weight_decay=0.04)
+_INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False, compressor="zstd",
                          ttt_enabled=True, final_score="ttt")  # weight averaging, late QAT, rounding to nearest
 PRESETS = {
     "record": {},
     # The entry describes GDN heads of 8 x 64; the default's 4 x 128 hold the same weights and twice the state.
-    "pr1749": dict(gdn_heads=8, gdn_head_dim=64, grid="sdclip", float_matrices=2, compressor="brotli",
-                               eval_stride=32, ttt_enabled=True, final_score="ttt", ttt_ema=0.5, ttt_tilt=0.5,
+    "pr1749": _ANCESTOR | dict(gdn_heads=8, gdn_head_dim=64, grid="sdclip", float_matrices=2, compressor="brotli",
+                               eval_stride=32, ttt_enabled=True, final_score="ttt", ttt_ema=0.5, ttt_tilt=0.1,
                                ttt_hash_buckets=16384),
     # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.  Its 8 x 64 heads as described.
     "pr1698": _INT6 | dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
@@ -474,7 +475,7 @@ PRESETS = {
     "sample": dict(
         data_path=str(_SAMPLE), tokenizer_path=str(_SAMPLE / "corpus_1024_bpe.model"),
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
-        gdn_heads=4, gdn_head_dim=32, ngram_buckets=1024, ngram_dim=32,
+        gdn_heads=4, gdn_head_dim=32, mlp_mult=3.0, ngram_buckets=1024, ngram_dim=32,
         train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=175.0, warmup_steps=1,
         gptq_calibration_batches=16, gptq_reserve_seconds=10.0,
         muon_momentum_warmup_steps=100, val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0,

@@ -348,19 +348,17 @@ def test_share_mlp_shares_the_mlp_of_a_tag_only(tiny_config):
     assert blocks[0].mlp is not blocks[2].mlp
 
 
-@pytest.mark.parametrize("overrides", [dict(), dict(gdn_heads=8, gdn_head_dim=64)], ids=["record", "pr1749"])
-def test_parameter_count(overrides):
+@pytest.mark.parametrize("preset, heads, mlp, published", [("record", 4, 4, 40_114_016), ("pr1749", 8, 3, 33_862_960)])
+def test_parameter_count(preset, heads, mlp, published):
     with torch.device("meta"):
-        model = t.LM(t.Config(**overrides))
-    gates = 10 * 2 * 512 * overrides.get("gdn_heads", 4)
-    per_head = 10 * (2 * overrides.get("gdn_heads", 4) + overrides.get("gdn_head_dim", 128))
-    matrices = 10 * 5 * 512 * 512 + 3 * 512 * 512 + 12 * 6 * 512 * 512
+        model = t.LM(t.Config.from_env(dict(PRESET=preset)))
+    gates = 10 * 2 * 512 * heads
+    per_head = 10 * (2 * heads + 512 // heads)
+    matrices = 10 * 5 * 512 * 512 + 3 * 512 * 512 + 12 * 2 * mlp * 512 * 512
     vectors = 10 * 3 * 512 * 4 + 12 * 4 * 512 + 2 * 8 + 512
     tables = 1024 * 512 + 3072 * 112 + 512 * 112
     count = sum(p.numel() for p in model.parameters())
-    assert count == matrices + gates + per_head + vectors + tables
-    if not overrides:
-        assert count == 33_822_560
+    assert count == matrices + gates + per_head + vectors + tables == published
 
 
 # ---- initial values ---------------------------------------------------------------------------------

@@ -686,7 +686,7 @@ def golden_losses():
 
     The learning rates are a third of the defaults: at those, rounding alone moves the last loss by 1e-3.
     """
-    cfg = build_config(iterations=10, matrix_lr=0.008, tied_embed_lr=0.012, scalar_lr=0.008)
+    cfg = build_config(iterations=10, matrix_lr=0.008, tied_embed_lr=0.012, scalar_lr=0.008, muon_weight_decay=0.04)
     model = t.init_weights(t.LM(cfg), cfg.seed)
     optimizer = t.Optimizer(model, cfg, t.Run())
     return [float(t.train_step(model, optimizer, fixed_batch(cfg, seed=step % 2), 4, t.learning_rate(step / 10, cfg)))
