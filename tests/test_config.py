@@ -340,7 +340,8 @@ def test_sample_keeps_features_of_the_preset_before_it():
         data_path tokenizer_path stack model_dim num_heads num_kv_heads swa_window gdn_heads gdn_head_dim mlp_mult
         ngram_buckets ngram_dim train_seq_len train_batch_tokens max_wallclock_seconds warmup_steps
         muon_momentum_warmup_steps val_loss_every train_log_every checkpoint_every_seconds eval_stride eval_spans
-        eval_warmup_tokens eval_batch_tokens eval_diagnostics gptq_calibration_batches gptq_reserve_seconds ttt_chunk_tokens
+        eval_warmup_tokens eval_batch_tokens eval_diagnostics gptq_calibration_batches gptq_reserve_seconds
+        ttt_chunk_tokens
         """.split())
     assert set(t.PRESETS["sample"]) <= sizes
 
