@@ -470,8 +470,8 @@ PRESETS = {
     "pr1698": _INT6 | dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2, train_seq_len=1024,
                            muon_momentum=0.95),
     # Ten attention layers with U-Net skips, XSA in the last three, int5 MLPs; UNIQUE_LAYERS=5 loops them.
-    "pr456": _INT6 | dict(stack="attn*10", unet=True, xsa_layers=3, ngram_buckets=10240, ngram_order=2, mlp_bits=5,
-                          ttt_optimizer="adamw", ttt_lr=0.0005, ttt_epochs=1, ttt_freeze_blocks=0),
+    "pr456": _INT6 | dict(stack="attn*10", unet=True, xsa_layers=3, ngram_buckets=10240, ngram_dim=128, ngram_order=2,
+                          mlp_bits=5, ttt_optimizer="adamw", ttt_lr=0.0005, ttt_epochs=1, ttt_freeze_blocks=0),
     "sample": dict(
         data_path=str(_SAMPLE), tokenizer_path=str(_SAMPLE / "corpus_1024_bpe.model"),
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
