@@ -1,8 +1,9 @@
-"""Runs variants of settings one after another on this machine and tables their final scores.
+"""Runs variants of settings on this machine, one after another or one on each GPU, and tables their final scores.
 
     python logs/sweep.py variants.txt --out DIR                         seeds outermost, so that a cut costs seeds
     python logs/sweep.py variants.txt --out DIR --limit-s 7200          starts nothing that would not end in 2 h
     python logs/sweep.py variants.txt --out DIR --launch "torchrun --standalone --nproc_per_node=8"
+    python logs/sweep.py variants.txt --out DIR --gpus 0 1 2 3          four runs at a time, each on one GPU
 
 A line of the table is a name and its settings; `all` gives those of all variants below it; SEED may be a list:
 
@@ -22,8 +23,11 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import mean
 
 from report import COUNT_FORMAT, DASH, SCORE_FORMAT, ReportError, cell, last_line, markdown, parse_log, stdev
@@ -58,12 +62,13 @@ def outcome(log_path):
                 tok_s=log.tok_s, total_bytes=log.total_bytes, verdict=log.verdict) if log.finished else {}
 
 
-def run_one(command, settings, out, run_id):
-    """Run the script once; its outcome, or {error: one line}, and the seconds it took."""
+def run_one(command, settings, out, run_id, gpus):
+    """Run the script once, on the GPUs given unless None; its outcome, or {error: one line}, and its seconds."""
     log_path, began = out / f"{run_id}.txt", time.monotonic()
     if log_path.exists():
         log_path.replace(log_path.with_suffix(".old"))
     env = os.environ | settings | {"RUN_ID": run_id, "OUT_DIR": str(out)}
+    env |= {} if gpus is None else {"CUDA_VISIBLE_DEVICES": gpus}
     done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     lines = done.stderr.split("\n")  # the first error is the cause: torchrun writes its own behind it
     errors = [line.strip() for line in lines if re.match(r"(error|[\w.]*Error): ", line)] or [last_line(done.stderr)]
@@ -110,8 +115,11 @@ def results_table(rows):
     return markdown(titles, lines, [False, False] + [True] * 3 + [False] + [True] * 3 + [False])
 
 
-def sweep(table, out, launch, script, limit_s):
-    """Run what is not finished yet, write the results after every run; returns the rows of `summarize`."""
+def sweep(table, out, launch, script, limit_s, places=(None,)):
+    """Run what is not finished yet, write the results after every run; returns the rows of `summarize`.
+
+    places: the GPUs of each of the runs at a time, as CUDA_VISIBLE_DEVICES names them; None leaves them alone.
+    """
     variants, out, began = read_table(table), Path(out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     results, code = out / "results.json", hashlib.sha256(Path(script).read_bytes()).hexdigest()
@@ -119,41 +127,61 @@ def sweep(table, out, launch, script, limit_s):
     todo = [(name, settings | {"SEED": settings["SEED"][i]})
             for i in range(max(len(settings["SEED"]) for settings in variants.values()))
             for name, settings in variants.items() if i < len(settings["SEED"])]
-    runs = {}
+    runs, lock, free, started = {}, threading.Lock(), SimpleQueue(), []
 
     def write():
         rows = summarize(variants, runs)
         results.write_text(json.dumps(dict(variants=rows, all_runs=known | runs), indent=1) + "\n", encoding="utf-8")
         (out / "results.md").write_text(results_table(rows) + "\n", encoding="utf-8")
         return rows
-    for name, settings in todo:
-        run_id, ran = f"{name}-seed{settings['SEED']}", dict(settings=settings, code_sha256=code)
-        old = known.get(run_id, {})
-        if "val_bpb" in old and outcome(out / f"{run_id}.txt") and all(old[key] == ran[key] for key in ran):
-            runs[run_id] = old
-            continue
-        longest = max((run["seconds"] for run in (known | runs).values()), default=0.0)
-        if limit_s and time.monotonic() - began + longest > limit_s:
-            print(f"{run_id}: not started, {longest:.0f} s do not fit in what is left of {limit_s:.0f} s", flush=True)
-            continue
-        runs[run_id] = run_one([*shlex.split(launch), str(script)], settings, out, run_id) | ran
-        write()
-        print(f"{run_id}: {runs[run_id].get('error') or runs[run_id]['val_bpb']} "
-              f"({runs[run_id]['seconds']:.0f} s)", flush=True)
+
+    def run(run_id, ran, place):
+        try:
+            done = run_one([*shlex.split(launch), str(script)], ran["settings"], out, run_id, place) | ran
+            with lock:
+                runs[run_id] = done
+                write()
+                print(f"{run_id}: {done.get('error') or done['val_bpb']} ({done['seconds']:.0f} s)", flush=True)
+        finally:
+            free.put(place)
+
+    for place in places:
+        free.put(place)
+    with ThreadPoolExecutor(len(places)) as pool:
+        for name, settings in todo:
+            run_id, ran = f"{name}-seed{settings['SEED']}", dict(settings=settings, code_sha256=code)
+            old = known.get(run_id, {})
+            if "val_bpb" in old and outcome(out / f"{run_id}.txt") and all(old[key] == ran[key] for key in ran):
+                with lock:
+                    runs[run_id] = old
+                continue
+            place = free.get()  # waits until one is free
+            with lock:
+                longest = max((one["seconds"] for one in (known | runs).values()), default=0.0)
+            if limit_s and time.monotonic() - began + longest > limit_s:
+                print(f"{run_id}: not started, {longest:.0f} s do not fit in what is left of {limit_s:.0f} s",
+                      flush=True)
+                free.put(place)
+                continue
+            started.append(pool.submit(run, run_id, ran, place))
+    for one in started:
+        one.result()  # raises what the thread did
     return write()
 
 
 def main(argv=None):
     """The command line; returns 0, 1 if a run failed or is missing, 2 for bad input."""
-    p = argparse.ArgumentParser(prog="sweep.py", description="Variants of settings, one after another, as a table.")
+    p = argparse.ArgumentParser(prog="sweep.py", description="Runs of variants of settings, as a table.")
     p.add_argument("table", help="text file: a line 'name NAME=value ...' per variant, 'all NAME=value ...' for all")
     p.add_argument("--out", required=True, metavar="DIR", help="folder of logs and results; called again, it goes on")
     p.add_argument("--launch", default=sys.executable, help="what starts the script; default: this Python")
     p.add_argument("--script", default=Path(__file__).resolve().parent.parent / "train_gpt.py", metavar="FILE")
     p.add_argument("--limit-s", type=float, default=0.0, metavar="S", help="start no run that would end after this")
+    p.add_argument("--gpus", nargs="+", default=[None], metavar="N", help="run one variant on each of these at a time; "
+                   "'0,1 2,3' for pairs, with torchrun as --launch")
     args = p.parse_args(argv)
     try:
-        rows = sweep(args.table, args.out, args.launch, args.script, args.limit_s)
+        rows = sweep(args.table, args.out, args.launch, args.script, args.limit_s, args.gpus)
     except (ReportError, OSError, ValueError) as error:
         print(f"sweep.py: {error}", file=sys.stderr)
         return 2

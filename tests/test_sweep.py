@@ -20,6 +20,15 @@ QUICK = '''
 import os, sys, time
 bpb = float(os.environ["BPB"]) + 0.001 * int(os.environ["SEED"])
 time.sleep(float(os.environ.get("TAKES", "0")))
+meet = os.environ.get("MEET")
+if meet:
+    open(os.path.join(meet, os.environ["CUDA_VISIBLE_DEVICES"]), "x").close()
+    for _ in range(2000):
+        if len(os.listdir(meet)) == 2:
+            break
+        time.sleep(0.01)
+    else:
+        sys.exit("error: alone")
 if bpb < 0:
     sys.exit("a warning\\nerror: BPB=%g: must be at least 0\\n\\ntorch.ChildFailedError: \\n=====\\n" % bpb)
 with open(os.path.join(os.environ["OUT_DIR"], os.environ["RUN_ID"] + ".txt"), "x") as log:
@@ -108,6 +117,16 @@ def test_nothing_is_started_that_would_not_end_in_time(quick, capsys):
     assert [len(row["runs"]) for row in results["variants"]] == [1, 0, 0]
     code, results = quick(table, "--limit-s", "60")  # goes on with what is left
     assert code == 0 and "base-seed0:" not in capsys.readouterr().out
+
+
+def test_runs_side_by_side_on_gpus_of_their_own(quick, tmp_path, capsys):
+    """Two runs that each wait for the other; a third gets the GPU that is free first."""
+    (tmp_path / "meet").mkdir()
+    code, results = quick(f"all BPB=1 SEED=0\na MEET={tmp_path}/meet\nb MEET={tmp_path}/meet\nc BPB=2\n",
+                          "--gpus", "0,1", "2,3")
+    assert code == 0 and sorted(os.listdir(tmp_path / "meet")) == ["0,1", "2,3"]
+    assert [row["mean"] for row in results["variants"]] == [1, 1, 2]
+    assert capsys.readouterr().out.index("c-seed0: 2") > 0
 
 
 def test_launch_replaces_the_interpreter(quick, tmp_path):
