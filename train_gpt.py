@@ -1,7 +1,7 @@
 """Train, compress and score a GDN/SWA hybrid language model for OpenAI's Parameter Golf challenge.
 
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention layers,
-Muon [2] + AdamW, int6 weights in one file of at most 16,000,000 bytes (this script included), scored in
+Muon [2] + AdamW, quantized weights in one file of at most 16,000,000 bytes (this script included), scored in
 bits per byte on every token of the validation split, exactly once. README.md has results and their logs.
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py          8 GPUs, the record run
@@ -247,8 +247,7 @@ class Config:
     matrix_bits: int = knob(6, "bits of a matrix weight; this and the other bits and clips are for GRID=sdclip",
                             between(2, 8))
     mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", OPTIONAL_BITS)
-    embed_bits: int = knob(8, "bits of a token embedding or n-gram table weight", between(2, 8))
-    gate_bits: int = knob(8, "bits of a GDN gate projection weight", between(2, 8))
+    embed_bits: int = knob(8, "bits of a token embedding, n-gram table or gate projection weight", between(2, 8))
     sandwich_bits: int = knob(0, "least bits of the matrices of the last block; 0 = as the others", OPTIONAL_BITS)
     frequent_rows: int = knob(0, "embedding rows of the most frequent tokens stored at 8 bits", at_least(0))
     float_matrices: int = knob(0, "matrices of the largest Hessian-weighted error per weight kept as float16",
@@ -266,7 +265,6 @@ class Config:
     gptq_token_power: float = knob(0.0, "tokens count in the Hessians by their frequency to minus this power",
                                    between(0, 1))
     gptq_order: bool = knob(True, "1: round the columns of the largest inputs first")
-    gptq_damp: float = knob(0.01, "added to a Hessian's diagonal, as a part of its mean", at_least(1e-6))
     compressor: str = knob("rans", "coder of the integers: rans (our own, the rest by brotli), brotli (11), lzma or "
                            "zstd (22)", one_of("rans", "brotli", "lzma", "zstd"))
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", at_least(1))
@@ -2373,7 +2371,7 @@ class Route(NamedTuple):
 ROUTES = (
     Route(r"embed\.(weight|ngram_table)$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits",
           "embed_clip_sigmas", "embed"),
-    Route(r"\.[ab]_proj$", "muon", "matrix_lr", "muon_weight_decay", "gate_bits", "embed_clip_sigmas", "gate"),
+    Route(r"\.[ab]_proj$", "muon", "matrix_lr", "muon_weight_decay", "embed_bits", "embed_clip_sigmas", "gate"),
     Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "mlp_bits", "matrix_clip_sigmas", "mlp"),
     Route(r"_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mixer"),
     Route(r"(^|\.)(resid_mix|\w+_scale|qk_gain|o_norm|A_log|dt_bias|[qkv]_conv|smear_gate)$",
@@ -2606,7 +2604,10 @@ def dequantize(Q, scale, columns=None):
     return W if columns is None else W * columns.float().unsqueeze(-2)
 
 
-def error_factor(H, damp):
+DAMP = 0.01  # added to a Hessian's diagonal, as a part of its mean
+
+
+def error_factor(H, damp=DAMP):
     """Upper Cholesky factor U of each damped H^-1 (..., C, C): its row i says how columns i.. answer an error in i.
 
     damp: added to the diagonal as a part of its mean; raised tenfold for those matrices that are still not positive
@@ -2651,7 +2652,7 @@ def compensate(W, step, U, qmax, block=128):
     return Q.mT.contiguous()
 
 
-def gptq(W, H, bits, clip_sigmas, damp=0.01, block=128):
+def gptq(W, H, bits, clip_sigmas, damp=DAMP, block=128):
     """Quantize on SDClip's grid so that the layer's output error is least.
 
     W: (..., R, C) float32, rows are outputs.   H: (..., C, C) float32, sum or mean of x x^T over calibration tokens.
@@ -2815,7 +2816,7 @@ class Quantizer:
             order = H.diagonal(dim1=-2, dim2=-1).argsort(-1, descending=True)
             H = H.take_along_dim(order.unsqueeze(2), 1).take_along_dim(order.unsqueeze(1), 2)
             W = W.take_along_dim(order.unsqueeze(1), 2)
-        U, damp = error_factor(H, self.cfg.gptq_damp) if has_hessian else (None, W.new_zeros(n))
+        U, damp = error_factor(H) if has_hessian else (None, W.new_zeros(n))
         trace = H.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True).clamp_min(1e-30)
         rows = torch.stack([calibration.rows.get(n, W.new_zeros(R)) for n in names]).to(W.device)
         group = MatrixGroup(names, W, H, U, damp, order, rows / trace)
@@ -3564,8 +3565,8 @@ def state_tensors(state):
     return [] if state is None else tree_leaves(state)
 
 
-PROBE_TOKENS = 64  # positions of a normalisation probe
-PROBE_LOGITS = 2**26  # most logits that it makes at once, the whole vocabulary for every candidate at every position
+PROBE_TOKENS = 32  # positions of a normalisation probe
+PROBE_LOGITS = 2**25  # most logits that it makes at once, the whole vocabulary for every candidate at every position
 
 
 def probe_candidates(vocab):
@@ -4841,7 +4842,7 @@ def print_plan(cfg, run):
     params = sum(p.numel() for p in model.parameters())
     code, (artifact, _) = len(code_bytes()), estimate_artifact_bytes(model, cfg)
     # FLOP/s in training as README measured them, on one H100 with the default model and on 2 CPU cores with the sample.
-    rate = (220e12 if run.device.type == "cuda" else 2.5e10 * torch.get_num_threads()) / (6 * params)
+    rate = (276e12 if run.device.type == "cuda" else 2.5e10 * torch.get_num_threads()) / (6 * params)
     run.log("plan", parameters=params, layers=len(parse_stack(cfg.stack)),
             matrices=sum(bool(route(n).bits) for n, _ in model.named_parameters()))
     run.log("plan_size", artifact_bytes=artifact, code_bytes=code, total_bytes=artifact + code, cap_bytes=cfg.cap_bytes)

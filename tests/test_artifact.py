@@ -213,7 +213,7 @@ def test_reloaded_weights_are_the_quantized_ones_bit_for_bit(model, files, codec
 
 
 @pytest.mark.parametrize("changes", [
-    dict(matrix_bits=4, embed_bits=5, gate_bits=3), dict(matrix_clip_sigmas=3.0, embed_clip_sigmas=4.0),
+    dict(matrix_bits=4, embed_bits=5), dict(matrix_clip_sigmas=3.0, embed_clip_sigmas=4.0),
     dict(matrix_bits=2, matrix_clip_sigmas=2.0)], ids=["bits", "clips", "two bits"])
 def test_bits_and_clips_of_the_settings_are_used(model, tmp_path, changes):
     cfg = replace(model.cfg, **changes)
