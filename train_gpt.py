@@ -3116,7 +3116,8 @@ def log_roles(blob, quantized, log):
     stored = sum(q.Q.numel() for q in quantized.values())
     log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / max(1, stored):.4f}",
         order0_bits_per_weight=f"{8 * entropy_bytes(quantized) / max(1, stored):.4f}",
-        nearest=sum(q.damp == 0 or math.isinf(q.damp) for q in quantized.values()))
+        no_hessian=sum(q.damp == 0 for q in quantized.values()),  # n-gram tables are looked up, never multiplied
+        fell_back=sum(math.isinf(q.damp) for q in quantized.values()))
 
 
 FINEST_STEP, COARSEST_STEP = 4 / 31, 64 / 31  # SDClip's range at 6 bits, below which it clips more than it refines

@@ -233,7 +233,10 @@ def test_hessian_that_is_not_finite_falls_back_to_rounding_and_says_so(calibrate
     cfg, model, _, hessians = calibrated
     name, cfg = "blocks.0.mlp.up_proj", t.replace(cfg, grid="sdclip")
     bad = hessians._replace(H=hessians.H | {name: torch.full_like(hessians.H[name], float("nan"))})
-    q = quantize_model(model, bad, cfg, 12.85)[name]
+    quantized, lines = quantize_model(model, bad, cfg, 12.85), {}
+    t.log_roles(t.pack_artifact(model, cfg, quantized), quantized, lambda event, **of: lines.update({event: of}))
+    assert (lines["quantized"]["no_hessian"], lines["quantized"]["fell_back"]) == (1, 1)  # the n-gram table; this one
+    q = quantized[name]
     nearest = t.quantize(model.get_parameter(name).detach(), 6, 12.85)[0]
     assert q.damp == float("inf") and torch.equal(q.Q, nearest)
 
