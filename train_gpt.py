@@ -56,8 +56,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from torch.nn.attention.varlen import varlen_attn
 from torch.utils._pytree import tree_leaves, tree_map
 
 
@@ -1667,12 +1665,22 @@ def _sdpa_attention(q, k, v, window, cu_seqlens):
     return o.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
 
 
-# torch 2.12 and later want grouped heads announced; 2.11 has no such argument and takes them.
-_VARLEN_GROUPS = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
+varlen_attn = varlen_groups = flex_attention = create_block_mask = None  # by load_torch_attention
+
+
+def load_torch_attention():
+    """Import torch's attention kernels: a second, for its compiler, that what runs on the CPU need not spend."""
+    global varlen_attn, varlen_groups, flex_attention, create_block_mask
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.varlen import varlen_attn
+    # torch 2.12 and later want grouped heads announced; 2.11 has no such argument and takes them.
+    varlen_groups = {"enable_gqa": True} if "enable_gqa" in (varlen_attn.__kwdefaults__ or {}) else {}
 
 
 def _varlen_attention(q, k, v, window, cu_seqlens):
     """`windowed_attention` by torch's variable-length FlashAttention; CUDA, 16-bit."""
+    if varlen_attn is None:
+        load_torch_attention()
     B, T, S = *q.shape[:2], k.shape[1]
     if cu_seqlens is None:
         cu_q = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
@@ -1680,12 +1688,14 @@ def _varlen_attention(q, k, v, window, cu_seqlens):
     else:
         cu_q = cu_k = cu_seqlens.to(torch.int32)
     o = varlen_attn(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k, T, S,
-                    window_size=(window - 1, 0), **_VARLEN_GROUPS)
+                    window_size=(window - 1, 0), **varlen_groups)
     return o.unflatten(0, (B, T))
 
 
 def _flex_attention(q, k, v, window, cu_seqlens):
     """`windowed_attention` by FlexAttention, which must run inside torch.compile."""
+    if flex_attention is None:
+        load_torch_attention()
     T, S = q.shape[1], k.shape[1]
     past = S - T
     if cu_seqlens is None:
@@ -1766,6 +1776,7 @@ def pick_attention_kernel(wanted):
         if wanted == "flash_attn":
             raise KernelError("ATTN_KERNEL=flash_attn: neither flash_attn_interface nor flash_attn can be imported; "
                               "set ATTN_KERNEL=auto to use torch's own kernel")
+    load_torch_attention()  # before anything is compiled
     return "varlen" if wanted == "auto" else wanted
 
 
@@ -3566,7 +3577,7 @@ def state_tensors(state):
     return [] if state is None else tree_leaves(state)
 
 
-PROBE_TOKENS = 32  # positions of a normalisation probe
+PROBE_TOKENS = 16  # positions of a normalisation probe
 PROBE_LOGITS = 2**25  # most logits that it makes at once, the whole vocabulary for every candidate at every position
 
 

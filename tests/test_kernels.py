@@ -404,6 +404,7 @@ PATHS += [("reference", kernel) for kernel in (*ATTENTION_KERNELS, "sdpa")]
 
 def gpu_attention(kernel):
     """The attention call under test; flex compiled, flash_attn registered first."""
+    t.load_torch_attention()
     if kernel == "flash_attn":
         t.pick_attention_kernel("flash_attn")
     return torch.compile(t.windowed_attention, dynamic=False) if kernel == "flex" else t.windowed_attention
