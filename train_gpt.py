@@ -1138,7 +1138,7 @@ def gated_delta_rule(q, k, v, g, beta, state=None, cu_seqlens=None, kernel="auto
     Returns o (B, T, HV, V) in v's dtype and the final state (N, HV, K, V), float32 (float64 for float64 inputs).
     """
     if kernel == "auto":
-        kernel = "reference" if q.device.type == "cpu" else pick_gdn_kernel("auto", q.shape[-2], *v.shape[-2:])
+        kernel = "reference" if q.device.type == "cpu" else pick_gdn_kernel("auto", *q.shape[-2:], *v.shape[-2:])
     if kernel == "reference":
         return gated_delta_rule_reference(q, k, v, g, beta, state, cu_seqlens)
     if state is None:  # zeros: with one form of call there is one kernel to compile, tune and check
@@ -1742,8 +1742,8 @@ def flash_qla_refusal(H, HV):
     return ""
 
 
-def pick_gdn_kernel(wanted, H, HV, K):
-    """The delta-rule kernel on CUDA: `wanted`, or for auto the best that is installed and takes H and HV heads of K.
+def pick_gdn_kernel(wanted, H, K, HV, V):
+    """The delta-rule kernel on CUDA: `wanted`, or for auto the best that is installed and takes H heads of K, HV of V.
 
     Raises KernelError saying what is missing and how to install it.
     """
@@ -1752,8 +1752,8 @@ def pick_gdn_kernel(wanted, H, HV, K):
         try:
             if wanted not in ("auto", name):
                 continue
-            if name == "flashqla" and (K != 128 or torch.cuda.get_device_capability()[0] < 9):
-                raise ImportError(f"takes heads of 128 on Hopper or later, not of {K}")
+            if name == "flashqla" and ((K, V) != (128, 128) or torch.cuda.get_device_capability()[0] < 9):
+                raise ImportError(f"takes K = V = 128 on Hopper or later, not K = {K}, V = {V}")
             load()
             if name == "flashqla" and (refusal := flash_qla_refusal(H, HV)):
                 raise ImportError(refusal)
@@ -1794,7 +1794,8 @@ def resolve_kernels(cfg, run):
             raise KernelError("ATTN_KERNEL=flex: FlexAttention is fast only when compiled; set COMPILE=1")
         if kernel != "reference":
             try:
-                kernel = pick_gdn_kernel(kernel, cfg.gdn_heads, cfg.gdn_v_heads or cfg.gdn_heads, cfg.gdn_head_dim)
+                K = cfg.gdn_head_dim
+                kernel = pick_gdn_kernel(kernel, cfg.gdn_heads, K, cfg.gdn_v_heads or cfg.gdn_heads, K)
             except KernelError:
                 if "sample" not in cfg.preset or kernel != "auto":
                     raise
@@ -4347,6 +4348,8 @@ def rehearse_adapting(model, num_targets, run):
     tokens = np.random.default_rng(cfg.seed).integers(0, cfg.vocab_size, total + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
+    some = min(1, cfg.ttt_epochs)
+
     def measured(epochs):
         """Seconds of scoring, and between two chunks."""
         model.cfg = replace(cfg, ttt_epochs=epochs, ttt_phase_chunks=1)
@@ -4358,10 +4361,10 @@ def rehearse_adapting(model, num_targets, run):
         adapter.close()
         model.cfg = cfg
         return scoring_s, adapter.train_s / max(1, adapter.calls)
-    if cfg.ttt_epochs:
-        measured(1)  # compiles
-    scoring_s, pause_s = measured(min(1, cfg.ttt_epochs))
-    least_s = measured(0)[1] if cfg.ttt_epochs else pause_s
+
+    measured(some)  # compiles
+    scoring_s, pause_s = measured(some)
+    least_s = measured(0)[1] if some else pause_s
     return scoring_s * num_targets / total + chunks * least_s, chunks * max(0.0, pause_s - least_s)
 
 

@@ -377,10 +377,10 @@ def test_kernel_that_cannot_be_compiled_for_these_heads_is_passed_over(heads, wa
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     t.flash_qla_refusal.cache_clear()
     if expected in ("fla", "flashqla"):
-        assert t.pick_gdn_kernel(wanted, heads, heads, 128) == expected
+        assert t.pick_gdn_kernel(wanted, heads, 128, heads, 128) == expected
     else:
         with pytest.raises(t.KernelError, match=expected):
-            t.pick_gdn_kernel(wanted, heads, heads, 128)
+            t.pick_gdn_kernel(wanted, heads, 128, heads, 128)
     t.flash_qla_refusal.cache_clear()
 
 
