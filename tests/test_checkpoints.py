@@ -455,10 +455,10 @@ def lose_a_rank(run, folder, leave=lambda: os._exit(0)):
 
 
 def hang_a_rank(run, folder):
-    """Rank 1 goes to sleep instead; ranks wait 3 s for it."""
+    """Rank 1 goes to sleep instead; ranks wait 8 s for it, and for each other when they begin."""
     run.close()
-    lose_a_rank(t.Run.from_env(os.environ, tiny_config(rank_timeout_seconds=3)), folder,
-                leave=lambda: (time.sleep(8), os._exit(0)))
+    lose_a_rank(t.Run.from_env(os.environ, tiny_config(rank_timeout_seconds=8)), folder,
+                leave=lambda: (time.sleep(14), os._exit(0)))
 
 
 @pytest.mark.parametrize("fault", [lose_a_rank, hang_a_rank], ids=["dies", "hangs"])
