@@ -664,7 +664,7 @@ def test_cuda_attention_packed_equals_sdpa(kernel):
     x = [y.detach() for y in attention_inputs(200, 200, d=64, B=1, dtype=torch.bfloat16, device="cuda")]
     cu_seqlens = torch.tensor([0, 1, 65, 130, 200], device="cuda")
     got = gpu_attention(kernel)(*x, window=64, cu_seqlens=cu_seqlens, kernel=kernel)
-    want = t.windowed_attention(*(y.float() for y in x), window=64, cu_seqlens=cu_seqlens)
+    want = t.windowed_attention(*(y.float() for y in x), window=64, cu_seqlens=cu_seqlens, kernel="sdpa")
     assert t.relative_error(got, want) < t.KERNEL_TOLERANCE
 
 
