@@ -280,17 +280,17 @@ class Config:
     eval_save_seconds: float = knob(0.0, "time between savings of an evaluation that can be resumed; 0 = never [s]",
                                     at_least(0))
     ttt_enabled: bool = group("test-time training", False, "1: also score while training on what has been scored")
-    ttt_scoring: str = knob("sliding", "how a chunk is scored before it is trained on: sliding windows by EVAL_STRIDE, "
+    ttt_scoring: str = knob("exact", "how a chunk is scored before it is trained on: sliding windows by EVAL_STRIDE, "
                             "or exact, by carried state", one_of("sliding", "exact"))
     ttt_carry: bool = knob(True, "exact: 1: the state goes on from one chunk to the next; 0: every chunk begins "
                            "without one")
-    ttt_optimizer: str = knob("sgd", "sgd with momentum, adamw, or muon for matrices and sgd for the rest",
+    ttt_optimizer: str = knob("muon", "sgd with momentum, adamw, or muon for matrices and sgd for the rest",
                               one_of("sgd", "adamw", "muon"))
-    ttt_lr: float = knob(0.005, "learning rate of the first chunk", at_least(0))
-    ttt_schedule: str = knob("cosine", "of that rate over the chunks: cosine to 0, or constant",
+    ttt_lr: float = knob(0.0002, "learning rate of the first chunk", at_least(0))
+    ttt_schedule: str = knob("constant", "of that rate over the chunks: cosine to 0, or constant",
                              one_of("cosine", "constant"))
     ttt_momentum: float = knob(0.9, "momentum of sgd and muon", between(0, 0.9999))
-    ttt_epochs: int = knob(3, "passes over a chunk after it was scored, one step each", at_least(0))
+    ttt_epochs: int = knob(8, "passes over a chunk after it was scored, one step each", at_least(0))
     ttt_chunk_tokens: int = knob(32768, "targets scored before each round of training [tokens]", at_least(1))
     ttt_phase_chunks: int = knob(1, "chunks that are scored, one by one, before they are trained on together",
                                  at_least(1))
@@ -453,7 +453,8 @@ def parse_stack(text):
 
 
 _SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
-_ANCESTOR = dict(mlp_mult=3.0, muon_weight_decay=0.04)
+_ANCESTOR = dict(mlp_mult=3.0, muon_weight_decay=0.04, ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005,
+                 ttt_schedule="cosine", ttt_epochs=3)
 _INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False, compressor="zstd",
                          ttt_enabled=True, final_score="ttt")  # weight averaging, late QAT, rounding to nearest
 PRESETS = {
@@ -3851,7 +3852,7 @@ class Leaf:
         self.v = torch.zeros_like(grad) if rule in ("adamw", "hash") else grad.new_zeros(0)
 
     def direction(self, steps, cfg):
-        """What step number `steps` subtracts at learning rate 1, (n, *shape) float32; updates the moments."""
+        """What step number `steps`, a tensor, subtracts at rate 1, (n, *shape) float32; updates the moments."""
         if self.rule == "muon":
             return muon_update(self.grad, self.m, cfg.ttt_momentum, cfg.muon_backend_steps).float()
         if self.rule == "sgd":
@@ -3859,6 +3860,52 @@ class Leaf:
         self.m.lerp_(self.grad, 1 - cfg.beta1)
         self.v.lerp_(self.grad.square(), 1 - cfg.beta2)
         return self.m / (1 - cfg.beta1**steps) / ((self.v / (1 - cfg.beta2**steps)).sqrt() + 1e-8)
+
+
+class Replay:
+    """`function`, which works on tensors in place, as one CUDA graph for each shape of its arguments.
+
+    The host then launches hundreds of kernels at once: a step on a rank's few rows is bound by their launches.  The
+    first call of a shape runs as it is, and compiles; the second is recorded.  What differs from call to call must be
+    in the arguments, which are copied, or in tensors that the function reads, not in numbers of the host.
+    """
+
+    def __init__(self, function, enabled):
+        self.function, self.enabled, self.graphs = function, enabled, {}
+
+    def __call__(self, *args):
+        shape = tuple((x.shape, x.dtype) for x in args)
+        if not self.enabled or shape not in self.graphs:
+            self.graphs[shape] = None
+            return self.function(*args)
+        if self.graphs[shape] is None:
+            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in args]
+            # Other threads, which copy batches or watch NCCL, may call CUDA in the meantime.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self.function(*held)
+            self.graphs[shape] = graph, held
+        graph, held = self.graphs[shape]
+        copy_all(held, args)
+        graph.replay()
+
+
+@contextmanager
+def fresh_leaves(model):
+    """Inside, each trained weight is a new leaf over the same memory, with the same gradient.
+
+    Autograd adds up a leaf's gradient on the stream where it first met it; a recording must not wait for another's.
+    """
+    trained = [(module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False)
+               if p.requires_grad]
+    for module, name, p in trained:
+        leaf = nn.Parameter(p.detach())
+        leaf.grad = p.grad
+        setattr(module, name, leaf)
+    try:
+        yield
+    finally:
+        for module, name, p in trained:
+            setattr(module, name, p)
 
 
 class LowRank(NamedTuple):
@@ -3879,7 +3926,8 @@ class Adapter:
 
     pending: scored chunks of a phase, not yet trained on.   seen: targets handed over so far.   params: trained
     weights, `weights` those and the adapters' A and B; base: their values in the artifact; raw: with TTT_EMA the
-    newest, while the average scores.   mark: fingerprint after the last change.
+    newest, while the average scores.   mark: fingerprint after the last change.   rate: of the schedule, in [0, 1];
+    steps, lr: steps since the last reset and that rate, tensors on the device for the step to read.
     """
 
     def __init__(self, model, num_targets, run):
@@ -3887,7 +3935,8 @@ class Adapter:
         self.model, self.cfg, self.run, self.began = model, cfg, run, time.perf_counter()
         self.fast = compile_evaluation(cfg, run, cfg.ttt_scoring, num_targets, adapting=True)
         self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
-        self.pending, self.steps, self.rate, self.train_s = [], 0, 0.0, 0.0
+        self.pending, self.rate, self.train_s = [], 0.0, 0.0
+        self.steps, self.lr = (torch.zeros((), dtype=torch.float64, device=run.device) for _ in range(2))
         self.tilt = new_tilt(cfg, num_targets, run.device) if cfg.ttt_tilt else None
         if cfg.ttt_hash_buckets:
             model.embed.hash_table = nn.Parameter(torch.zeros(cfg.ttt_hash_buckets, cfg.model_dim, device=run.device))
@@ -3897,6 +3946,8 @@ class Adapter:
         self.base = [p.detach().clone() for p in self.weights]
         self.raw = [p.clone() for p in self.base[:len(self.params)]] if cfg.ttt_ema else []
         self.mark = self._fingerprint()
+        graphs = self.fast and run.device.type == "cuda"
+        self.replayed_gradient, self.replayed_step = Replay(self._gradient, graphs), Replay(self._step, graphs)
 
     def _rule(self, name, frozen):
         """How the parameter `name` is updated: sgd, adamw, muon, hash (AdamW at TTT_HASH_LR), lora, or '' for not."""
@@ -3986,11 +4037,14 @@ class Adapter:
         for one in self.leaves:
             one.m.zero_()
             one.v.zero_()
-        self.pending, self.steps = [], 0
+        self.steps.zero_()
+        self.pending = []
 
     def close(self):
         """Leave the model as it was."""
         self.reset()
+        self.replayed_gradient.graphs.clear()
+        self.replayed_step.graphs.clear()
         self.model.embed.hash_table = None
         for p in self.model.parameters():
             p.grad = None
@@ -3998,24 +4052,30 @@ class Adapter:
 
     def _train(self):
         """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
-        loss_of, chunks = compiled(summed_nll, self.fast), [chunk for chunk in self.pending if chunk[1]]
+        chunks = [chunk for chunk in self.pending if chunk[1]]
         average = [p.detach().clone() for p in self.params] if self.raw else []
         copy_all(self.params, self.raw)
+        self.lr.fill_(self.rate)
         for batches, num_targets in chunks * self.cfg.ttt_epochs:
-            self.flat_grad.zero_()
             for rows in batches:
-                (loss_of(self.model, rows.ids, rows.targets, rows.wanted) / num_targets).backward()
+                share = torch.full((), 1 / num_targets, device=self.run.device)
+                self.replayed_gradient(rows.ids, rows.targets, rows.wanted, share)
             self.run.all_sum(self.flat_grad)
-            self._step()
+            self.replayed_step()
             if average:
                 torch._foreach_lerp_(average, [p.detach() for p in self.params], 1 - self.cfg.ttt_ema)
         copy_all(self.raw, self.params)
         copy_all(self.params, average)
         self.pending = []
 
+    def _gradient(self, ids, targets, wanted, share):
+        """Add the gradient of the batch's summed nats, times `share`, to `flat_grad`."""
+        with fresh_leaves(self.model):
+            (compiled(summed_nll, self.fast)(self.model, ids, targets, wanted) * share).backward()
+
     @torch.no_grad()
     def _step(self):
-        """One step from the summed gradient; A and B get theirs by the chain rule: dA = B^T dW, dB = dW A^T."""
+        """One step from the summed gradient, which is then zeroed; by the chain rule dA = B^T dW and dB = dW A^T."""
         cfg, grads = self.cfg, [one.grad for one in self.leaves]
         for group in self.low_rank:
             torch.matmul(torch.stack(group.B.params).mT, group.grad, out=group.A.grad)
@@ -4025,11 +4085,12 @@ class Adapter:
             torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
         self.steps += 1
         for one in self.leaves:
-            lr = self.rate * (cfg.ttt_hash_lr if one.rule == "hash" else cfg.ttt_lr)
-            torch._foreach_add_(one.params, list(one.direction(self.steps, cfg).unbind()), alpha=-lr)
+            lr = self.lr * (cfg.ttt_hash_lr if one.rule == "hash" else cfg.ttt_lr)
+            torch._foreach_sub_(one.params, list((one.direction(self.steps, cfg) * lr).unbind()))
         for group in self.low_rank:
             weights = group.base + torch.stack(group.B.params) @ torch.stack(group.A.params)
             torch._foreach_copy_(group.params, list(weights.unbind()))
+        self.flat_grad.zero_()
 
     def report(self, ledger, scored):
         """One line for a chunk, `scored` its own Ledger; at most LOG_LINES of them in an evaluation."""
@@ -4049,14 +4110,15 @@ class Adapter:
 
     def counters(self):
         """What a resumed evaluation needs besides `tensors`, JSON-able."""
-        return dict(calls=self.calls, seen=self.seen, steps=self.steps, in_order=self.in_order)
+        return dict(calls=self.calls, seen=self.seen, steps=int(self.steps), in_order=self.in_order)
 
     @torch.no_grad()
     def restore(self, tensors, counters):
         """Go on from another Adapter's `tensors` and `counters`."""
         for name, x in self.tensors().items():
             x.copy_(tensors[name])
-        self.calls, self.seen, self.steps, self.in_order = (counters[k] for k in ("calls", "seen", "steps", "in_order"))
+        self.calls, self.seen, self.in_order = (counters[key] for key in ("calls", "seen", "in_order"))
+        self.steps.fill_(counters["steps"])
         self.mark = self._fingerprint()
 
 
@@ -4355,14 +4417,16 @@ def rehearse_adapting(model, num_targets, run):
         model.cfg = replace(cfg, ttt_epochs=epochs, ttt_phase_chunks=1)
         adapter = Adapter(model, num_targets, run)
         adapter.report = lambda ledger, scored: None
-        began = time.perf_counter()
-        evaluate(model, tokens, table, cfg.ttt_scoring, adapter, run)
-        scoring_s = time.perf_counter() - began - adapter.train_s
+        fresh = {name: x.clone() for name, x in adapter.tensors().items()}, adapter.counters()
+        for _ in range(2):  # the first compiles and records
+            adapter.restore(*fresh)
+            adapter.train_s, began = 0.0, time.perf_counter()
+            evaluate(model, tokens, table, cfg.ttt_scoring, adapter, run)
+            scoring_s = time.perf_counter() - began - adapter.train_s
         adapter.close()
         model.cfg = cfg
         return scoring_s, adapter.train_s / max(1, adapter.calls)
 
-    measured(some)  # compiles
     scoring_s, pause_s = measured(some)
     least_s = measured(0)[1] if some else pause_s
     return scoring_s * num_targets / total + chunks * least_s, chunks * max(0.0, pause_s - least_s)

@@ -32,7 +32,8 @@ def tiny_config(**overrides):
         swa_window=16, qk_gain_init=1.5, gdn_heads=2, gdn_head_dim=16, mlp_mult=2.0, ngram_buckets=64, ngram_dim=16,
         train_seq_len=64, train_batch_tokens=512, iterations=4, max_wallclock_seconds=0.0, warmup_steps=0,
         muon_momentum_warmup_steps=10, val_loss_every=0, kernel="reference", attn_kernel="sdpa", compile="0",
-        eval_stride=16, eval_spans=3, eval_warmup_tokens=32, eval_batch_tokens=256, ttt_chunk_tokens=100)
+        eval_stride=16, eval_spans=3, eval_warmup_tokens=32, eval_batch_tokens=256, ttt_chunk_tokens=100,
+        ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
     return t.Config(**(settings | overrides))
 
 

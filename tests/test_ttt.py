@@ -572,3 +572,19 @@ def test_trimming_lowers_the_passes_and_nothing_else(scoring_s, overrun, expecte
 def test_final_score_by_ttt_needs_ttt():
     with pytest.raises(ValueError, match="FINAL_SCORE=ttt: needs TTT_ENABLED=1"):
         t.Config.from_env({"FINAL_SCORE": "ttt"})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_recorded_training_equals_training_launched_kernel_by_kernel(optimizer):
+    cfg = ttt_config(ttt_optimizer=optimizer, ttt_lr=0.003, device="cuda", kernel="fla", attn_kernel="varlen",
+                     compile="1", ttt_scoring="exact", model_dim=64, gdn_head_dim=32, ttt_hash_buckets=32, ttt_tilt=0.5)
+    run, tokens, bpb = t.Run(device="cuda"), text(1000), []
+    for recorded in (True, False):
+        model = tiny_model(cfg).to("cuda")
+        adapter = t.Adapter(model, len(tokens) - 1, run)
+        adapter.replayed_gradient.enabled = adapter.replayed_step.enabled = recorded
+        bpb.append(t.evaluate(model, tokens, TABLE, "exact", adapter, run).bpb)
+        assert all(map(bool, adapter.replayed_step.graphs.values())) == recorded and adapter.steps == 14
+    before = t.evaluate(tiny_model(cfg).to("cuda"), tokens, TABLE, "exact", run=run).bpb
+    assert abs(bpb[0] - bpb[1]) < 0.05 * abs(before - bpb[1])
