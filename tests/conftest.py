@@ -142,3 +142,32 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_tuning():
+    """An autotuned Triton kernel takes its first configuration that runs: timing them all takes minutes a kernel.
+
+    The kernels that a run tunes are checked at its start (check_kernels).
+    """
+    if not torch.cuda.is_available():
+        yield
+        return
+    from triton.runtime.autotuner import Autotuner
+    run, bench = Autotuner.run, Autotuner._bench
+
+    def run_anew(tuner, *args, **kwargs):
+        tuner.found = False
+        return run(tuner, *args, **kwargs)
+
+    def bench_until_found(tuner, *args, **kwargs):
+        times = [float("inf")] * 3 if tuner.found else bench(tuner, *args, **kwargs)
+        tuner.found |= times[0] < float("inf")
+        return times
+
+    def bench_without_disk(tuner, key, configs, bench_all):
+        bench_all()  # what is found here must not be kept for real runs
+        return False
+
+    with mock.patch.multiple(Autotuner, run=run_anew, _bench=bench_until_found, check_disk_cache=bench_without_disk):
+        yield

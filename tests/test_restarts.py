@@ -66,17 +66,17 @@ def undisturbed(tiny, tmp_path_factory):
     return SimpleNamespace(env=env, final=values(out, "final"))
 
 
-@pytest.mark.parametrize("mark", ["step:3/", "hessians", "gptq name", "final_int6_roundtrip"])
-def test_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, mark):
-    """kill -9 as soon as a line with `mark` is seen, then the same command again."""
+def test_run_killed_again_and_again_ends_as_an_undisturbed_one(undisturbed, tmp_path):
+    """kill -9 as soon as a line with each mark is seen, each time followed by the same command."""
     env = undisturbed.env | dict(OUT_DIR=str(tmp_path))
-    process = start(env, tmp_path)
-    for line in process.stdout:
-        if mark in line:
-            os.killpg(process.pid, signal.SIGKILL)
-            break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    for mark in ("step:3/", "hessians", "gptq name", "final_int6_roundtrip"):
+        process = start(env, tmp_path)
+        for line in process.stdout:
+            if mark in line:
+                os.killpg(process.pid, signal.SIGKILL)
+                break
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, mark
     again = start(env, tmp_path)
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0, out
@@ -84,16 +84,16 @@ def test_killed_run_ends_as_an_undisturbed_one(undisturbed, tmp_path, mark):
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_stopped_run_goes_on_bit_equal(undisturbed, tmp_path, number):
+def test_stopped_run_goes_on_bit_equal(undisturbed, tmp_path):
     env = undisturbed.env | dict(OUT_DIR=str(tmp_path), CHECKPOINT_EVERY_SECONDS="0")
-    process = start(env, tmp_path)
-    for line in process.stdout:
-        if line.startswith("step:2/"):
-            process.send_signal(number)
-            break
-    out = process.communicate(timeout=60)[0]
-    assert process.returncode == 130 and "goes on" in out
+    for number, mark in ((signal.SIGINT, "step:2/"), (signal.SIGTERM, "step:5/")):
+        process = start(env, tmp_path)
+        for line in process.stdout:
+            if line.startswith(mark):
+                process.send_signal(number)
+                break
+        out = process.communicate(timeout=60)[0]
+        assert process.returncode == 130 and "goes on" in out
     again = start(env, tmp_path)
     out, _ = again.communicate(timeout=120)
     assert again.returncode == 0 and values(out, "final") == undisturbed.final
