@@ -3532,7 +3532,7 @@ def compile_evaluation(cfg, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has more than EAGER_TOKENS to run."""
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
     share = min(run.world_size, 1 if adapting else cfg.eval_spans) if method == "exact" else run.world_size
-    training = 3 * bool(cfg.ttt_epochs) / run.world_size if adapting else 0.0  # of one epoch, the same if trimmed
+    training = 3 * cfg.ttt_epochs / run.world_size if adapting else 0.0
     if cfg.compile != "auto":
         return cfg.compile == "1"
     return cfg.attn_kernel == "flex" or num_targets * (passes / share + training) > EAGER_TOKENS
@@ -3862,31 +3862,28 @@ class Leaf:
         return self.m / (1 - cfg.beta1**steps) / ((self.v / (1 - cfg.beta2**steps)).sqrt() + 1e-8)
 
 
-class Replay:
-    """`function`, which works on tensors in place, as one CUDA graph for each shape of its arguments.
+def replayed(graphs, function, *args):
+    """function(*args), which works on tensors in place, as one CUDA graph for each shape of its arguments.
 
-    The host then launches hundreds of kernels at once: a step on a rank's few rows is bound by their launches.  The
-    first call of a shape runs as it is, and compiles; the second is recorded.  What differs from call to call must be
-    in the arguments, which are copied, or in tensors that the function reads, not in numbers of the host.
+    The host then launches hundreds of kernels at once: a step on a rank's few rows is bound by their launches.  What
+    differs from call to call must be in the arguments, tensors that are copied, or in what they and the function's own
+    tensors hold.   graphs: {} that keeps the recordings and the memory they work in, or None to call as it is.
+    The first call of a shape runs as it is, and compiles; the second is recorded.
     """
-
-    def __init__(self, function, enabled):
-        self.function, self.enabled, self.graphs = function, enabled, {}
-
-    def __call__(self, *args):
-        shape = tuple((x.shape, x.dtype) for x in args)
-        if not self.enabled or shape not in self.graphs:
-            self.graphs[shape] = None
-            return self.function(*args)
-        if self.graphs[shape] is None:
-            graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in args]
-            # Other threads, which copy batches or watch NCCL, may call CUDA in the meantime.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self.function(*held)
-            self.graphs[shape] = graph, held
-        graph, held = self.graphs[shape]
-        copy_all(held, args)
-        graph.replay()
+    shape = function.__name__, *((x.shape, x.dtype) for x in args)
+    if graphs is None or shape not in graphs:
+        if graphs is not None:
+            graphs[shape] = None
+        return function(*args)
+    if graphs[shape] is None:
+        graph, held = torch.cuda.CUDAGraph(), [x.clone() for x in args]
+        # Other threads, which copy batches or watch NCCL, may call CUDA in the meantime.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function(*held)
+        graphs[shape] = graph, held
+    graph, held = graphs[shape]
+    copy_all(held, args)
+    graph.replay()
 
 
 @contextmanager
@@ -3926,8 +3923,7 @@ class Adapter:
 
     pending: scored chunks of a phase, not yet trained on.   seen: targets handed over so far.   params: trained
     weights, `weights` those and the adapters' A and B; base: their values in the artifact; raw: with TTT_EMA the
-    newest, while the average scores.   mark: fingerprint after the last change.   rate: of the schedule, in [0, 1];
-    steps, lr: steps since the last reset and that rate, tensors on the device for the step to read.
+    newest, while the average scores.   mark: fingerprint after the last change.   graphs: of `replayed`.
     """
 
     def __init__(self, model, num_targets, run):
@@ -3935,8 +3931,7 @@ class Adapter:
         self.model, self.cfg, self.run, self.began = model, cfg, run, time.perf_counter()
         self.fast = compile_evaluation(cfg, run, cfg.ttt_scoring, num_targets, adapting=True)
         self.chunks, self.calls, self.seen, self.in_order = -(-num_targets // cfg.ttt_chunk_tokens), 0, 0, True
-        self.pending, self.rate, self.train_s = [], 0.0, 0.0
-        self.steps, self.lr = (torch.zeros((), dtype=torch.float64, device=run.device) for _ in range(2))
+        self.pending, self.steps, self.rate, self.train_s = [], 0, 0.0, 0.0
         self.tilt = new_tilt(cfg, num_targets, run.device) if cfg.ttt_tilt else None
         if cfg.ttt_hash_buckets:
             model.embed.hash_table = nn.Parameter(torch.zeros(cfg.ttt_hash_buckets, cfg.model_dim, device=run.device))
@@ -3946,8 +3941,7 @@ class Adapter:
         self.base = [p.detach().clone() for p in self.weights]
         self.raw = [p.clone() for p in self.base[:len(self.params)]] if cfg.ttt_ema else []
         self.mark = self._fingerprint()
-        graphs = self.fast and run.device.type == "cuda"
-        self.replayed_gradient, self.replayed_step = Replay(self._gradient, graphs), Replay(self._step, graphs)
+        self.graphs = {} if self.fast and run.device.type == "cuda" else None
 
     def _rule(self, name, frozen):
         """How the parameter `name` is updated: sgd, adamw, muon, hash (AdamW at TTT_HASH_LR), lora, or '' for not."""
@@ -4037,14 +4031,11 @@ class Adapter:
         for one in self.leaves:
             one.m.zero_()
             one.v.zero_()
-        self.steps.zero_()
-        self.pending = []
+        self.pending, self.steps = [], 0
 
     def close(self):
         """Leave the model as it was."""
         self.reset()
-        self.replayed_gradient.graphs.clear()
-        self.replayed_step.graphs.clear()
         self.model.embed.hash_table = None
         for p in self.model.parameters():
             p.grad = None
@@ -4053,15 +4044,15 @@ class Adapter:
     def _train(self):
         """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
         chunks = [chunk for chunk in self.pending if chunk[1]]
+        number = partial(torch.full, (), dtype=torch.float64, device=self.run.device)
         average = [p.detach().clone() for p in self.params] if self.raw else []
         copy_all(self.params, self.raw)
-        self.lr.fill_(self.rate)
         for batches, num_targets in chunks * self.cfg.ttt_epochs:
             for rows in batches:
-                share = torch.full((), 1 / num_targets, device=self.run.device)
-                self.replayed_gradient(rows.ids, rows.targets, rows.wanted, share)
+                replayed(self.graphs, self._gradient, rows.ids, rows.targets, rows.wanted, number(1 / num_targets))
             self.run.all_sum(self.flat_grad)
-            self.replayed_step()
+            self.steps += 1
+            replayed(self.graphs, self._step, number(self.steps), number(self.rate))
             if average:
                 torch._foreach_lerp_(average, [p.detach() for p in self.params], 1 - self.cfg.ttt_ema)
         copy_all(self.raw, self.params)
@@ -4074,8 +4065,11 @@ class Adapter:
             (compiled(summed_nll, self.fast)(self.model, ids, targets, wanted) * share).backward()
 
     @torch.no_grad()
-    def _step(self):
-        """One step from the summed gradient, which is then zeroed; by the chain rule dA = B^T dW and dB = dW A^T."""
+    def _step(self, steps, rate):
+        """Step number `steps`, at `rate` times the learning rates, from the summed gradient, which is then zeroed.
+
+        For adapters, by the chain rule: dA = B^T dW, dB = dW A^T.
+        """
         cfg, grads = self.cfg, [one.grad for one in self.leaves]
         for group in self.low_rank:
             torch.matmul(torch.stack(group.B.params).mT, group.grad, out=group.A.grad)
@@ -4083,10 +4077,9 @@ class Adapter:
         if cfg.ttt_grad_clip:
             norm = torch.stack(torch._foreach_norm(grads)).norm()
             torch._foreach_mul_(grads, (cfg.ttt_grad_clip / (norm + 1e-6)).clamp(max=1.0))
-        self.steps += 1
         for one in self.leaves:
-            lr = self.lr * (cfg.ttt_hash_lr if one.rule == "hash" else cfg.ttt_lr)
-            torch._foreach_sub_(one.params, list((one.direction(self.steps, cfg) * lr).unbind()))
+            lr = rate * (cfg.ttt_hash_lr if one.rule == "hash" else cfg.ttt_lr)
+            torch._foreach_sub_(one.params, list((one.direction(steps, cfg) * lr).unbind()))
         for group in self.low_rank:
             weights = group.base + torch.stack(group.B.params) @ torch.stack(group.A.params)
             torch._foreach_copy_(group.params, list(weights.unbind()))
@@ -4110,15 +4103,14 @@ class Adapter:
 
     def counters(self):
         """What a resumed evaluation needs besides `tensors`, JSON-able."""
-        return dict(calls=self.calls, seen=self.seen, steps=int(self.steps), in_order=self.in_order)
+        return dict(calls=self.calls, seen=self.seen, steps=self.steps, in_order=self.in_order)
 
     @torch.no_grad()
     def restore(self, tensors, counters):
         """Go on from another Adapter's `tensors` and `counters`."""
         for name, x in self.tensors().items():
             x.copy_(tensors[name])
-        self.calls, self.seen, self.in_order = (counters[key] for key in ("calls", "seen", "in_order"))
-        self.steps.fill_(counters["steps"])
+        self.calls, self.seen, self.steps, self.in_order = (counters[k] for k in ("calls", "seen", "steps", "in_order"))
         self.mark = self._fingerprint()
 
 
@@ -4414,8 +4406,8 @@ def rehearse_adapting(model, num_targets, run):
 
     def measured(epochs):
         """Seconds of scoring, and between two chunks."""
-        model.cfg = replace(cfg, ttt_epochs=epochs, ttt_phase_chunks=1)
         adapter = Adapter(model, num_targets, run)
+        adapter.cfg = replace(cfg, ttt_epochs=epochs, ttt_phase_chunks=1)
         adapter.report = lambda ledger, scored: None
         fresh = {name: x.clone() for name, x in adapter.tensors().items()}, adapter.counters()
         for _ in range(2):  # the first compiles and records
@@ -4424,7 +4416,6 @@ def rehearse_adapting(model, num_targets, run):
             evaluate(model, tokens, table, cfg.ttt_scoring, adapter, run)
             scoring_s = time.perf_counter() - began - adapter.train_s
         adapter.close()
-        model.cfg = cfg
         return scoring_s, adapter.train_s / max(1, adapter.calls)
 
     scoring_s, pause_s = measured(some)

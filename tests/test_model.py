@@ -645,5 +645,5 @@ def test_evaluation_is_compiled_where_it_pays(tiny_config, method, targets, adap
         assert t.compile_evaluation(forced, t.Run(), method, targets, adapting) == (enabled == "1")
     shared = t.compile_evaluation(cfg, t.Run(world_size=8), method, targets, adapting)
     assert t.compile_evaluation(tiny_config(compile="auto", eval_stride=2, ttt_epochs=30), t.Run(), method, targets,
-                                adapting) == compiles  # a rehearsal is of one epoch, and must see the same
+                                adapting) == (compiles or adapting)
     assert shared == (adapting and targets == 62_000_000 or method == "sliding" and targets * 32 / 8 > t.EAGER_TOKENS)
