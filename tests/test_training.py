@@ -702,3 +702,10 @@ def test_ten_steps_give_the_golden_losses():
 if __name__ == "__main__":
     GOLDEN.write_text("".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(golden_losses(), 1)))
     sys.stdout.write(GOLDEN.read_text())
+
+
+def test_ranks_that_pick_different_kernels_are_told():
+    run = t.Run(rank=5, world_size=8)
+    run.gather = lambda mine: [mine] * 7 + [("fla", "varlen")]
+    with pytest.raises(t.KernelError, match=r"the ranks picked \[\('fla', 'varlen'\), \('reference', 'sdpa'\)\]"):
+        t.resolve_kernels(build_config(), run)

@@ -569,6 +569,15 @@ def test_trimming_lowers_the_passes_and_nothing_else(scoring_s, overrun, expecte
         assert model.cfg == replace(cfg, ttt_epochs=expected)
 
 
+def test_plan_made_again_after_training_warns_and_loses_no_score(monkeypatch, capsys):
+    monkeypatch.setattr(t, "rehearse_adapting", lambda *arguments: (700.0, 180.0))
+    cfg = ttt_config(ttt_epochs=3, final_score="ttt")
+    model = tiny_model(cfg)
+    t.plan_evaluation(model, cfg, t.Run(), 1000, again=True)
+    out = capsys.readouterr().out
+    assert "warning reason:FINAL_SCORE=ttt" in out and "EVAL_BUDGET_SECONDS=600" in out and model.cfg == cfg
+
+
 def test_final_score_by_ttt_needs_ttt():
     with pytest.raises(ValueError, match="FINAL_SCORE=ttt: needs TTT_ENABLED=1"):
         t.Config.from_env({"FINAL_SCORE": "ttt"})
