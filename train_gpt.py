@@ -31,13 +31,11 @@ import json
 import lzma
 import math
 import os
-import queue
 import re
 import shutil
 import signal
 import struct
 import sys
-import threading
 import time
 import zipfile
 import zlib
@@ -47,7 +45,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import cache, partial, reduce, wraps
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -733,13 +731,7 @@ def save_tensors(path, tensors, facts):
     """
     arrays = {name: (x.float() if x.dtype == torch.bfloat16 else x).detach().cpu().numpy() for name, x in
               tensors.items()} | {FACTS: np.frombuffer(json.dumps(facts).encode(), np.uint8)}
-
-    def write(f):
-        with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as z:
-            for name, array in arrays.items():
-                with z.open(name, "w", force_zip64=True) as member:
-                    np.lib.format.write_array(member, np.asarray(array), allow_pickle=False)
-    write_whole(path, write)
+    write_whole(path, lambda f: np.savez(f, **arrays))
 
 
 def load_tensors(path):
@@ -749,7 +741,7 @@ def load_tensors(path):
     """
     try:
         with zipfile.ZipFile(path) as z:
-            arrays = {info.filename: _read_array(z, info) for info in z.infolist()}
+            arrays = {info.filename.removesuffix(".npy"): _read_array(z, info) for info in z.infolist()}
         facts = json.loads(arrays.pop(FACTS).tobytes())
         return {name: torch.from_numpy(array) for name, array in arrays.items()}, facts
     except OSError as error:
@@ -772,16 +764,12 @@ def copy_saved(target, tensors, name):
 def _read_array(z, info):
     """One array of a tensor file; its header must claim exactly the bytes that are stored."""
     with z.open(info) as member:
-        version, fmt = np.lib.format.read_magic(member), np.lib.format
-        if version not in ((1, 0), (2, 0)) or info.compress_type != zipfile.ZIP_STORED:
+        if np.lib.format.read_magic(member) != (1, 0) or info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{info.filename} is of another format")
-        read = fmt.read_array_header_1_0 if version == (1, 0) else fmt.read_array_header_2_0
-        shape, fortran, dtype = read(member)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         left = info.file_size - member.tell()
-        if fortran or dtype.hasobject or dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != left:
+        if fortran or dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != left:
             raise ValueError(f"{info.filename} claims {shape} {dtype} in {left} bytes")
-        if info.file_size > info.compress_size:
-            raise ValueError(f"{info.filename} claims {info.file_size} bytes in {info.compress_size}")
         data = bytearray(member.read(left + 1))  # one more than there should be: reading to the end checks the CRC
         if len(data) != left:
             raise ValueError(f"{info.filename} has {len(data)} bytes, expected {left}")
@@ -1033,7 +1021,7 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
 class Loader:
     """Training batches in a random order, prefetched by a thread, the same rows for any number of ranks.
 
-    Iterating gives int32 (rows / world_size, seq_len + 1) on `run.device`: this rank's part of the next global
+    next() gives int32 (rows / world_size, seq_len + 1) on `run.device`: this rank's part of the next global
     batch.  An epoch cuts every shard into rows at a random phase and shuffles all of them; `state()` is the
     position (epoch, row) behind the last batch taken, and `state=` goes on from there.
     """
@@ -1046,10 +1034,10 @@ class Loader:
             raise DataError(f"{shards[0][0]}: {self.lengths[0]} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
         self._cut_rows()
-        self.queue = queue.Queue(maxsize=2)
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._produce, daemon=True)
-        self.thread.start()
+        # The thread would begin on GPU 0, where pinning memory takes some.
+        begin = partial(torch.cuda.set_device, run.device) if run.device.type == "cuda" else None
+        self.pool = ThreadPoolExecutor(1, initializer=begin)
+        self.ahead = deque(self.pool.submit(self._next_batch) for _ in range(2))
 
     def _cut_rows(self):
         """Draw the epoch's phases and order: `order` (rows,), `offsets` (shards + 1,), `phase` (shards,)."""
@@ -1074,41 +1062,21 @@ class Loader:
             picked += list(zip(shard.tolist(), start.tolist()))
         return picked
 
-    def _produce(self):
-        """Thread: fill the queue with (batch, position) or with the exception that ended it."""
+    def _next_batch(self):
+        """In the thread: this rank's part of the next global batch, and the position behind it."""
         rows = self.cfg.train_batch_tokens // self.cfg.train_seq_len
         first, last = self.run.share(rows)
-        try:
-            if self.run.device.type == "cuda":
-                torch.cuda.set_device(self.run.device)  # a thread begins on GPU 0, where pinning would take memory
-            while not self.stopped.is_set():
-                mine = self._next_rows(rows)[first:last]
-                batch = np.stack([self.shards[s][1][i:i + self.cfg.train_seq_len + 1] for s, i in mine])
-                for (s, _), row in zip(mine, batch):
-                    check_vocabulary(self.shards[s][0], row, self.cfg.vocab_size)
-                batch = torch.from_numpy(batch.astype(np.int32))
-                batch = batch.pin_memory() if self.run.device.type == "cuda" else batch
-                self._put((batch, (self.epoch, self.row)))
-        except Exception as error:  # handed to the consumer, which raises it
-            self._put((error, None))
-
-    def _put(self, item):
-        """Queue `item` unless the loader was closed."""
-        while not self.stopped.is_set():
-            try:
-                return self.queue.put(item, timeout=0.2)
-            except queue.Full:
-                continue
-
-    def __iter__(self):
-        return self
+        mine = self._next_rows(rows)[first:last]
+        batch = np.stack([self.shards[s][1][i:i + self.cfg.train_seq_len + 1] for s, i in mine])
+        for (s, _), row in zip(mine, batch):
+            check_vocabulary(self.shards[s][0], row, self.cfg.vocab_size)
+        batch = torch.from_numpy(batch.astype(np.int32))
+        return batch.pin_memory() if self.run.device.type == "cuda" else batch, (self.epoch, self.row)
 
     def __next__(self):
-        batch, position = self.queue.get()
-        if isinstance(batch, Exception):
-            self.queue.put((batch, position))  # a second call gets it too
-            raise batch
-        self.taken = position
+        batch, self.taken = self.ahead[0].result()  # raises what the thread met; a second call does too
+        self.ahead.popleft()
+        self.ahead.append(self.pool.submit(self._next_batch))
         return batch.to(self.run.device, non_blocking=True)
 
     def state(self):
@@ -1117,8 +1085,7 @@ class Loader:
 
     def close(self):
         """End the thread."""
-        self.stopped.set()
-        self.thread.join()
+        self.pool.shutdown(cancel_futures=True)
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -1329,8 +1296,9 @@ CONV_ROWS = 64  # tokens that one program of the kernels below takes
 def _conv_kernel():
     """Triton's `convolved_heads`, and its gradient (BACKWARD): a program takes CONV_ROWS tokens of one head.
 
-    It holds the last rows in registers, so that each is read once, reads two rows ahead and begins three rows early.
-    The backward pass computes the forward again and ends three rows late: a row's gradient comes from three more too.
+    It goes down the rows with the last four in registers, so that each is read once, and loads two rows ahead.  It
+    begins three rows early, since four taps reach that far back.  The backward pass computes the forward again and ends
+    three rows late, since a row's gradient comes from its own output and the three after it.
     """
     global tl  # Triton looks for names among the module's
     import triton
@@ -1436,14 +1404,9 @@ def _(x, weight, tail, dq, dk, dv):
     return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _conv_save(ctx, inputs, output):
-    """Keep for the backward pass what `_conv_backward` needs."""
-    ctx.save_for_backward(*inputs[:3])
-
-
 _conv_forward.register_autograd(
     lambda ctx, dq, dk, dv: (*_conv_backward(*ctx.saved_tensors, dq, dk, dv), None, None, None),
-    setup_context=_conv_save)
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]))
 
 
 def gated_norm(o, gate, weight, kernel="auto"):
@@ -1537,8 +1500,8 @@ MLP_TILE = 128, 256, 64  # rows, columns and depth of the tiles of the kernel be
 
 
 def fuses_mlp(cfg):
-    """Whether the MLP runs in the kernel below, for Hopper's shared memory and TMA: that takes rows of 16 bytes, the
-    pipeline two steps or more."""
+    """Whether the MLP runs in the kernel below.  It is written for Hopper: its tiles need Hopper's shared memory, its
+    TMA loads need rows of a multiple of 16 bytes (8 channels), its pipeline two steps of MLP_TILE's depth or more."""
     return (cfg.mlp_act == "relu2" and cfg.kernel != "reference" and torch.cuda.is_available()
             and torch.cuda.get_device_capability()[0] == 9 and cfg.model_dim > MLP_TILE[2]
             and cfg.model_dim % 8 == int(cfg.mlp_mult * cfg.model_dim) % 8 == 0)
@@ -1546,10 +1509,11 @@ def fuses_mlp(cfg):
 
 @cache
 def _mlp_kernel():
-    """Triton's product that ends in the squared relu, or in its gradient; a program takes many tiles.
+    """Triton's matrix product with the squared relu (UP), or with its gradient, applied before the result is stored.
 
-    Rows of tiles come one after another: x is read once, the weight stays in L2.  UP, loads run ahead into the next
-    tile (flatten); else r2's tile is read into registers during the product.
+    A program takes many tiles.  Tiles that run at one time lie in one row of tiles: x is read from memory once, and the
+    weight stays in the L2 cache.  With UP the loops are flattened, so that the next tile's loads begin before this tile
+    ends; without, r2's tile waits in registers for the end of the product.
     """
     global tl
     import triton
@@ -1925,7 +1889,7 @@ def rms_norm(x):
     return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
-# Two switches that hold for whatever forward runs inside them, not per model: who watches, and who compiles.
+# Two global switches, on while a caller's block runs: who sees the products of a forward, and whether it is compiled.
 OBSERVERS = []  # functions (x, weights) that see every matrix product of a forward; Hessians uses one
 
 
@@ -2118,7 +2082,7 @@ class GatedDeltaNet(nn.Module):
         B, T, _ = x.shape
         H, HV, K = self.H, self.HV, self.K
         kv = self.kv
-        # Two products: each one's gradient comes whole from one place, so that none is copied together.
+        # Two products, not one: the convolution returns the gradient of qkv whole, with nothing to concatenate it to.
         qkv = linear(x, self.q_proj, kv.k_proj, kv.v_proj)
         gate, a, b = linear(x, self.g_proj, self.a_proj, self.b_proj).split([HV * K, HV, HV], -1)
         taps = self.cfg.gdn_conv
@@ -2261,7 +2225,7 @@ def head(embed, x):
 
 @region
 def head_nll(embed, x, targets):
-    """`token_nll` of those logits, for training: in one graph, which never writes float32 logits to memory."""
+    """`token_nll` of the logits, for training: in one graph, which never writes float32 logits to memory."""
     return token_nll(embed.logits(x), targets)
 
 
@@ -2274,7 +2238,7 @@ class LM(nn.Module):
         self.embed = Embedding(cfg)
         layers = parse_stack(cfg.stack)
         attention = [i for i, layer in enumerate(layers) if layer.kind != "gdn"]
-        xsa = set(attention[len(attention) - cfg.xsa_layers:] if cfg.xsa_layers else [])
+        xsa = set(attention[::-1][:cfg.xsa_layers])
         mixers, mlps, key_values, made, blocks = {}, {}, {}, {}, []
         for i, layer in enumerate(layers):
             loop = i % cfg.unique_layers if cfg.unique_layers else i
@@ -2424,8 +2388,8 @@ def newton_schulz(G, steps):
 def muon_update(grad, momentum_buffer, momentum, steps, taken=1.0):
     """Muon's direction for a stack of matrices (n, R, C): Nesterov momentum, then `newton_schulz`.
 
-    Updates momentum_buffer in place, unless `taken`, 0 or 1, says that the step is skipped.  The direction's RMS fits
-    a learning rate per unit of spectral norm; tall matrices are scaled by sqrt(R / C) [2].
+    Updates momentum_buffer in place, unless `taken` is 0, which skips the step.  The direction has singular values of
+    about 1, so a learning rate is the spectral norm of a step; a tall matrix's is sqrt(R / C) times larger [2].
     """
     momentum_buffer.lerp_(grad, (1 - momentum) * taken)
     direction = newton_schulz(grad.lerp(momentum_buffer, momentum), steps)
@@ -2438,7 +2402,8 @@ class Optimizer:
     def __init__(self, model, cfg, run):
         self.cfg, self.run, self.steps_done = cfg, run, 0
         self.bad_steps = torch.zeros((), device=run.device)
-        self.params = params = dict(model.named_parameters())
+        params = dict(model.named_parameters())
+        self.names = {id(p): name for name, p in params.items()}
         self.flat_grad = torch.zeros(sum(p.numel() for p in params.values()), device=run.device)
         for p, part in zip(params.values(), self.flat_grad.split([p.numel() for p in params.values()])):
             p.grad = part.view_as(p)
@@ -2449,7 +2414,8 @@ class Optimizer:
                 self.matrices.setdefault((r, tuple(p.shape)), []).append(p)
             else:
                 adamw.setdefault(r, []).append(p)
-        self.buffers = {key: torch.zeros(len(ps), *key[1], device=run.device) for key, ps in self.matrices.items()}
+        self.buffers = {key: torch.zeros(-(-len(ps) // run.world_size), *key[1], device=run.device)
+                        for key, ps in self.matrices.items()}  # momenta of this rank's share of the matrices
         self.adamw = torch.optim.AdamW(
             [dict(params=ps, lr=getattr(cfg, r.lr), base_lr=getattr(cfg, r.lr),
                   weight_decay=getattr(cfg, r.decay) if r.decay else 0.0) for r, ps in adamw.items()],
@@ -2487,57 +2453,43 @@ class Optimizer:
         self.steps_done += 1
         return norm
 
-    def _own(self, n):
-        """(first, last, share) of n matrices: this rank orthogonalises first .. last - 1, at most `share`."""
-        share = -(-n // self.run.world_size)
-        first = min(n, share * self.run.rank)
-        return first, min(n, first + share), share
+    def _own(self, params, buffer):
+        """The matrices of one shape whose momenta are this rank's `buffer`; the last ranks may have fewer, or none."""
+        return params[self.run.rank * len(buffer):][:len(buffer)]
 
     def _muon_step(self, params, buffer, r, lr_mul, taken):
         """One shape: each rank orthogonalises its share of whole matrices, all apply all."""
-        first, last, share = self._own(len(params))
-        shape = share, *params[0].shape
-        mine = buffer.new_zeros(shape, dtype=torch.bfloat16 if buffer.is_cuda else torch.float32)
-        if last > first:  # buffer rows of other ranks stay zero: a rank keeps the momentum of its share
-            mine[:last - first] = muon_update(torch.stack([p.grad for p in params[first:last]]), buffer[first:last],
-                                              self.momentum(), self.cfg.muon_backend_steps, taken)
+        own = self._own(params, buffer)
+        mine = torch.zeros_like(buffer, dtype=torch.bfloat16 if buffer.is_cuda else torch.float32)
+        if own:
+            mine[:len(own)] = muon_update(torch.stack([p.grad for p in own]), buffer[:len(own)], self.momentum(),
+                                          self.cfg.muon_backend_steps, taken)
         updates = self.run.all_gather_rows(mine)[:len(params)]
         lr = getattr(self.cfg, r.lr) * lr_mul
         torch._foreach_mul_(params, 1 - lr * getattr(self.cfg, r.decay) * taken)
         torch._foreach_add_(params, list((updates.float() * taken).unbind()), alpha=-lr)
 
-    def _momenta(self):
-        """Muon's momentum by parameter: ({name: view of a buffer row}, rows that are this rank's)."""
-        names = {id(p): name for name, p in self.params.items()}
-        out, own = {}, set()
-        for key, params in self.matrices.items():
-            first, last, _ = self._own(len(params))
-            for i, p in enumerate(params):
-                out[names[id(p)]] = self.buffers[key][i]
-                own |= {names[id(p)]} if first <= i < last else set()
-        return out, own
-
     def state(self):
         """{name: Tensor} of everything that is not in the weights, the same for any number of ranks; all must call."""
-        out = {f"adamw.{key}.{name}": value for name, p in self.params.items()
-               for key, value in self.adamw.state.get(p, {}).items()}
-        for name, buffer in self._momenta()[0].items():  # rows of other ranks are zero here
-            out[f"muon.{name}"] = self.run.all_sum(buffer.clone())
+        out = {f"adamw.{key}.{self.names[id(p)]}": value for p, values in self.adamw.state.items()
+               for key, value in values.items()}
+        for key, params in self.matrices.items():
+            rows = self.run.all_gather_rows(self.buffers[key])
+            out |= {f"muon.{self.names[id(p)]}": row for p, row in zip(params, rows)}
         return out | {"bad_steps": self.bad_steps}
 
     def load(self, tensors, steps_done):
         """Take over what `state` returned, under any number of ranks; raises FileError if something is missing."""
         self.steps_done = steps_done
         copy_saved(self.bad_steps, tensors, "bad_steps")
-        momenta, own = self._momenta()
-        for name in sorted(own):
-            copy_saved(momenta[name], tensors, f"muon.{name}")
+        for key, params in self.matrices.items():
+            for p, row in zip(self._own(params, self.buffers[key]), self.buffers[key]):
+                copy_saved(row, tensors, f"muon.{self.names[id(p)]}")
         for p in (p for group in self.adamw.param_groups if steps_done for p in group["params"]):
             step = torch.zeros((), device=p.device)
             self.adamw.state[p] = dict(step=step, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        for name, p in self.params.items():
-            for key, value in self.adamw.state.get(p, {}).items():
-                copy_saved(value, tensors, f"adamw.{key}.{name}")
+            for key, value in self.adamw.state[p].items():
+                copy_saved(value, tensors, f"adamw.{key}.{self.names[id(p)]}")
 
 
 class Average:
@@ -2562,11 +2514,10 @@ class Average:
         self.count += 1
         torch._foreach_lerp_(self.mean, self.params, weight)
 
-    @torch.no_grad()
     def copy_to(self):
         """Replace the model's weights by their average, if there is one."""
         if self.count:
-            torch._foreach_copy_(self.params, self.mean)
+            copy_all(self.params, self.mean)
 
     def state(self):
         """{name: Tensor} of the averages."""
@@ -2958,7 +2909,7 @@ RANS_CLASSES = 96  # quarters of an octave of the symbols' root mean square; cla
 
 
 def rans_lanes(count):
-    """States that code `count` symbols side by side: their 4 bytes each must not weigh."""
+    """How many states code `count` symbols side by side: few enough that their 4 bytes each do not matter."""
     return max(1, min(1024, count >> 12))
 
 
@@ -3322,7 +3273,7 @@ def load_artifact(path, device="cpu", base=None):
             raise ArtifactError("its tensors are not those of the model that it describes")
         roles = read_streams(header, payload, 5 * sum(p.numel() for p in params.values()) + 512 * RANS_CLASSES)
         cursor = {}
-        weights = {t["name"]: unpack_tensor(t, roles, cursor) for t in header["tensors"]}
+        weights = [unpack_tensor(t, roles, cursor) for t in header["tensors"]]
         if cursor != {role: len(data) for role, data in roles.items()}:
             raise ArtifactError("its streams hold more than its tensors")
     except (ArtifactError, SettingError) as error:
@@ -3331,9 +3282,7 @@ def load_artifact(path, device="cpu", base=None):
         raise ArtifactError(f"{name}: its header is malformed ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:200]})") from None
     model = model.to_empty(device=device)
-    with torch.no_grad():
-        for key, p in model.named_parameters():
-            p.copy_(weights[key])
+    copy_all(list(model.parameters()), weights)
     return model
 
 
@@ -3499,25 +3448,17 @@ def scoring_units(total, method, cfg, adapting, saving, ranks=1):
 
     When adapting, a list is one chunk of TTT_CHUNK_TOKENS; a window belongs to the chunk of its first scored target.
     """
-    stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len, "exact": 0}[method]
-    if not stride and not adapting:
+    exact, T, chunk = method == "exact", cfg.train_seq_len, cfg.ttt_chunk_tokens
+    if exact and not adapting:
         spans = cut(0, total, cfg.eval_spans)
         step = -(-len(spans) // (EXACT_UNITS if saving else 1))
         yield from (spans[i:i + step] for i in range(0, len(spans), step))
         return
-    at_once = stride * max(1, cfg.eval_batch_tokens // cfg.train_seq_len) * ranks or 1  # targets of a batch a rank
-    chunk, pending = cfg.ttt_chunk_tokens if adapting else -(-UNIT_TARGETS // at_once) * at_once, None
-    if stride:
-        pending = (Part(first, last, start) for start, last, first in windows(total, cfg.train_seq_len, stride))
-        held = next(pending)
-    for first in range(0, total, chunk):
-        last, parts = min(first + chunk, total), []
-        while pending and held and held.first < last:
-            parts.append(held)
-            held = next(pending, None)
-        parts = parts if pending else [Part(first, last)]
-        if parts:
-            yield parts
+    seq_len, stride = dict(roundtrip=(T, T), sliding=(T, cfg.eval_stride), exact=(chunk, chunk))[method]
+    parts = (Part(first, last, None if exact else start) for start, last, first in windows(total, seq_len, stride))
+    batch = stride * (cfg.eval_batch_tokens // T) * ranks  # targets that the ranks score at once
+    size = chunk if adapting else -(-UNIT_TARGETS // batch) * batch
+    yield from (list(unit) for _, unit in groupby(parts, lambda part: part.first // size))
 
 
 def score_rows(model, ids, targets, state=None, tilt=None, before=None):
@@ -3532,7 +3473,7 @@ def score_rows(model, ids, targets, state=None, tilt=None, before=None):
     return token_nll(logits, targets), state
 
 
-EAGER_TOKENS = 50_000_000  # that a GPU runs forward in about the time that compiling for them would take
+EAGER_TOKENS = 50_000_000  # tokens; a GPU runs fewer in less time than compiling for them takes
 
 
 def compile_evaluation(cfg, run, method, num_targets, adapting=False):
@@ -3573,7 +3514,7 @@ def make_rows(tokens, starts, score_from, score_to, T, device):
 
 
 def one_late(items):
-    """Yield the items, each after the next was made: the device goes on while the host takes one in."""
+    """Yield each item only when the next has been made: the device works on that one while the host enters this."""
     held = []
     for item in items:
         yield from held
@@ -3581,13 +3522,8 @@ def one_late(items):
     yield from held
 
 
-def state_tensors(state):
-    """The tensors of a StreamState in order; none for None."""
-    return [] if state is None else tree_leaves(state)
-
-
 PROBE_TOKENS = 16  # positions of a normalisation probe
-PROBE_LOGITS = 2**25  # most logits that it makes at once, the whole vocabulary for every candidate at every position
+PROBE_LOGITS = 2**25  # most logits of one call of a probe: positions x candidates x vocabulary
 
 
 def probe_candidates(vocab):
@@ -3637,11 +3573,12 @@ class Scorer:
         return nll, after
 
     def probe(self, rows, state, nll, more):
-        """Score a batch again with other tokens behind a place in each row, and the whole vocabulary at some places.
+        """Test a batch that was just scored for leaks and for normalisation; `faults` keeps the largest of each.
 
-        Keeps the largest change before those places, by the function, weights, state, tilt and shape of the scores that
-        count, so a leak in any of them shows; and the largest distance of a sum of probabilities from 1, over the first
-        PROBE_TOKENS of one row, by the same function uncompiled.
+        Leaks: from some place on, other for each row, the tokens are replaced.  Scored again, by the function, weights,
+        state, tilt and shape of the scores that count, nothing before that place may change.
+        Normalisation: at the first PROBE_TOKENS of one row each entry of the vocabulary is scored as the target, by the
+        same function uncompiled: their probabilities must sum to 1.
         """
         (B, T), vocab = rows.ids.shape, self.cfg.vocab_size
         later = (torch.arange(T) >= torch.linspace(1, T - 1, B + 2)[1:-1].long().clamp_min(1)[:, None]).to(nll.device)
@@ -3671,7 +3608,7 @@ class Scorer:
     def windows(self, parts):
         """The Ledger of consecutive windows, scored in batches of fixed shape."""
         T, ledger = self.cfg.train_seq_len, Ledger(parts[0].first)
-        batch = max(1, self.cfg.eval_batch_tokens // T)
+        batch = self.cfg.eval_batch_tokens // T
 
         def scored():
             for i in range(0, len(parts), batch):
@@ -3694,17 +3631,14 @@ class Scorer:
         token is predicted from all the text since its row's beginning.  When adapting, the one span, a chunk, goes on
         from `state`; only the text's last is filled up to the shape of the others.
         """
-        books, at_once = [], max(1, self.cfg.eval_batch_tokens // self.cfg.train_seq_len)
+        ledgers, at_once = [Ledger(span.first) for span in spans], self.cfg.eval_batch_tokens // self.cfg.train_seq_len
         for i in range(0, len(spans), at_once):
-            ledgers = [Ledger(span.first) for span in spans[i:i + at_once]]
             for starts, wait in one_late(self.segments(spans[i:i + at_once])):
-                nll, num_bytes = wait()
-                for row, (span, start, ledger) in enumerate(zip(spans[i:], starts.tolist(), ledgers)):
+                for span, ledger, start, nll, num_bytes in zip(spans[i:], ledgers[i:], starts.tolist(), *wait()):
                     scored = slice(max(span.first - start, 0), max(span.last - start, 0))
-                    if len(nll[row][scored]):
-                        self.enter(ledger, start + scored.start, nll[row][scored], num_bytes[row][scored])
-            books += ledgers
-        return reduce(Ledger.join, books)
+                    if len(nll[scored]):
+                        self.enter(ledger, start + scored.start, nll[scored], num_bytes[scored])
+        return reduce(Ledger.join, ledgers)
 
     def segments(self, spans):
         """Run spans side by side; yields each segment's starts (B,) and what waits for its nats and bytes (B, T)."""
@@ -3728,11 +3662,6 @@ def segment_length(longest, rows, cfg):
     most = max(GDN_CHUNK, cfg.eval_batch_tokens // rows // GDN_CHUNK * GDN_CHUNK)
     parts = -(-longest // most)
     return -(-longest // parts // GDN_CHUNK) * GDN_CHUNK
-
-
-def training_rows(cfg):
-    """Most rows of one backward pass of an Adapter: it keeps its activations, so a quarter of EVAL_BATCH_TOKENS."""
-    return max(1, cfg.eval_batch_tokens // 4 // cfg.train_seq_len)
 
 
 @torch.inference_mode()
@@ -3771,11 +3700,12 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
 
 
 class Tilt(NamedTuple):
-    """Which token followed a context most often in the text scored so far; such a hint's logit is raised by `beta`.
+    """Hints from the text scored so far: the token that most often followed a context, whose logit is raised by `beta`.
 
-    A context of 1 .. order - 1 tokens is hashed to a bucket, which the first that comes owns: `owner` (buckets,) its
-    hash, `count` of its most frequent follower, and the lowest and highest token that is one: if they differ it is a
-    tie and no hint.   `pairs` (4 buckets,) counts (context, token).
+    Contexts are the last 1 .. order - 1 tokens, hashed into buckets.  A bucket belongs to the first context that falls
+    into it: `owner` (buckets,) is its hash; others are ignored there.  `count` is how often its most frequent follower
+    came, `low` and `high` are the smallest and largest token that came so often: if they differ, two followers tie and
+    there is no hint.   `pairs` (4 buckets,) counts hashed (context, follower) pairs.
     """
     order: int
     beta: float
@@ -3786,8 +3716,8 @@ class Tilt(NamedTuple):
     pairs: Tensor
 
 
-TILT_BEFORE = 7  # tokens before a row that its first contexts may reach: TTT_TILT_ORDER is at most this and 2
-NO_HASH = 2**31 - 1  # above every token id and hash but itself
+TILT_BEFORE = 7  # tokens before a row that its first contexts reach back to: TTT_TILT_ORDER may be this + 2 at most
+NO_HASH = 2**31 - 1  # the `owner` and `low` of an empty bucket: larger than every token id and, but for itself, hash
 
 
 def new_tilt(cfg, num_targets, device):
@@ -3897,7 +3827,8 @@ def replayed(graphs, function, *args):
 def fresh_leaves(model):
     """Inside, each trained weight is a new leaf over the same memory, with the same gradient.
 
-    Autograd adds up a leaf's gradient on the stream where it first met it; a recording must not wait for another's.
+    Autograd accumulates a leaf's gradient on the CUDA stream where the leaf was first used.  A graph is recorded on a
+    stream of its own, which must not wait for another: it needs leaves that no other stream has used.
     """
     trained = [(module, name, p) for module in model.modules() for name, p in module.named_parameters(recurse=False)
                if p.requires_grad]
@@ -3925,8 +3856,8 @@ class Adapter:
     """Score-first test-time training: called by `evaluate` with the text scored so far, trains on its newest chunk.
 
     Rows of TRAIN_SEQ_LEN, split over ranks, each from a fresh state as in training.  Each pass over a chunk is one step
-    on the mean of its targets, so that any number of ranks does the same.  `in_order` turns False if weights or hints
-    changed while something was scored, or knew of it before.
+    on the mean of its targets, so that any number of ranks does the same.  `in_order` turns False if a target was
+    scored after it had been handed over, or if a weight or hint changed between two of these calls.
 
     pending: scored chunks of a phase, not yet trained on.   seen: targets handed over so far.   params: trained
     weights, `weights` those and the adapters' A and B; base: their values in the artifact; raw: with TTT_EMA the
@@ -4002,12 +3933,11 @@ class Adapter:
         T = self.cfg.train_seq_len
         starts = np.arange(first, last, T)
         a, b = self.run.share(len(starts))
-        size = max(1, min(training_rows(self.cfg), -(-len(starts) // self.run.world_size)))
-        out = []
-        for i in range(a, b, size):
-            part = np.pad(starts[i:min(i + size, b)], (0, size - min(size, b - i)), constant_values=last)  # empty rows
-            out.append(make_rows(tokens, part, part, np.minimum(part + T, last), T, self.run.device))
-        return out
+        # A backward pass keeps its activations, so it gets a quarter of EVAL_BATCH_TOKENS at most.
+        size = max(1, min(self.cfg.eval_batch_tokens // 4 // T, -(-len(starts) // self.run.world_size)))
+        mine = np.pad(starts[a:b], (0, (a - b) % size), constant_values=last)  # empty rows keep the shape
+        return [make_rows(tokens, part, part, np.minimum(part + T, last), T, self.run.device)
+                for part in mine.reshape(-1, size)]
 
     def __call__(self, scored):
         """scored: np.uint16, the text up to and including the last scored target."""
@@ -4044,9 +3974,7 @@ class Adapter:
         """Leave the model as it was."""
         self.reset()
         self.model.embed.hash_table = None
-        for p in self.model.parameters():
-            p.grad = None
-            p.requires_grad_()
+        self.model.requires_grad_().zero_grad()
 
     def _train(self):
         """TTT_EPOCHS passes over the chunks of a phase, a step each; with TTT_EMA their average is left to score."""
@@ -4178,7 +4106,7 @@ class Progress:
         if adapter and adapter.pending or not self.run.broadcast(bool(due)):
             return
         if self.run.rank == 0:
-            state = state_tensors(scorer.state)
+            state = tree_leaves(scorer.state) if scorer.state else []
             tensors = {f"state{i}": x for i, x in enumerate(state)} | (adapter.tensors() if adapter else {})
             facts = dict(key=self.key, ledger=ledger.numbers(), state=len(state),
                          spent=self.spent + time.perf_counter() - self.began,
@@ -4196,7 +4124,7 @@ class Progress:
 
 
 def state_from(tensors, model, device):
-    """The StreamState that `state_tensors` took apart; a forward casts its parts to the type it works in."""
+    """The StreamState of these leaves; a forward casts them to the type it works in."""
     parts = (x.to(device) for x in tensors)
     kinds = (GDNState if isinstance(block.mixer, GatedDeltaNet) else KVState for block in model.blocks)
     return StreamState(EmbedState(next(parts), next(parts)), tuple(kind(next(parts), next(parts)) for kind in kinds))
@@ -4358,10 +4286,8 @@ def warm_up(model, cfg, run, micro_rows):
         check_graph(model, batch[:micro_rows].to(run.device), run)
     if cfg.gptq_enabled:
         Hessians(model).collect(model, [batch[:CALIBRATION_ROWS].to(run.device)], run)
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), saved)
-    for p in model.parameters():
-        p.grad = None
+    copy_all(list(model.parameters()), saved)
+    model.zero_grad()
 
 
 def rehearse(model, method, num_targets, run):
@@ -4371,7 +4297,7 @@ def rehearse(model, method, num_targets, run):
     """
     cfg, total = model.cfg, num_targets
     score = compiled(score_rows, compile_evaluation(cfg, run, method, total))
-    rows = max(1, cfg.eval_batch_tokens // cfg.train_seq_len)
+    rows = cfg.eval_batch_tokens // cfg.train_seq_len
 
     def call_s(B, T, carried):
         # Two tensors: one passed twice would compile a graph for aliased inputs, which no evaluation has.
@@ -4489,7 +4415,8 @@ class StopRequest:
             self.deferred = False
 
     def handle(self, number, frame):
-        """Signal handler.  torchrun repeats a signal at once, a person later: the first repeat is nothing new."""
+        """Signal handler.  A repeat within a second is torchrun passing the same signal on, and is ignored; a later one
+        is a person who will not wait for the checkpoint."""
         first, now = not self.came, time.monotonic()
         self.came = self.came or now
         if self.deferred and (first or now - self.came < 1.0):
@@ -4767,35 +4694,22 @@ class Pace:
     """Keeps the host at most one step ahead of the device, estimates seconds per step, prints progress lines."""
 
     def __init__(self, cfg, run, job):
-        self.cfg, self.run, self.job, self.step_s = cfg, run, job, 0.0
-        self.fence, self.durations, self.last_tick, self.last_line = None, deque(maxlen=20), job.clock.elapsed(), 0.0
-        self.bad_steps, self.last_bpb = 0, ""
-        # On CUDA the count of bad steps reaches the host beside the fence, without a wait of its own.
-        self.bad_copy = torch.zeros((), pin_memory=torch.cuda.is_available())
-
-    def _await_device(self):
-        """Wait for the step before this one, if the device works on its own, so that the clock means something."""
-        if self.fence:
-            self.fence.synchronize()
-        bad = int(self.bad_copy)
-        self.bad_copy.copy_(self.job.optimizer.bad_steps, non_blocking=True)
-        if self.run.device.type == "cuda":
-            self.fence = torch.cuda.Event()
-            self.fence.record()
-        else:
-            bad = int(self.bad_copy)
-        if bad > self.bad_steps:
-            self.run.log("bad_step", step=self.job.step, count=bad, most=self.cfg.max_bad_steps)
-        self.bad_steps = bad
+        self.cfg, self.run, self.job, self.durations = cfg, run, job, deque(maxlen=20)
+        self.last_tick, self.last_line, self.bad_steps, self.last_bpb = job.clock.elapsed(), 0.0, 0, ""
+        self.wait = run.to_host(job.optimizer.bad_steps)
 
     def tick(self, loss, lr_mul):
-        """After a step was issued: hold the host back; log when due."""
-        self._await_device()
-        step, now = self.job.step, self.job.clock.elapsed()
+        """After a step was issued: wait for the one before it, so that the clock means something; log when due."""
+        step, before = self.job.step, self.bad_steps
+        wait, self.wait = self.wait, self.run.to_host(self.job.optimizer.bad_steps)
+        self.bad_steps = int(*wait())  # on CUDA as it was after the step before
+        if self.bad_steps > before:
+            self.run.log("bad_step", step=step, count=self.bad_steps, most=self.cfg.max_bad_steps)
+        now = self.job.clock.elapsed()
         self.durations.append(now - self.last_tick)
-        self.step_s, self.last_tick = float(np.median(self.durations)), now
-        left = min((self.cfg.max_wallclock_seconds or math.inf) - now, (self.cfg.iterations - step) * self.step_s)
-        tok_s, eta = self.cfg.train_batch_tokens / max(self.step_s, 1e-9), max(0.0, left)
+        step_s, self.last_tick = float(np.median(self.durations)), now
+        left = min((self.cfg.max_wallclock_seconds or math.inf) - now, (self.cfg.iterations - step) * step_s)
+        tok_s, eta = self.cfg.train_batch_tokens / max(step_s, 1e-9), max(0.0, left)
         self.run.progress(f"step {step}/{self.cfg.iterations}  {tok_s:,.0f} tokens/s  {eta:.0f} s left{self.last_bpb}")
         due = step <= 3 or step % self.cfg.train_log_every == 0 or (
             now - self.last_line > 8.0 and not self.cfg.deterministic)
@@ -5085,17 +4999,12 @@ def make_artifact(data, cfg, run):
     warn_of_size(model, cfg, run)
     trained = train(model, data, cfg, run, checkpoints, saved)
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
-    return trained, export(path, model, trained.calibration, cfg, run)
-
-
-def export(path, model, calibration, cfg, run):
-    """Write the artifact, the work shared by all ranks; returns its bytes on each."""
     began = time.perf_counter()
     run.peak_memory_mib(anew=True)
-    size = save_artifact(path, model, cfg, calibration, run)
+    size = save_artifact(path, model, cfg, trained.calibration, run)
     run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
             export_time=f"{1000 * (time.perf_counter() - began):.0f}ms", peak_mem_mb=run.peak_memory_mib())
-    return run.from_rank_0(lambda: load_checked(path))
+    return trained, run.from_rank_0(lambda: load_checked(path))
 
 
 def entry():

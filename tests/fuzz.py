@@ -195,7 +195,7 @@ def checkpoint(rng, folder):
         with zipfile.ZipFile(io.BytesIO(blob)) as z, zipfile.ZipFile(out, "w") as new:
             for info in z.infolist():
                 content = z.read(info)
-                if info.filename == t.FACTS and rng.random() < 0.8:
+                if info.filename == t.FACTS + ".npy" and rng.random() < 0.8:
                     text = changed_json(rng, facts)
                     member = io.BytesIO()
                     np.lib.format.write_array(member, np.frombuffer(text, np.uint8))
