@@ -647,3 +647,10 @@ def test_evaluation_is_compiled_where_it_pays(tiny_config, method, targets, adap
     assert t.compile_evaluation(tiny_config(compile="auto", eval_stride=2, ttt_epochs=30), t.Run(), method, targets,
                                 adapting) == (compiles or adapting)
     assert shared == (adapting and targets == 62_000_000 or method == "sliding" and targets * 32 / 8 > t.EAGER_TOKENS)
+
+
+def test_more_exclusive_layers_than_attention_layers_are_all_of_them(tiny_config):
+    def exclusive(count):
+        return [block.xsa for block in t.LM(tiny_config(stack="swa gdn swa swa", xsa_layers=count)).blocks]
+    assert exclusive(2) == [False, False, True, True] and exclusive(0) == [False] * 4
+    assert exclusive(3) == exclusive(4) == [True, False, True, True]
