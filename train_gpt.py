@@ -812,7 +812,7 @@ class Shard:
         except OSError as error:
             raise DataError(f"{self.path}: vanished while the run was reading it ({error.strerror}); put it back and "
                             "set RESUME to go on") from None
-        if found != self.stamp or len(read) != 2 * (stop - start):  # looked at after reading: of what was read
+        if found != self.stamp or len(read) != 2 * (stop - start):  # the stamp of after reading: it is of what was read
             raise DataError(f"{self.path}: changed while the run was reading it; put it back as it was and set RESUME "
                             "to go on")
         return np.frombuffer(read, "<u2")

@@ -342,7 +342,7 @@ def test_shard_that_changes_or_vanishes_under_way_is_named(tiny, tmp_path, after
         loader.close()
 
 
-# ---- ranks that are lost ---------------------------------------------------------------------------
+# ---- ranks that are lost -------------------------------------------------------------------------
 
 
 def lose_a_rank(run, folder, leave=lambda: os._exit(0)):
@@ -365,15 +365,13 @@ def lose_a_rank(run, folder, leave=lambda: os._exit(0)):
 
 
 def hang_a_rank(run, folder):
-    """Rank 1 goes to sleep instead; ranks wait 8 s for it, and for each other when they begin."""
-    run.close()
-    lose_a_rank(t.Run.from_env(os.environ, tiny_config(rank_timeout_seconds=8)), folder,
-                leave=lambda: (time.sleep(14), os._exit(0)))
+    """Rank 1 goes to sleep instead, for longer than ranks wait for it."""
+    lose_a_rank(run, folder, leave=lambda: (time.sleep(14), os._exit(0)))
 
 
 @pytest.mark.parametrize("fault", [lose_a_rank, hang_a_rank], ids=["dies", "hangs"])
 def test_rank_that_is_lost_stops_the_others_with_one_message(tmp_path, fault):
-    with two_ranks(fault, tmp_path):
+    with two_ranks(fault, tmp_path, rank_timeout_seconds=8):
         pass
     message, seconds = json.loads((tmp_path / "said.json").read_text())
     assert message.startswith("rank 0: lost another rank") and "RESUME" in message and seconds < 30

@@ -11,8 +11,6 @@ import torch
 from conftest import ROOT, files_in, process_env, values
 
 
-
-
 def timeless(text):
     """The lines of a log that name no time, size of memory, or place."""
     timed = ("time", "step_avg", "tok_s", "eta", "peak_mem", "start_up", "_s:", "run_id", "out_dir")

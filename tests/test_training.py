@@ -548,20 +548,20 @@ def run_with_a_slow_rank(run, folder):
     torch.save(stop.steps, f"{folder}/rank{run.rank}.pt")
 
 
-def run_rank(work, rank, port, folder):
+def run_rank(work, rank, port, folder, settings):
     """One of two processes, set up by the variables that torchrun sets."""
     env = dict(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.environ.update(env)
-    run = t.Run.from_env(env, build_config())
+    run = t.Run.from_env(env, build_config(**settings))
     work(run, folder)
     run.close()
 
 
 @contextlib.contextmanager
-def two_ranks(work, folder):
+def two_ranks(work, folder, **settings):
     """Run work(run, folder) in two processes beside the body of the with statement; both must end well."""
     spawn, port = multiprocessing.get_context("spawn"), free_port()
-    ranks = [spawn.Process(target=run_rank, args=(work, rank, port, str(folder))) for rank in range(2)]
+    ranks = [spawn.Process(target=run_rank, args=(work, rank, port, str(folder), settings)) for rank in range(2)]
     for process in ranks:
         process.start()
     try:
@@ -699,13 +699,13 @@ def test_ten_steps_give_the_golden_losses():
     assert golden_losses() == pytest.approx([float(loss) for _, loss in lines], rel=1e-4)
 
 
-if __name__ == "__main__":
-    GOLDEN.write_text("".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(golden_losses(), 1)))
-    sys.stdout.write(GOLDEN.read_text())
-
-
 def test_ranks_that_pick_different_kernels_are_told():
     run = t.Run(rank=5, world_size=8)
     run.gather = lambda mine: [mine] * 7 + [("fla", "varlen")]
     with pytest.raises(t.KernelError, match=r"the ranks picked \[\('fla', 'varlen'\), \('reference', 'sdpa'\)\]"):
         t.resolve_kernels(build_config(), run)
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text("".join(f"{step} {loss:.6f}\n" for step, loss in enumerate(golden_losses(), 1)))
+    sys.stdout.write(GOLDEN.read_text())

@@ -592,7 +592,7 @@ def test_final_score_by_ttt_needs_ttt():
 def test_cuda_recorded_training_equals_training_launched_kernel_by_kernel(kernel, options):
     pytest.importorskip({"fla": "fla", "flashqla": "flash_qla"}[kernel])
     cfg = ttt_config(**dict(device="cuda", kernel=kernel, attn_kernel="varlen", compile="1", ttt_scoring="exact",
-                            model_dim=64, gdn_head_dim=128, ttt_lr=0.003) | options)
+                            model_dim=64, gdn_heads=2, gdn_v_heads=4, gdn_head_dim=128, ttt_lr=0.003) | options)
     run, tokens, moved = t.Run(device="cuda"), text(1000), []
     for recorded in (True, False):
         model = tiny_model(cfg).to("cuda")
