@@ -32,8 +32,9 @@ def tiny_config(**overrides):
         swa_window=16, qk_gain_init=1.5, gdn_heads=2, gdn_head_dim=16, mlp_mult=2.0, ngram_buckets=64, ngram_dim=16,
         train_seq_len=64, train_batch_tokens=512, iterations=4, max_wallclock_seconds=0.0, warmup_steps=0,
         muon_momentum_warmup_steps=10, val_loss_every=0, kernel="reference", attn_kernel="sdpa", compile="0",
-        eval_stride=16, eval_spans=3, eval_warmup_tokens=32, eval_batch_tokens=256, ttt_chunk_tokens=100,
-        ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
+        eval_stride=16, eval_spans=3, eval_warmup_tokens=32, eval_batch_tokens=256, final_score="exact",
+        eval_overrun="error", ttt_enabled=False, ttt_chunk_tokens=100, ttt_scoring="sliding", ttt_optimizer="sgd",
+        ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
     return t.Config(**(settings | overrides))
 
 
@@ -65,7 +66,8 @@ def fixture_tiny_model():
 # ---- runs from the command line -------------------------------------------------------------------
 
 NUM_VAL, NUM_TRAIN = 2501, 40_000
-EVALUATION = dict(EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128", EVAL_BATCH_TOKENS="1024")
+EVALUATION = dict(FINAL_SCORE="exact", TTT_ENABLED="0", EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128",
+                  EVAL_BATCH_TOKENS="1024")
 TINY = EVALUATION | dict(
     PRESET="sample", DEVICE="cpu", STACK="gdn swa:a gdn swa:a", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1",
     SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="16", NGRAM_BUCKETS="64", NGRAM_DIM="8", TRAIN_SEQ_LEN="64",

@@ -80,7 +80,7 @@ def test_log_shows_every_setting_once_and_marks_the_changed_ones(finished, tiny)
     assert [name for _, name in shown] == [f.name for f in t.fields(t.Config)]
     changed = {name for event, name in shown if event == "config_changed"}
     assert {"model_dim", "stack", "data_path", "run_id", "out_dir", "val_loss_every"} <= changed
-    assert not {"seed", "matrix_lr", "final_score", "cap_bytes"} & changed
+    assert not {"seed", "matrix_lr", "grid", "cap_bytes"} & changed
 
 
 def test_changed_settings_show_value_and_default_alike(finished):

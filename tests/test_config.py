@@ -193,8 +193,9 @@ def test_boolean_setting_is_0_or_1(name):
     for text in ("true", "True", "yes", "on", "", "2", " 1", "-1"):
         assert fault(**{name: text}) == f"{name}={text!r}: must be 0 or 1"
     for text, value in (("0", False), ("1", True)):
-        needs = {"EVAL_ONLY": {"ARTIFACT": "a"}, "DETERMINISTIC": {"MAX_WALLCLOCK_SECONDS": "0"}}
-        cfg = t.Config.from_env({name: text} | (needs.get(name, {}) if text == "1" else {}))
+        needs = {("EVAL_ONLY", "1"): {"ARTIFACT": "a"}, ("DETERMINISTIC", "1"): {"MAX_WALLCLOCK_SECONDS": "0"},
+                 ("TTT_ENABLED", "0"): {"FINAL_SCORE": "exact"}}
+        cfg = t.Config.from_env({name: text} | needs.get((name, text), {}))
         assert getattr(cfg, name.lower()) is value
 
 
@@ -339,7 +340,7 @@ def test_sample_keeps_features_of_the_preset_before_it():
         ngram_buckets ngram_dim train_seq_len train_batch_tokens max_wallclock_seconds warmup_steps
         muon_momentum_warmup_steps val_loss_every train_log_every checkpoint_every_seconds eval_stride eval_spans
         eval_warmup_tokens eval_batch_tokens eval_diagnostics gptq_calibration_batches gptq_reserve_seconds
-        ttt_chunk_tokens
+        ttt_chunk_tokens ttt_epochs
         """.split())
     assert set(t.PRESETS["sample"]) <= sizes
 

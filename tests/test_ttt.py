@@ -556,7 +556,7 @@ def test_rehearsal_tells_what_an_epoch_costs_from_what_a_chunk_costs(monkeypatch
 
 @pytest.mark.parametrize("scoring_s, overrun, expected", [
     (100.0, "error", "change TTT_EPOCHS"), (100.0, "trim", 2), (700.0, "trim", "change EVAL_STRIDE"),
-    (50.0, "error", 3)])
+    (590.0, "trim", 0), (50.0, "error", 3), (50.0, "trim", 2), (20.0, "trim", 3)])
 def test_trimming_lowers_the_passes_and_nothing_else(scoring_s, overrun, expected, monkeypatch):
     monkeypatch.setattr(t, "rehearse_adapting", lambda *arguments: (scoring_s, 180.0))
     cfg = ttt_config(ttt_epochs=3, final_score="ttt", eval_overrun=overrun)
@@ -579,8 +579,8 @@ def test_plan_made_again_after_training_warns_and_loses_no_score(monkeypatch, ca
 
 
 def test_final_score_by_ttt_needs_ttt():
-    with pytest.raises(ValueError, match="FINAL_SCORE=ttt: needs TTT_ENABLED=1"):
-        t.Config.from_env({"FINAL_SCORE": "ttt"})
+    with pytest.raises(ValueError, match="FINAL_SCORE=ttt: needs TTT_ENABLED=1.* FINAL_SCORE=exact"):
+        t.Config.from_env({"TTT_ENABLED": "0"})
 
 
 @pytest.mark.gpu
