@@ -214,7 +214,8 @@ class Config:
     warmdown_frac: float = knob(0.6, "last part of the run in which the learning rate falls", between(0, 1))
     min_lr: float = knob(0.1, "learning rate at the end, as a part of the full one", between(0, 1))
     matrix_lr: float = knob(0.025, "Muon learning rate", at_least(0))
-    tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", at_least(0))
+    tied_embed_lr: float = knob(0.035, "AdamW learning rate of the embedding", at_least(0))
+    ngram_lr: float = knob(0.00175, "AdamW learning rate of the n-gram table", at_least(0))
     scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", at_least(0))
     muon_momentum: float = knob(0.97, "Muon momentum", between(0, 0.9999))
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", between(0, 0.9999))
@@ -2353,8 +2354,9 @@ class Route(NamedTuple):
 
 # The first match counts.  Empty bits: stored as float16 or float32; empty decay: none.
 ROUTES = (
-    Route(r"embed\.(weight|ngram_table)$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits",
-          "embed_clip_sigmas", "embed"),
+    Route(r"embed\.weight$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits", "embed_clip_sigmas", "embed"),
+    # The entries multiply what the table gives by 0.05; for AdamW that is a rate of a twentieth.
+    Route(r"embed\.ngram_table$", "adamw", "ngram_lr", "adam_weight_decay", "embed_bits", "embed_clip_sigmas", "embed"),
     Route(r"\.[ab]_proj$", "muon", "matrix_lr", "muon_weight_decay", "embed_bits", "embed_clip_sigmas", "gate"),
     Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "mlp_bits", "matrix_clip_sigmas", "mlp"),
     Route(r"_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mixer"),
@@ -3480,7 +3482,7 @@ def compile_evaluation(cfg, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has more than EAGER_TOKENS to run."""
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
     share = min(run.world_size, 1 if adapting else cfg.eval_spans) if method == "exact" else run.world_size
-    training = 3 * cfg.ttt_epochs / run.world_size if adapting else 0.0
+    training = 3 * cfg.ttt_epochs if adapting else 0  # not shared: few rows of a rank take as long as their launches
     if cfg.compile != "auto":
         return cfg.compile == "1"
     return cfg.attn_kernel == "flex" or num_targets * (passes / share + training) > EAGER_TOKENS

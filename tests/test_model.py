@@ -649,6 +649,12 @@ def test_evaluation_is_compiled_where_it_pays(tiny_config, method, targets, adap
     assert shared == (adapting and targets == 62_000_000 or method == "sliding" and targets * 32 / 8 > t.EAGER_TOKENS)
 
 
+def test_training_in_evaluation_is_compiled_however_many_ranks_share_its_rows(tiny_config):
+    """A rank's few rows are bound by the launches of their kernels, which only compiled training records as graphs."""
+    cfg = tiny_config(compile="auto", ttt_epochs=8)
+    assert all(t.compile_evaluation(cfg, t.Run(world_size=n), "exact", 2_300_000, True) for n in (1, 2, 8))
+
+
 def test_more_exclusive_layers_than_attention_layers_are_all_of_them(tiny_config):
     def exclusive(count):
         return [block.xsa for block in t.LM(tiny_config(stack="swa gdn swa swa", xsa_layers=count)).blocks]

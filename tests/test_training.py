@@ -142,18 +142,19 @@ def test_muon_step_applies_rate_and_decoupled_decay(tiny_config, tiny_model):
 
 
 def test_adamw_parameters_move_as_torchs_adamw(tiny_config, tiny_model):
-    cfg = tiny_config(grad_clip_norm=0, tied_embed_lr=0.05, scalar_lr=0.02, adam_weight_decay=0.3, beta1=0.8, beta2=0.9)
+    cfg = tiny_config(grad_clip_norm=0, tied_embed_lr=0.05, ngram_lr=0.03, scalar_lr=0.02, adam_weight_decay=0.3,
+                      beta1=0.8, beta2=0.9)
     model = tiny_model(cfg)
     optimizer, before = t.Optimizer(model, cfg, t.Run()), weights_of(model)
     theirs = {name: torch.nn.Parameter(p) for name, p in before.items() if t.route(name).optimizer == "adamw"}
+    rates = {name: {"embed.weight": 0.05, "embed.ngram_table": 0.03}.get(name, 0.02) for name in theirs}
     torchs = torch.optim.AdamW(
-        [dict(params=[p], lr=0.05 if t.route(n).role == "embed" else 0.02,
-              weight_decay=0.3 if t.route(n).role == "embed" else 0.0) for n, p in theirs.items()],
+        [dict(params=[p], base_lr=rates[n], weight_decay=0.3 if rates[n] > 0.02 else 0.0) for n, p in theirs.items()],
         betas=(0.8, 0.9), eps=1e-10, foreach=False, fused=False)
     for step, lr_mul in enumerate((1.0, 0.25, 0.5)):
         grads = random_gradients(model, seed=step)
         for group in torchs.param_groups:
-            group["lr"] = lr_mul * (0.05 if group["weight_decay"] else 0.02)
+            group["lr"] = lr_mul * group["base_lr"]
         for name, p in theirs.items():
             p.grad = grads[name]
         torchs.step()
@@ -686,7 +687,8 @@ def golden_losses():
 
     The learning rates are a third of the defaults: at those, rounding alone moves the last loss by 1e-3.
     """
-    cfg = build_config(iterations=10, matrix_lr=0.008, tied_embed_lr=0.012, scalar_lr=0.008, muon_weight_decay=0.04)
+    cfg = build_config(iterations=10, matrix_lr=0.008, tied_embed_lr=0.012, ngram_lr=0.012, scalar_lr=0.008,
+                       muon_weight_decay=0.04)
     model = t.init_weights(t.LM(cfg), cfg.seed)
     optimizer = t.Optimizer(model, cfg, t.Run())
     return [float(t.train_step(model, optimizer, fixed_batch(cfg, seed=step % 2), 4, t.learning_rate(step / 10, cfg)))
