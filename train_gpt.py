@@ -4954,14 +4954,18 @@ def main(env):
             return print_plan(settle_batch(cfg, run), run) or 0
         if cfg.prompt:
             return continue_prompt(cfg, run) or 0
-        data = open_data(cfg)
+        try:
+            data = open_data(cfg)
+        except DataError as error:  # every rank of a node meets it
+            error.told = int(env.get("LOCAL_RANK", 0)) > 0
+            raise
         cfg, trained = name_run(cfg, run), None
         ended = run.from_rank_0(lambda: verdict_of(Path(cfg.out_dir) / f"{cfg.run_id}.txt")) if cfg.resume else ""
         if ended:
             run.write(f"RUN_ID={cfg.run_id}: this run has ended, verdict:{ended}")
             return int(ended == "fail")
         if cfg.eval_only:
-            blob = load_checked(cfg.artifact)
+            blob = run.from_rank_0(lambda: load_checked(cfg.artifact))
             start_log(cfg, run)
         else:
             trained, blob = make_artifact(data, cfg, run)

@@ -476,6 +476,12 @@ def test_two_ranks_adapt_as_one(run, tiny, tmp_path):
     assert two == pytest.approx(one, rel=1e-5)
 
 
+def test_what_all_ranks_of_a_node_find_is_told_once(tiny, tmp_path):
+    env = process_env(tiny, OUT_DIR=str(tmp_path), DATA_PATH="/nowhere")
+    code, out, err = end(start(torchrun(), env, tmp_path), "", 120)
+    assert code and not out and re.findall(r"^error: (DATA_PATH=/nowhere).*", err, re.M) == ["DATA_PATH=/nowhere"]
+
+
 def test_interrupted_ranks_leave_no_traceback_of_the_script(tiny, tmp_path):
     """Ctrl-C in a terminal reaches torchrun and every rank at once."""
     env = process_env(tiny, OUT_DIR=str(tmp_path), RUN_ID="cut", ITERATIONS="1000000", VAL_LOSS_EVERY="0")
