@@ -5040,7 +5040,7 @@ def entry():
 if __name__ == "__main__":
     code = entry()
     # All is written, so leave without shutting Python down: there a C++ thread of torch.distributed can end in
-    # std::terminate, and a finished run of several ranks looks failed (8 of 111 on the CPU; left like this, 0 of 111).
+    # std::terminate, and a finished run of several ranks looks failed (8 of 112 on the CPU; left like this, 0 of 111).
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
