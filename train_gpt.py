@@ -196,7 +196,7 @@ class Config:
     unet: bool = knob(False, "1: U-Net skips, the first half of the layers added to the second with learned weights")
     xsa_layers: int = knob(0, "last attention layers whose output loses its component along the token's own value",
                            at_least(0))
-    ngram_buckets: int = knob(3072, "rows of the hashed bigram/trigram table; 0 = none", at_least(0))
+    ngram_buckets: int = knob(0, "rows of the hashed bigram/trigram table; 0 = none", at_least(0))
     ngram_dim: int = knob(112, "columns of that table", at_least(1))
     ngram_order: int = knob(3, "3: trigrams too, in the same table", between(2, 3))
     smear: bool = knob(True, "1: SmearGate, a learned mix of each embedding with the one before it")
@@ -215,7 +215,6 @@ class Config:
     min_lr: float = knob(0.1, "learning rate at the end, as a part of the full one", between(0, 1))
     matrix_lr: float = knob(0.025, "Muon learning rate", at_least(0))
     tied_embed_lr: float = knob(0.035, "AdamW learning rate of the embedding", at_least(0))
-    ngram_lr: float = knob(0.00175, "AdamW learning rate of the n-gram table", at_least(0))
     scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", at_least(0))
     muon_momentum: float = knob(0.97, "Muon momentum", between(0, 0.9999))
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", between(0, 0.9999))
@@ -453,8 +452,8 @@ def parse_stack(text):
 
 
 _SAMPLE = Path(__file__).resolve().parent / "data" / "sample"
-_ANCESTOR = dict(mlp_mult=3.0, muon_weight_decay=0.04, ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005,
-                 ttt_schedule="cosine", ttt_epochs=3)
+_ANCESTOR = dict(mlp_mult=3.0, ngram_buckets=3072, muon_weight_decay=0.04, ttt_scoring="sliding", ttt_optimizer="sgd",
+                 ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
 _INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, grid="sdclip", gptq_enabled=False,
                          compressor="zstd")  # weight averaging, late QAT, rounding to nearest
 PRESETS = {
@@ -1967,7 +1966,7 @@ def last_tokens(tail, x, count):
 class Embedding(nn.Module):
     """Token embedding plus hashed bigrams and trigrams, normalised, then SmearGate; also the tied output head.
 
-    `weight` (vocab, D).  The n-gram table (buckets, ngram_dim) is shared by both orders and projected to D.
+    `weight` (vocab, D).  The n-gram table (buckets, ngram_dim) is shared by both orders, projected to D and scaled.
     No n-gram and no smear crosses the token `bos_id`.  State: the two ids and the one embedding before.
     `hash_table` (buckets, D), indexed by the same n-grams: None, or made and trained by an Adapter (TTT_HASH_BUCKETS).
     """
@@ -1979,6 +1978,7 @@ class Embedding(nn.Module):
         if cfg.ngram_buckets:
             self.ngram_table = nn.Parameter(torch.empty(cfg.ngram_buckets, cfg.ngram_dim))
             self.ngram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.ngram_dim))
+            self.ngram_scale = nn.Parameter(torch.empty(1))
         if cfg.smear:
             self.smear_gate = nn.Parameter(torch.empty(cfg.model_dim))
         self.register_parameter("hash_table", None)
@@ -2012,7 +2012,8 @@ class Embedding(nn.Module):
             starts[:, 0] = state.ids[:, 1] == self.cfg.bos_id
             prev2 = torch.where(first | starts, -1, shifted(ids, state.ids, 2, None))
         if self.cfg.ngram_buckets:
-            x = x + linear(self.ngrams(self.ngram_table, ids, prev1, prev2).to(dtype), self.ngram_proj)
+            rows = self.ngrams(self.ngram_table, ids, prev1, prev2).to(dtype)
+            x = x + linear(rows, self.ngram_proj) * self.ngram_scale.to(dtype)
         if self.hash_table is not None:
             x = x + self.ngrams(self.hash_table, ids, prev1, prev2).to(dtype)
         x = rms_norm(x)
@@ -2307,7 +2308,7 @@ def init_weights(model, seed):
     | q_conv, k_conv, v_conv            | uniform in +-1 / sqrt(taps)                                  |
     | A_log, dt_bias                    | log U(0, 16); softplus^-1 of log-uniform in [0.001, 0.1] [1] |
     | resid_mix                         | (1, 0)                                                       |
-    | *_scale, o_norm                   | 1                                                            |
+    | *_scale, o_norm; ngram_scale      | 1; 0.05, as the entries have it                              |
     | qk_gain, smear_gate               | QK_GAIN_INIT; -2                                             |
     """
     rng = torch.Generator().manual_seed(seed)
@@ -2324,8 +2325,9 @@ def init_weights(model, seed):
         elif kind == "dt_bias":
             dt = torch.exp(torch.rand(p.shape, generator=rng) * math.log(0.1 / 0.001) + math.log(0.001))
             value = dt + torch.log(-torch.expm1(-dt))
-        elif kind in ("qk_gain", "smear_gate", "mixer_scale", "mlp_scale", "skip_scale", "o_norm"):
-            value = torch.full(p.shape, {"qk_gain": model.cfg.qk_gain_init, "smear_gate": -2.0}.get(kind, 1.0))
+        elif kind in ("qk_gain", "smear_gate", "ngram_scale", "mixer_scale", "mlp_scale", "skip_scale", "o_norm"):
+            constants = {"qk_gain": model.cfg.qk_gain_init, "smear_gate": -2.0, "ngram_scale": 0.05}
+            value = torch.full(p.shape, constants.get(kind, 1.0))
         else:  # uniform in +-1 / sqrt(C) has std 1 / sqrt(3 C); a convolution's C is its taps
             value = (torch.rand(p.shape, generator=rng) * 2 - 1) * p.shape[1] ** -0.5
         with torch.no_grad():
@@ -2354,9 +2356,8 @@ class Route(NamedTuple):
 
 # The first match counts.  Empty bits: stored as float16 or float32; empty decay: none.
 ROUTES = (
-    Route(r"embed\.weight$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits", "embed_clip_sigmas", "embed"),
-    # The entries multiply what the table gives by 0.05; for AdamW that is a rate of a twentieth.
-    Route(r"embed\.ngram_table$", "adamw", "ngram_lr", "adam_weight_decay", "embed_bits", "embed_clip_sigmas", "embed"),
+    Route(r"embed\.(weight|ngram_table)$", "adamw", "tied_embed_lr", "adam_weight_decay", "embed_bits",
+          "embed_clip_sigmas", "embed"),
     Route(r"\.[ab]_proj$", "muon", "matrix_lr", "muon_weight_decay", "embed_bits", "embed_clip_sigmas", "gate"),
     Route(r"\.mlp\.\w+_proj$", "muon", "matrix_lr", "muon_weight_decay", "mlp_bits", "matrix_clip_sigmas", "mlp"),
     Route(r"_proj$", "muon", "matrix_lr", "muon_weight_decay", "matrix_bits", "matrix_clip_sigmas", "mixer"),

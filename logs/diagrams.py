@@ -122,9 +122,9 @@ def architecture(cfg):
 def draw_stack(sheet, cfg):
     """The upper row: embedding, the layers with what they share, head."""
     D, vocab, left, pitch, w, layers = cfg.model_dim, cfg.vocab_size, 178, 45, 37, t.parse_stack(cfg.stack)
+    ngrams = f"+ bigrams, trigrams\n{cfg.ngram_buckets} × {cfg.ngram_dim} → {D}\n" if cfg.ngram_buckets else ""
     for x, width, title, lines in (
-            (20, 138, "Embedding e", f"ids (B, T)\ntoken {vocab} × {D}\n+ bigrams, trigrams\n{cfg.ngram_buckets} × "
-             f"{cfg.ngram_dim} → {D}\nRMSNorm\nSmearGate"),
+            (20, 138, "Embedding e", f"ids (B, T)\ntoken {vocab} × {D}\n{ngrams}RMSNorm\nSmearGate"),
             (722, 88, "Head", f"RMSNorm\ntied table\n{D} × {vocab}\nsoftcap {cfg.logit_softcap:g}\nlogits\n"
              f"(B, T, {vocab})")):
         sheet.box(x, 92, width, 140)

@@ -70,7 +70,6 @@ REFUSED = [
     ("MIN_LR", "2", "between 0 and 1"),
     ("MATRIX_LR", "-1", "at least 0"),
     ("TIED_EMBED_LR", "-1", "at least 0"),
-    ("NGRAM_LR", "-1", "at least 0"),
     ("SCALAR_LR", "-1", "at least 0"),
     ("MUON_MOMENTUM", "1", "between 0 and 0.9999"),
     ("MUON_MOMENTUM_WARMUP_START", "1", "between 0 and 0.9999"),

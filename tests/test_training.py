@@ -62,7 +62,7 @@ def test_optimizer_holds_every_parameter_once(tiny_config, stack):
 
 
 ROLES = {"embed.weight": "embed", "embed.ngram_table": "embed", "embed.ngram_proj": "mixer",
-         "embed.smear_gate": "control",
+         "embed.smear_gate": "control", "embed.ngram_scale": "control",
          "blocks.0.mixer.q_proj": "mixer", "blocks.0.mixer.g_proj": "mixer", "blocks.0.mixer.a_proj": "gate",
          "blocks.0.mixer.b_proj": "gate", "blocks.0.mixer.o_proj": "mixer", "blocks.0.mixer.o_norm": "control",
          "blocks.0.mixer.q_conv": "control", "blocks.0.mlp.up_proj": "mlp", "blocks.0.mlp.down_proj": "mlp",
@@ -142,12 +142,12 @@ def test_muon_step_applies_rate_and_decoupled_decay(tiny_config, tiny_model):
 
 
 def test_adamw_parameters_move_as_torchs_adamw(tiny_config, tiny_model):
-    cfg = tiny_config(grad_clip_norm=0, tied_embed_lr=0.05, ngram_lr=0.03, scalar_lr=0.02, adam_weight_decay=0.3,
-                      beta1=0.8, beta2=0.9)
+    cfg = tiny_config(grad_clip_norm=0, tied_embed_lr=0.05, scalar_lr=0.02, adam_weight_decay=0.3, beta1=0.8,
+                      beta2=0.9)
     model = tiny_model(cfg)
     optimizer, before = t.Optimizer(model, cfg, t.Run()), weights_of(model)
     theirs = {name: torch.nn.Parameter(p) for name, p in before.items() if t.route(name).optimizer == "adamw"}
-    rates = {name: {"embed.weight": 0.05, "embed.ngram_table": 0.03}.get(name, 0.02) for name in theirs}
+    rates = {name: 0.05 if name in ("embed.weight", "embed.ngram_table") else 0.02 for name in theirs}
     torchs = torch.optim.AdamW(
         [dict(params=[p], base_lr=rates[n], weight_decay=0.3 if rates[n] > 0.02 else 0.0) for n, p in theirs.items()],
         betas=(0.8, 0.9), eps=1e-10, foreach=False, fused=False)
@@ -687,8 +687,7 @@ def golden_losses():
 
     The learning rates are a third of the defaults: at those, rounding alone moves the last loss by 1e-3.
     """
-    cfg = build_config(iterations=10, matrix_lr=0.008, tied_embed_lr=0.012, ngram_lr=0.012, scalar_lr=0.008,
-                       muon_weight_decay=0.04)
+    cfg = build_config(iterations=10, matrix_lr=0.008, tied_embed_lr=0.012, scalar_lr=0.008, muon_weight_decay=0.04)
     model = t.init_weights(t.LM(cfg), cfg.seed)
     optimizer = t.Optimizer(model, cfg, t.Run())
     return [float(t.train_step(model, optimizer, fixed_batch(cfg, seed=step % 2), 4, t.learning_rate(step / 10, cfg)))
