@@ -920,6 +920,7 @@ def figure_ttt(logs, folder):
     pad = 0.1 * (max(values) - min(values) or 0.01)
     axes[0][0].set(ylim=(min(values) - pad, max(values) + pad), ylabel="running bpb [bits/byte]")
     draw_lines(axes[0][0], lines)
+    last = [bpb[-1] for _, bpb, _, _ in lines]
     lines = []
     for color, log, other in pairs:
         chunk, so_far = ([(n / 1e6, was - stream(log, key)[n]) for n, was in stream(other, key).items()
@@ -934,7 +935,8 @@ def figure_ttt(logs, folder):
         draw_lines(axes[1][0], lines)
         gains = [lines[0][1][-1]]
     axes[-1][0].set(xlim=(0, None), xlabel="tokens scored [millions]")
-    finding = f"Running bpb under test-time training ends at {bpb[-1]:.4f}"
+    ends = dict.fromkeys(f"{end:.4f}" for end in (min(last), max(last)))
+    finding = f"Running bpb under test-time training ends at {' to '.join(ends)}"
     if gains:
         finding = f"Test-time training {'gains' if gains[0] > 0 else 'loses'} {abs(gains[0]):.4f} bpb over the stream"
     return save(fig, folder, "ttt", finding)
