@@ -214,7 +214,7 @@ class Config:
     warmdown_frac: float = knob(0.6, "last part of the run in which the learning rate falls", between(0, 1))
     min_lr: float = knob(0.1, "learning rate at the end, as a part of the full one", between(0, 1))
     matrix_lr: float = knob(0.025, "Muon learning rate", at_least(0))
-    tied_embed_lr: float = knob(0.035, "AdamW learning rate of the embedding", at_least(0))
+    tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", at_least(0))
     scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", at_least(0))
     muon_momentum: float = knob(0.97, "Muon momentum", between(0, 0.9999))
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", between(0, 0.9999))

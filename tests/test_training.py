@@ -142,19 +142,18 @@ def test_muon_step_applies_rate_and_decoupled_decay(tiny_config, tiny_model):
 
 
 def test_adamw_parameters_move_as_torchs_adamw(tiny_config, tiny_model):
-    cfg = tiny_config(grad_clip_norm=0, tied_embed_lr=0.05, scalar_lr=0.02, adam_weight_decay=0.3, beta1=0.8,
-                      beta2=0.9)
+    cfg = tiny_config(grad_clip_norm=0, tied_embed_lr=0.05, scalar_lr=0.02, adam_weight_decay=0.3, beta1=0.8, beta2=0.9)
     model = tiny_model(cfg)
     optimizer, before = t.Optimizer(model, cfg, t.Run()), weights_of(model)
     theirs = {name: torch.nn.Parameter(p) for name, p in before.items() if t.route(name).optimizer == "adamw"}
-    rates = {name: 0.05 if name in ("embed.weight", "embed.ngram_table") else 0.02 for name in theirs}
     torchs = torch.optim.AdamW(
-        [dict(params=[p], base_lr=rates[n], weight_decay=0.3 if rates[n] > 0.02 else 0.0) for n, p in theirs.items()],
+        [dict(params=[p], lr=0.05 if t.route(n).role == "embed" else 0.02,
+              weight_decay=0.3 if t.route(n).role == "embed" else 0.0) for n, p in theirs.items()],
         betas=(0.8, 0.9), eps=1e-10, foreach=False, fused=False)
     for step, lr_mul in enumerate((1.0, 0.25, 0.5)):
         grads = random_gradients(model, seed=step)
         for group in torchs.param_groups:
-            group["lr"] = lr_mul * group["base_lr"]
+            group["lr"] = lr_mul * (0.05 if group["weight_decay"] else 0.02)
         for name, p in theirs.items():
             p.grad = grads[name]
         torchs.step()
