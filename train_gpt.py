@@ -164,7 +164,8 @@ class Config:
     artifact: str = knob("", "artifact file that EVAL_ONLY or PROMPT reads")
     prompt: str = knob("", "with ARTIFACT: print a continuation of this text instead of scoring")
     prompt_tokens: int = knob(100, "length of that continuation [tokens]", at_least(1))
-    prompt_temperature: float = knob(0.7, "sampling temperature of that continuation; 0 = greedy", at_least(0))
+    prompt_temperature: float = knob(0.7, "sampling temperature of that continuation; 0 = greedy",
+                                    Rule("0 or at least 0.01", lambda v: v == 0 or v >= 0.01))
 
     data_path: str = group("data", "./data/datasets/fineweb10B_sp1024", "folder of fineweb_{train,val}_*.bin")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model file")
@@ -196,7 +197,7 @@ class Config:
     unet: bool = knob(False, "1: U-Net skips, the first half of the layers added to the second with learned weights")
     xsa_layers: int = knob(0, "last attention layers whose output loses its component along the token's own value",
                            at_least(0))
-    ngram_buckets: int = knob(0, "rows of the hashed bigram/trigram table; 0 = none", at_least(0))
+    ngram_buckets: int = knob(0, "rows of the hashed bigram/trigram table; 0 = none", between(0, 1 << 24))
     ngram_dim: int = knob(112, "columns of that table", at_least(1))
     ngram_order: int = knob(3, "3: trigrams too, in the same table", between(2, 3))
     smear: bool = knob(True, "1: SmearGate, a learned mix of each embedding with the one before it")
@@ -300,12 +301,12 @@ class Config:
                               at_least(0))
     ttt_ema: float = knob(0.0, "decay, per step, of the averaged weights that score; 0 = the newest weights score",
                           between(0, 0.9999))
-    ttt_reset: bool = knob(False, "1: where a document began in a chunk, forget all that was learned before it")
+    ttt_reset: bool = knob(False, "1: where a document began in a chunk, put back the artifact's weights (hints stay)")
     ttt_tilt: float = knob(0.0, "added to the logit of the token that followed the last ones most often in the text "
                            "scored so far; 0 = off", at_least(0))
     ttt_tilt_order: int = knob(4, "longest n-gram that such a hint comes from [tokens]", between(2, 9))
     ttt_hash_buckets: int = knob(0, "rows of an embedding of hashed n-grams that starts at zero and is trained, by "
-                                 "AdamW, in evaluation only; 0 = none", at_least(0))
+                                 "AdamW, in evaluation only; 0 = none", between(0, 1 << 24))
     ttt_hash_lr: float = knob(0.003, "its learning rate, on the same schedule", at_least(0))
 
     def __post_init__(self):
@@ -323,6 +324,7 @@ class Config:
         layers, gdn_heads = parse_stack(self.stack), max(self.gdn_heads, self.gdn_v_heads)
         width = max(self.model_dim, self.ngram_dim, gdn_heads * self.gdn_head_dim, self.mlp_mult * self.model_dim)
         has = {layer.kind for layer in layers}
+        looped = {(i % max(1, self.unique_layers), layer.kind) for i, layer in enumerate(layers) if not layer.tag}
         T, attends, clock = self.train_seq_len, has & {"swa", "attn"}, self.max_wallclock_seconds
         for name, holds, rule in (
             ("train_batch_tokens", self.train_batch_tokens % T == 0, f"must be a multiple of TRAIN_SEQ_LEN={T}"),
@@ -349,6 +351,10 @@ class Config:
              "needs GRID=sdclip, whose steps are known before the export"),
             ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
              "needs GPTQ_ENABLED=1, whose calibration counts the tokens"),
+            ("unique_layers", not self.unique_layers or len(looped) == len({i for i, _ in looped}),
+             f"STACK={self.stack} has layers of two kinds that would share weights"),
+            ("average_every", not self.average_every or self.min_lr < 1 and self.warmdown_frac > 0,
+             f"averages the warm-down, and MIN_LR={self.min_lr:g} WARMDOWN_FRAC={self.warmdown_frac:g} have none"),
             ("final_score", self.final_score != "ttt" or self.ttt_enabled,
              "needs TTT_ENABLED=1; without test-time training set FINAL_SCORE=exact"),
             ("bos_id", self.bos_id < self.vocab_size, f"must be below VOCAB_SIZE={self.vocab_size}"),
@@ -374,6 +380,9 @@ class Config:
         """
         known = {f.name.upper(): f for f in fields(cls)}
         reject_strays(env, known)
+        for name in known.keys() & env.keys():
+            if re.search("[\ud800-\udfff]", env[name]):  # bytes that are no UTF-8 reach Python as these
+                raise SettingError(f"{name}={env[name]!r}: must be UTF-8")
         values, presets = {}, [name for name in env.get("PRESET", "record").replace(" ", "").split(",") if name]
         for preset in presets:
             if preset not in PRESETS:
@@ -518,13 +527,18 @@ class Run:
 
     def __init__(self, rank=0, world_size=1, device="cpu"):
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
-        self.log_path = None  # None: the console alone
+        self.began, self.log_path, self.lock = time.perf_counter(), None, None  # no log_path: the console alone
         self.live, self.dim, self.showing = False, "", False  # a terminal's progress line: wanted, its style, up now
 
     @classmethod
     def from_env(cls, env, cfg):
         """The Run that torchrun's variables and DEVICE describe; starts torch.distributed for several ranks."""
-        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
+        try:
+            rank, world_size, local_rank = (int(env.get(*pair)) for pair in (
+                ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        except ValueError as error:
+            raise SettingError(f"RANK, WORLD_SIZE and LOCAL_RANK must be numbers, as torchrun sets them ({error})"
+                               ) from None
         has_cuda = torch.cuda.is_available()
         if cfg.device == "cuda" and not has_cuda:
             raise SettingError("DEVICE=cuda: torch finds no CUDA GPU; set DEVICE=cpu PRESET=sample for a small run")
@@ -536,21 +550,27 @@ class Run:
             torch.use_deterministic_algorithms(True)
         device = "cpu"
         if has_cuda and cfg.device != "cpu":
-            device = f"cuda:{int(env.get('LOCAL_RANK', 0))}"
+            device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         if world_size > 1 and not dist.is_initialized():
             # Two back ends: NCCL for gradients, gloo for the small decisions that must not wait for the GPU.
             backend = "cpu:gloo,cuda:nccl" if device != "cpu" else "gloo"
-            dist.init_process_group(backend, rank=rank, world_size=world_size,
-                                    timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+            try:
+                dist.init_process_group(backend, rank=rank, world_size=world_size,
+                                        timeout=timedelta(seconds=cfg.rank_timeout_seconds))
+            except ValueError as error:  # a variable of torchrun's is missing
+                raise SettingError(f"WORLD_SIZE={world_size}: {error}; launch with torchrun, or unset it for one "
+                                   "process") from None
         run = cls(rank, world_size, device)
         run.live = rank == 0 and sys.stdout.isatty() and env.get("TERM") != "dumb"
         run.dim = "" if env.get("NO_COLOR") else "\x1b[2m"
         return run
 
     def close(self):
-        """Take the progress line away and leave the process group."""
+        """Take the progress line away, release the log and leave the process group."""
         self.progress("")
+        if self.lock:
+            self.lock.close()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -569,7 +589,12 @@ class Run:
         if self.rank:
             return
         self.progress("")
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except OSError:  # nobody reads on, or a full disk does: the file has it all
+            if not self.log_path:
+                raise
+            self.live, sys.stdout = False, open(os.devnull, "w")
         if self.log_path:
             try:
                 with open(self.log_path, "a") as f:
@@ -923,7 +948,11 @@ def open_data(cfg):
         sidecar = open_sidecar(cfg, val, parts, sp)
     if len(val) < 2:
         raise DataError(f"DATA_PATH={cfg.data_path}: the validation split has {len(val)} token, nothing to score")
-    return Data(train, val, sp, byte_table(sp, cfg.vocab_size)._replace(sidecar=sidecar))
+    table = byte_table(sp, cfg.vocab_size)._replace(sidecar=sidecar)
+    if not (sidecar[1:].any() if sidecar is not None else (
+            np.bincount(val[1:], minlength=cfg.vocab_size) * table.base.numpy()).any()):
+        raise DataError(f"DATA_PATH={cfg.data_path}: the text to score has 0 bytes, only control tokens")
+    return Data(train, val, sp, table)
 
 
 def open_tokenizer(cfg):
@@ -1004,6 +1033,8 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     else:
         while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
             tokens = tokens[:-1]
+        while len(tokens) > 1 and sp.is_byte(int(tokens[0])):
+            begin, tokens = begin + 1, tokens[1:]
     ids = torch.from_numpy(tokens)
     table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
     counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
@@ -1052,7 +1083,7 @@ class Loader:
         """The next `count` row numbers of the global order as (shard, start) pairs."""
         picked = []
         while len(picked) < count:
-            if self.row == len(self.order):
+            if self.row >= len(self.order):
                 self.epoch, self.row = self.epoch + 1, 0
                 self._cut_rows()
             take = self.order[self.row:self.row + count - len(picked)]
@@ -1078,6 +1109,14 @@ class Loader:
         self.ahead.popleft()
         self.ahead.append(self.pool.submit(self._next_batch))
         return batch.to(self.run.device, non_blocking=True)
+
+    def fault(self):
+        """Wait for the next batch; the message of the DataError that it met, if it did."""
+        try:
+            self.ahead[0].result()
+        except DataError as error:
+            return str(error)
+        return ""
 
     def state(self):
         """Position behind the last batch taken: (epoch, row)."""
@@ -2243,7 +2282,7 @@ class LM(nn.Module):
         xsa = set(attention[::-1][:cfg.xsa_layers])
         mixers, mlps, key_values, made, blocks = {}, {}, {}, {}, []
         for i, layer in enumerate(layers):
-            loop = i % cfg.unique_layers if cfg.unique_layers else i
+            loop = i % cfg.unique_layers if cfg.unique_layers else i  # Config checks that the kinds agree
             tag = layer.tag or f"#{loop}"
             if tag not in mixers:
                 turn = made[layer.kind] = made.get(layer.kind, -1) + 1  # the how-manieth mixer of its kind
@@ -3065,6 +3104,7 @@ def save_artifact(path, model, cfg, calibration=UNCALIBRATED, run=None):
 
     Without a calibration, matrices are rounded to nearest on SDClip's grid.
     run: all its ranks must call, rank 0 writes; default: one rank, silent.
+    A FileError that it raises has what could not be written as its `blob`, which can still be scored.
     """
     log = run.log if run else lambda *event, **values: None
     run = run or Run(device=next(model.parameters()).device)
@@ -3075,7 +3115,15 @@ def save_artifact(path, model, cfg, calibration=UNCALIBRATED, run=None):
             rel_err=f"{q.rel_error:.6f}", bits_per_weight=f"{spent:.3f}", nats=f"{q.nats:.3e}", damp=f"{q.damp:g}")
     if run.rank == 0:
         log_roles(blob, quantized, log)
-    run.from_rank_0(lambda: write_whole(path, lambda f: f.write(blob)))
+
+    def write():
+        try:
+            write_whole(path, lambda f: f.write(blob))
+        except FileError as error:
+            error.blob = blob
+            raise
+
+    run.from_rank_0(write)
     return run.broadcast(len(blob) if run.rank == 0 else 0)
 
 
@@ -3370,7 +3418,7 @@ class Ledger:
         nats = float(nll.double().sum())
         if not math.isfinite(nats) or bool((nll < 0).any()):
             raise ScoreError(f"ledger: scores from target {first} are negative or not finite: the model has diverged; "
-                             "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR")
+                             "lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR, or TTT_LR if it trains meanwhile")
         self.nats += nats
         self.tokens += nll.numel()
         self.bytes += int(num_bytes.sum())
@@ -3401,8 +3449,8 @@ class Ledger:
 
     @property
     def bpb(self):
-        """Bits per byte of text."""
-        return self.nats / math.log(2) / self.bytes
+        """Bits per byte of text; not a number if there are no bytes, as in a chunk of control tokens alone."""
+        return self.nats / math.log(2) / self.bytes if self.bytes else math.nan
 
     def as_log(self, digits=8):
         """The key-value pairs of a final line."""
@@ -3438,6 +3486,7 @@ class Part(NamedTuple):
 
 def cut(first, last, count):
     """Targets first .. last - 1 in `count` spans of nearly equal size, empty ones left out."""
+    count = max(1, min(count, last - first))
     edges = [first + (last - first) * i // count for i in range(count + 1)]
     return [Part(a, b) for a, b in zip(edges, edges[1:]) if b > a]
 
@@ -3683,7 +3732,8 @@ def evaluate(model, tokens, table, method="exact", adapt=None, run=None, progres
     fast = adapt.fast if isinstance(adapt, Adapter) else compile_evaluation(cfg, run, method, total)
     scorer = Scorer(model, tokens, table, run, adapt, probing, fast)
     ledger = progress.restore(scorer) if progress else Ledger()
-    for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None, run.world_size):
+    ranks = 1 if progress else run.world_size  # what is saved can be resumed by any number
+    for parts in scoring_units(total, method, cfg, scorer.adapting, progress is not None, ranks):
         if progress and parts[-1].last <= ledger.next_target:
             continue  # scored before this evaluation was resumed
         scored = scorer(parts)
@@ -3947,7 +3997,7 @@ class Adapter:
         began, first, self.seen = time.perf_counter(), self.seen, len(scored) - 1
         if self.tilt:
             learn(self.tilt, scored, first, self.seen)
-        shape = 0.5 * (1 + math.cos(math.pi * self.calls / max(1, self.chunks)))
+        shape = 0.5 * (1 + math.cos(math.pi * (first // self.cfg.ttt_chunk_tokens) / max(1, self.chunks)))
         self.rate = shape if self.cfg.ttt_schedule == "cosine" else 1.0
         self.calls += 1
         if self.trains:
@@ -4075,14 +4125,15 @@ class Progress:
     """
 
     def __init__(self, path, key, run, every_s, resume=False):
-        self.path, self.key, self.run, self.every_s, self.resume = Path(path), key, run, every_s, resume
+        self.path, self.key, self.run, self.every_s = Path(path), key, run, every_s
         self.saved = self.began = time.perf_counter()
+        self.found = run.broadcast(self._find() if resume and run.rank == 0 else None)
         self.spent = 0.0  # seconds of the evaluation that this one goes on with
 
-    def restore(self, scorer):
-        """The Ledger to go on from, an empty one without a file of this evaluation; Scorer and Adapter put in place."""
-        self.began, found = time.perf_counter(), None
-        if self.resume and self.run.rank == 0 and self.path.exists():
+    def _find(self):
+        """On rank 0: the (tensors, facts) of this evaluation as saved, or None."""
+        found = None
+        if self.path.exists():
             try:
                 found = load_tensors(self.path)
             except FileError as error:
@@ -4090,17 +4141,21 @@ class Progress:
             if found and found[1].get("key") != self.key:
                 self.run.log("evaluation_resume", used="no", reason="another_script_artifact_text_or_setting")
                 found = None
-        found = self.run.broadcast(found)
-        if not found:
+        return found
+
+    def restore(self, scorer):
+        """The Ledger to go on from, an empty one if nothing was found; Scorer and Adapter put in place."""
+        self.began = time.perf_counter()
+        if not self.found:
             return Ledger()
-        tensors, facts = found
+        (tensors, facts), self.found = self.found, None
         self.spent = facts["spent"]
         state = [tensors[f"state{i}"] for i in range(facts["state"])]
         scorer.state = state_from(state, scorer.model, self.run.device) if state else None
         if scorer.adapter:
             scorer.adapter.restore(tensors, facts["adapter"])
         ledger = Ledger(*facts["ledger"])
-        self.run.log("evaluation_resume", used="yes", next_target=ledger.next_target)
+        self.run.log("evaluation_resume", used="yes", next_target=ledger.next_target, ttt_epochs=scorer.cfg.ttt_epochs)
         return ledger
 
     def save(self, ledger, scorer):
@@ -4112,7 +4167,7 @@ class Progress:
             state = tree_leaves(scorer.state) if scorer.state else []
             tensors = {f"state{i}": x for i, x in enumerate(state)} | (adapter.tensors() if adapter else {})
             facts = dict(key=self.key, ledger=ledger.numbers(), state=len(state),
-                         spent=self.spent + time.perf_counter() - self.began,
+                         spent=self.spent + time.perf_counter() - self.began, epochs=scorer.cfg.ttt_epochs,
                          adapter=adapter.counters() if adapter else None)
             try:
                 save_tensors(self.path, tensors, facts)
@@ -4123,7 +4178,8 @@ class Progress:
     def remove(self):
         """The evaluation is done: delete the file."""
         if self.run.rank == 0:
-            self.path.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
 
 
 def state_from(tensors, model, device):
@@ -4472,7 +4528,7 @@ class Checkpoints:
     """
 
     def __init__(self, cfg, run, data):
-        self.cfg, self.run, self.last_s = cfg, run, 0.0
+        self.cfg, self.run, self.last_s, self.newest = cfg, run, 0.0, None
         self.folder = Path(cfg.out_dir) / f"{cfg.run_id}.ckpt"
         self.shards = [[path.name, len(tokens)] for path, tokens in data.train]
 
@@ -4488,23 +4544,54 @@ class Checkpoints:
         return 0 < self.cfg.checkpoint_every_seconds <= elapsed - self.last_s
 
     def save(self, name, tensors, facts):
-        """Rank 0 writes one; a fault is logged and the run goes on.  Weights that are not finite are never written."""
+        """Rank 0 writes one, then `newest`; a fault is logged and the run goes on.  Weights that are not finite are
+        never written."""
+        self.newest = None
         if self.run.rank:
             return
         facts = facts | dict(config=self.identity(facts["trained"]), shards=self.shards)
         try:
             if not all(bool(x.isfinite().all()) for x in tensors.values()):
                 raise FileError(f"{name}: weights or moments are not finite")
-            save_tensors(self.folder / f"{name}.npz", tensors, facts)
-            for old in sorted(self.folder.glob("step_*.npz"))[:-2]:
+            path = self.folder / f"{name}.npz"
+            save_tensors(path, tensors, facts)
+        except FileError as error:
+            return self.run.log("checkpoint_failed", reason=str(error))
+        self.newest = path
+        with suppress(OSError):  # by time, for a run that went back to an earlier step writes lower numbers
+            for old in sorted(self.folder.glob("step_*.npz"), key=lambda old: old.stat().st_mtime_ns)[:-2]:
                 old.unlink()
-        except (FileError, OSError) as error:
-            self.run.log("checkpoint_failed", reason=str(error))
 
     def save_step(self, job):
-        """Write where `job` stands; every rank must call it.  Returns the file's path."""
+        """Write where `job` stands; every rank must call it.  Returns how to go on from there, for a message."""
         self.save(f"step_{job.step:08d}", *job.state())
-        return self.folder / f"step_{job.step:08d}.npz"
+        return self.how_to_go_on()
+
+    def how_to_go_on(self):
+        """The end of a message to who stopped the run."""
+        return f"RESUME={self.newest} goes on" if self.newest else "its checkpoint could not be written"
+
+    def mark_export(self, blob):
+        """Rank 0 remembers that `blob` is the artifact of `newest`, the trained weights, under these settings."""
+        if self.newest:
+            try:
+                text = json.dumps(self._mark(blob)).encode()
+                write_whole(self.folder / "exported.json", lambda f: f.write(text))
+            except (FileError, OSError) as error:  # a run that goes on will export again
+                self.run.log("checkpoint_failed", reason=str(error))
+
+    def exported(self, path):
+        """On rank 0: the artifact at `path`, if `newest` was exported to it under these settings; else None."""
+        with suppress(OSError, ValueError):
+            blob = path.read_bytes()
+            if json.loads((self.folder / "exported.json").read_bytes()) == self._mark(blob):
+                return blob
+        return None
+
+    def _mark(self, blob):
+        """What an export was made from and what it gave, JSON-able."""
+        made, source = (hashlib.sha256(data).hexdigest() for data in (blob, self.newest.read_bytes()))
+        return dict(artifact=made, trained=source, settings=self.identity(trained=False))
 
     def load(self):
         """The (tensors, facts) that RESUME names, or None to begin anew; equal on all ranks.
@@ -4515,6 +4602,10 @@ class Checkpoints:
 
     def _load(self):
         path = self.folder if self.cfg.resume == "auto" else Path(self.cfg.resume)
+        own = [*self.folder.glob("step_*.npz"), *self.folder.glob("trained.npz")]
+        if own and self.folder.resolve() not in (path.resolve(), path.resolve().parent):
+            raise SettingError(f"RESUME={path}: another run's, while RUN_ID={self.cfg.run_id} has checkpoints of its "
+                               f"own in {self.folder}; set another RUN_ID")
         steps = sorted(path.glob("step_*.npz"), reverse=True)
         files = [path] if path.is_file() else [*path.glob("trained.npz"), *steps]
         if not files and self.cfg.resume != "auto":
@@ -4524,6 +4615,7 @@ class Checkpoints:
             try:
                 tensors, facts = load_tensors(file)
                 self._check(file, facts)
+                self.newest = file
                 return tensors, facts
             except FileError as error:
                 faults.append(str(error))
@@ -4569,29 +4661,33 @@ def train(model, data, cfg, run, checkpoints, saved=None):
 
     Then calibrates, writes trained.npz, and returns Trained.
     """
-    began, micro_rows = time.perf_counter(), micro_batch_rows(cfg, run)
+    micro_rows = micro_batch_rows(cfg, run)
     if not (saved and saved[1]["trained"]) or cfg.gptq_enabled:  # calibration runs forward and backward too
         warm_up(model, cfg, run, micro_rows)
     if cfg.compile != "0":  # stops here if evaluation would take too long
         plan_evaluation(model, cfg, run, len(data.val) - 1)
     run.log("kernel", gdn=cfg.kernel, swa=cfg.attn_kernel, loss="compiled" if cfg.compile != "0" else "eager",
-            micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - began:.0f}s")
+            micro_batch_tokens=micro_rows * cfg.train_seq_len, start_up=f"{time.perf_counter() - run.began:.0f}s")
     job = Training(model, data, cfg, run, saved)
     checkpoints.last_s = job.clock.total
     run.gather(None)  # no rank's clock counts how much later another was ready
     job.clock.resume()
+    facts, train_s = None, 0.0
     try:
-        if not job.trained:
-            with STOP.deferring():
+        with STOP.deferring():
+            if not job.trained:
                 train_loop(job, data, cfg, run, micro_rows, checkpoints)
-            job.average.copy_to()
-        facts = job.facts(trained=True)  # the place in the data before calibration: it can be done again
-        calibration = calibrate(model, job.loader, cfg, run, job.clock)
-        train_s = run.broadcast(job.clock.pause())
+                job.average.copy_to()
+            facts = job.facts(trained=True)  # the place in the data before calibration: it can be done again
+            calibration = calibrate(model, job.loader, cfg, run, job.clock)
+            train_s = run.broadcast(job.clock.pause())
     finally:
         job.loader.close()
-    if not job.trained:
-        checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s))
+        if facts and not job.trained:  # whatever befell the calibration
+            checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s or facts["elapsed_s"]))
+    stop = int(max(run.gather(STOP.signal)))
+    if stop:
+        raise Interrupted(f"stopped by {signal.Signals(stop).name} after training; {checkpoints.how_to_go_on()}")
     return Trained(job.step, train_s, calibration)
 
 
@@ -4600,19 +4696,28 @@ def train_loop(job, data, cfg, run, micro_rows, checkpoints):
     model, clock, pace = job.model, job.clock, Pace(cfg, run, job)
     budget = cfg.max_wallclock_seconds or math.inf
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
+    saved_step = job.step  # of the newest checkpoint
     while True:
-        told = run.gather([clock.elapsed(), 1.05 * max(pace.durations, default=0.0), STOP.signal])
-        (elapsed, step_s, _), stop = told[0], int(max(signals for _, _, signals in told))
-        if stop:
-            raise Interrupted(f"stopped by {signal.Signals(stop).name} at step {job.step}; RESUME="
-                              f"{checkpoints.save_step(job)} goes on")
+        told = run.gather([clock.elapsed(), 1.05 * max(pace.durations, default=0.0), STOP.signal, job.loader.fault()])
+        (elapsed, step_s, _, _), stop = told[0], int(max(signals for _, _, signals, _ in told))
+        fault = max(fault for *_, fault in told)
+        if stop or fault:
+            why, kind = (f"stopped by {signal.Signals(stop).name}", Interrupted) if stop else (fault, DataError)
+            error = kind(f"{why} at step {job.step}; {checkpoints.save_step(job)}")
+            error.told = run.rank > 0
+            raise error
         if pace.bad_steps > cfg.max_bad_steps:
             raise SettingError(f"step {job.step}: {pace.bad_steps} steps had gradients that are not finite, more than "
-                               f"MAX_BAD_STEPS={cfg.max_bad_steps}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR; the "
-                               f"weights without them are in {checkpoints.save_step(job)}")
+                               f"MAX_BAD_STEPS={cfg.max_bad_steps}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR; "
+                               f"{checkpoints.save_step(job)}")
         # On CUDA one step is still in flight, so the next one ends two steps from now.
         out_of_time = job.step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
         last = job.step >= cfg.iterations or out_of_time
+        if checkpoints.due(elapsed) and not last and job.step > saved_step:
+            checkpoints.last_s, saved_step = elapsed, job.step
+            checkpoints.save_step(job)
+            pace.last_tick = clock.elapsed()
+            continue  # saving took time: is there enough for another step?
         if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
             train_ms = 1000 * clock.pause()
             ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
@@ -4622,10 +4727,6 @@ def train_loop(job, data, cfg, run, micro_rows, checkpoints):
             clock.resume()
         if last:
             break
-        if checkpoints.due(elapsed):
-            checkpoints.last_s = elapsed
-            checkpoints.save_step(job)
-            pace.last_tick = clock.elapsed()
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
         lr_mul = learning_rate(progress, cfg)
         loss = train_step(model, job.optimizer, next(job.loader), micro_rows, lr_mul,
@@ -4662,7 +4763,8 @@ def calibrate(model, loader, cfg, run, clock):
                 run.synchronize()
                 now = clock.elapsed()  # one more batch, half again as long as the mean, and the sums of ranks must fit
                 end = now + 1.5 * (now - loop_end_s) / max(1, done // CALIBRATION_ROWS) + 0.5
-                if run.broadcast(done > 0 and 0 < cfg.max_wallclock_seconds < end):
+                late = done > 0 and (0 < cfg.max_wallclock_seconds < end or bool(STOP.signal))
+                if run.broadcast(late):
                     return
                 yield part
                 done += len(part)
@@ -4780,16 +4882,22 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
                             f"has VOCAB_SIZE={cfg.vocab_size}")
     before, reload_s = fingerprint(model), time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms")
+    own = {name: getattr(model.cfg, name) for name in MODEL_FIELDS}
+    differing = {name: plain(value) for name, value in own.items() if value != getattr(cfg, name)}
+    if differing:  # what the model is, its file says, not the settings
+        run.log("artifact_config", **differing)
+    progress, results, in_order = None, {}, True
+    if cfg.eval_save_seconds:  # without, there are other units, and nothing was saved
+        key = evaluation_key(blob, data.val, data.table.sidecar, cfg.final_score, model.cfg)
+        path = Path(cfg.out_dir) / f"{cfg.run_id}.ckpt" / "evaluation.npz"
+        progress = Progress(path, key, run, cfg.eval_save_seconds, resume)
     plan_evaluation(model, model.cfg, run, len(data.val) - 1, again=not cfg.eval_only and model.cfg.compile != "0")
+    if progress and progress.found:  # what was planned when it began holds to its end
+        model.cfg = replace(model.cfg, ttt_epochs=progress.found[1]["epochs"])
     cfg = model.cfg
     facts = {"roundtrip": {}, "exact": dict(spans=cfg.eval_spans, warmup_tokens=cfg.eval_warmup_tokens),
              "sliding": dict(stride=cfg.eval_stride),
              "ttt": dict(scoring=cfg.ttt_scoring, optimizer=cfg.ttt_optimizer, epochs=cfg.ttt_epochs)}
-    progress, results, in_order = None, {}, True
-    if cfg.eval_save_seconds:  # without, there are other units, and nothing was saved
-        key = evaluation_key(blob, data.val, data.table.sidecar, cfg.final_score, cfg)
-        path = Path(cfg.out_dir) / f"{cfg.run_id}.ckpt" / "evaluation.npz"
-        progress = Progress(path, key, run, cfg.eval_save_seconds, resume)
     for method, event in FINAL_EVENTS.items():
         counts = method == cfg.final_score
         if counts or cfg.eval_diagnostics and (cfg.ttt_enabled or method != "ttt"):
@@ -4822,7 +4930,8 @@ def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run):
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
         bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if data.table.sidecar is not None else 0))
     limits = dict(train=not (trained and 0 < cfg.max_wallclock_seconds < trained.train_s),
-                  eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes)
+                  eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes,
+                  file=run.rank > 0 or artifact_path(cfg).is_file())  # a full disk may have kept it from being written
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     verdict = "fail" if not holds else "holdout" if cfg.holdout_tokens else "ok"  # a holdout is for choosing settings
     spent = dict(train_s=f"{trained.train_s:.1f}" if trained else "-", eval_s=f"{eval_s:.1f}", total_bytes=total,
@@ -4894,7 +5003,10 @@ def name_run(cfg, run):
     if cfg.run_id:
         return cfg
     if cfg.resume:
-        return replace(cfg, run_id=(path if path.is_dir() else path.parent).resolve().name.removesuffix(".ckpt"))
+        name = (path if path.is_dir() else path.parent).resolve().name.removesuffix(".ckpt")
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise SettingError(f"RESUME={cfg.resume}: its folder does not tell the run's name; set RUN_ID")
+        return replace(cfg, run_id=name)
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
     presets = "-".join(cfg.preset.replace(" ", "").split(","))
     return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
@@ -4903,27 +5015,37 @@ def name_run(cfg, run):
 def verdict_of(path):
     """The verdict in a log that has reached its end, else ''."""
     with suppress(OSError):
-        found = re.findall(r"^compliance .*verdict:(\w+)$", path.read_text(), re.MULTILINE)
+        found = re.findall(r"^compliance .*verdict:(\w+)$", path.read_text(errors="replace"), re.MULTILINE)
         return found[-1] if found else ""
     return ""
 
 
 def begin_log(path, cfg):
-    """Create the log of a new run, or make that of a resumed one ready to go on; returns whether it had begun.
-
-    Raises SettingError.
+    """The log of a new run, or of a resumed one made ready to go on, as an open file that no other process can begin
+    too, and whether it had begun.  Raises SettingError.
     """
+    if not (cfg.resume or cfg.eval_only):
+        for file in (artifact_path(cfg), *path.with_name(f"{cfg.run_id}.ckpt").glob("*.npz")):
+            if file.exists():
+                raise SettingError(f"RUN_ID={cfg.run_id}: {file} of an earlier run exists; set another RUN_ID, or move "
+                                   "that run away")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b" if cfg.resume else "x+b") as f:
-            f.seek(0)
-            begun = f.read()
-            if begun and not begun.endswith(b"\n"):  # a killed run may have left half a line
-                f.write(b"\n")
-            return bool(begun)
+        f = path.open("a+b" if cfg.resume else "x+b")
+        with suppress(ImportError):  # there are systems without
+            import fcntl
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        f.seek(0)
+        begun = f.read()
+        if begun and not begun.endswith(b"\n"):  # a killed run may have left half a line
+            f.write(b"\n")
+            f.flush()
+        return f, bool(begun)
     except FileExistsError:
         raise SettingError(f"RUN_ID={cfg.run_id}: {path} exists; set another RUN_ID, move that run away, or go on with "
                            "it by RESUME=auto") from None
+    except BlockingIOError:
+        raise SettingError(f"RUN_ID={cfg.run_id}: another process is at this run; set another RUN_ID") from None
     except OSError as error:
         raise SettingError(f"OUT_DIR={cfg.out_dir}: cannot be written ({error.strerror}); set OUT_DIR to a folder that "
                            "can") from None
@@ -4932,8 +5054,13 @@ def begin_log(path, cfg):
 def start_log(cfg, run):
     """Begin the run's log, or go on with it, with machine and settings; an earlier run's is never overwritten."""
     path = Path(cfg.out_dir) / f"{cfg.run_id}.txt"
-    begun = run.from_rank_0(lambda: begin_log(path, cfg))
-    run.log_path, code = path, code_bytes()
+
+    def begin():
+        run.lock, begun = begin_log(path, cfg)
+        return begun
+
+    begun, code = run.from_rank_0(begin), code_bytes()
+    run.log_path = path
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.device.type == "cuda" else "none"
     run.log("rerun" if begun else "run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu,
             torch=torch.__version__, code_bytes=len(code), code_sha256=hashlib.sha256(code).hexdigest(),
@@ -4963,7 +5090,7 @@ def main(env):
         cfg, trained = name_run(cfg, run), None
         ended = run.from_rank_0(lambda: verdict_of(Path(cfg.out_dir) / f"{cfg.run_id}.txt")) if cfg.resume else ""
         if ended:
-            run.write(f"RUN_ID={cfg.run_id}: this run has ended, verdict:{ended}")
+            run.write(f"RUN_ID={cfg.run_id}: this run has ended, verdict:{ended}; for another one set another RUN_ID")
             return int(ended == "fail")
         if cfg.eval_only:
             blob = run.from_rank_0(lambda: load_checked(cfg.artifact))
@@ -4984,6 +5111,11 @@ def load_checked(path):
         raise ArtifactError(f"ARTIFACT={path}: cannot be read ({error.strerror})") from None
 
 
+def artifact_path(cfg):
+    """The file that is scored: ARTIFACT, or the run's own."""
+    return Path(cfg.artifact or Path(cfg.out_dir) / f"{cfg.run_id}.artifact")
+
+
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks of that; returns (Trained, artifact)."""
     checkpoints = Checkpoints(resolve_kernels(cfg, run), run, data)
@@ -4991,14 +5123,14 @@ def make_artifact(data, cfg, run):
     cfg = checkpoints.cfg = settle_batch(checkpoints.cfg, run, int(saved[1]["config"]["train_batch_tokens"]) if saved
                                          else 0)
     start_log(cfg, run)
-    path = Path(cfg.out_dir) / f"{cfg.run_id}.artifact"
+    path = artifact_path(cfg)
     if saved:
         facts = saved[1]
-        exported = facts["trained"] and run.from_rank_0(path.is_file)
+        blob = run.broadcast(checkpoints.exported(path) if facts["trained"] and run.rank == 0 else None)
         run.log("resume", checkpoint=cfg.resume, step=facts["step"], train_time=f"{1000 * facts['elapsed_s']:.0f}ms",
-                trained=int(facts["trained"]), exported=int(exported))
-        if exported:
-            return Trained(facts["step"], facts["train_s"], UNCALIBRATED), run.from_rank_0(lambda: load_checked(path))
+                trained=int(facts["trained"]), exported=int(bool(blob)))
+        if blob:
+            return Trained(facts["step"], facts["train_s"], UNCALIBRATED), blob
     check_kernels(cfg, run)
     model = init_weights(LM(cfg), cfg.seed).to(run.device)
     run.log("model", parameters=sum(p.numel() for p in model.parameters()), val_tokens=len(data.val),
@@ -5008,10 +5140,16 @@ def make_artifact(data, cfg, run):
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
     began = time.perf_counter()
     run.peak_memory_mib(anew=True)
-    size = save_artifact(path, model, cfg, trained.calibration, run)
-    run.log("artifact", model_bytes=size, code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
+    try:
+        save_artifact(path, model, cfg, trained.calibration, run)
+        blob = run.from_rank_0(lambda: load_checked(path))
+        checkpoints.mark_export(blob)
+    except FileError as error:
+        blob = error.blob
+        run.log("artifact_not_written", reason=str(error))
+    run.log("artifact", model_bytes=len(blob), code_bytes=len(code_bytes()), cap_bytes=cfg.cap_bytes,
             export_time=f"{1000 * (time.perf_counter() - began):.0f}ms", peak_mem_mb=run.peak_memory_mib())
-    return trained, run.from_rank_0(lambda: load_checked(path))
+    return trained, blob
 
 
 def entry():
@@ -5026,7 +5164,8 @@ def entry():
         return main(os.environ)
     except (GolfError, KeyboardInterrupt) as error:
         told = getattr(error, "told", False) or isinstance(error, (SettingError, KeyboardInterrupt))
-        if os.environ.get("RANK", "0") == "0" or not told:  # what every rank knows, rank 0 says
+        rank = os.environ.get("RANK", "0")
+        if not told or not rank.isdecimal() or int(rank) == 0:  # what every rank knows, rank 0 says
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     except BrokenPipeError:  # whatever read our output has gone, as in `| head`

@@ -342,6 +342,68 @@ def test_shard_that_changes_or_vanishes_under_way_is_named(tiny, tmp_path, after
         loader.close()
 
 
+def test_fault_of_a_shard_leaves_a_checkpoint(tmp_path, monkeypatch):
+    cfg, calls = job_config(tmp_path), []
+
+    def fault(loader):
+        calls.append(loader)
+        return "shard: vanished" if len(calls) > 3 else ""
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Loader, "fault", fault)
+        with pytest.raises(t.DataError, match=r"vanished at step 3; RESUME=\S+step_00000003.npz goes on"):
+            train(cfg)
+    model, _ = train(cfg)
+    whole, _ = train(job_config(tmp_path, resume="", run_id="whole"))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters()))
+
+
+def test_signal_in_the_last_validation_ends_the_run(tmp_path, monkeypatch):
+    cfg = job_config(tmp_path, val_loss_every=8)
+
+    def evaluate(*arguments, **more):
+        t.STOP.signal = int(t.signal.SIGTERM)
+        return t.Ledger(0, 1, 1.0, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(t.STOP, "signal", 0)
+        patch.setattr(t, "evaluate", evaluate)
+        facts = dict(step=7, elapsed_s=1.0, loader=[0, 56], averaged=0, trained=False)
+        with pytest.raises(t.Interrupted, match=r"stopped by SIGTERM after training; RESUME=\S+trained.npz goes on"):
+            patch.setattr(t.Optimizer, "load", lambda *arguments: None)
+            patch.setattr(t.Average, "load", lambda *arguments: None)
+            model = t.init_weights(t.LM(cfg), cfg.seed)
+            train(cfg, saved=({f"model.{name}": p for name, p in model.named_parameters()}, facts))
+    assert t.Checkpoints(cfg, t.Run(), fixed_data(cfg)).load()[1]["step"] == 8
+
+
+def test_stop_on_a_full_disk_promises_no_checkpoint(tmp_path, monkeypatch):
+    (tmp_path / "job.ckpt").write_text("a file where the folder should be")
+    monkeypatch.setattr(t.STOP, "signal", int(t.signal.SIGTERM))
+    with pytest.raises(t.Interrupted, match="at step 0; its checkpoint could not be written"):
+        train(job_config(tmp_path, resume=""))
+
+
+def test_going_back_to_an_earlier_step_keeps_what_is_newest(tmp_path):
+    cfg = job_config(tmp_path)
+    train(cfg, every=3)
+    folder = tmp_path / "job.ckpt"
+    (folder / "trained.npz").unlink()
+    for name in ("step_00000030.npz", "step_00000040.npz"):  # of a run that had gone further
+        (folder / name).write_bytes((folder / "step_00000006.npz").read_bytes())
+        os.utime(folder / name, (1, 1))
+    checkpoints = t.Checkpoints(cfg, t.Run(), fixed_data(cfg))
+    tensors, facts = t.load_tensors(folder / "step_00000006.npz")
+    for step in (7, 8):
+        checkpoints.save(f"step_{step:08d}", tensors, facts)
+    assert files_in(folder) == ["step_00000007.npz", "step_00000008.npz"]
+
+
+def test_place_beyond_the_epoch_begins_the_next(tiny):
+    cfg = tiny_config(vocab_size=1024)
+    loader = t.Loader(t.open_shards(tiny["DATA_PATH"], "train"), cfg, t.Run(), (0, 10**6))
+    assert next(loader).shape == (8, 65) and loader.state() == (1, 8)
+    loader.close()
+
+
 # ---- ranks that are lost -------------------------------------------------------------------------
 
 

@@ -52,7 +52,8 @@ def test_whole_run_ends_well(finished):
 
 
 def test_whole_run_leaves_log_artifact_and_checkpoint(finished):
-    assert files_in(finished.folder) == ["whole.artifact", "whole.ckpt/trained.npz", "whole.txt"]
+    assert files_in(finished.folder) == ["whole.artifact", "whole.ckpt/exported.json", "whole.ckpt/trained.npz",
+                                         "whole.txt"]
 
 
 def test_console_and_log_file_are_the_same_text(finished):
@@ -152,6 +153,12 @@ def test_evaluating_the_artifact_alone_gives_the_same_score(finished, run):
     assert values(again.out, "compliance")["train_s"] == "-"
 
 
+def test_what_the_artifact_is_stands_in_the_log_whatever_the_settings_say(finished, run):
+    again = run(EVAL_ONLY="1", ARTIFACT=str(finished.folder / "whole.artifact"), LOGIT_SOFTCAP="5", SWA_WINDOW="7")
+    assert values(again.out, "artifact_config") == dict(logit_softcap="30", swa_window="16")
+    assert values(again.out, "final") == values(finished.out, "final")
+
+
 def test_evaluation_writes_a_log_alone(finished, run):
     again = run(EVAL_ONLY="1", ARTIFACT=str(finished.folder / "whole.artifact"), RUN_ID="again", EVAL_DIAGNOSTICS="0")
     assert files_in(again.folder) == ["again.txt"]
@@ -210,7 +217,7 @@ def test_run_over_the_cap_fails_but_keeps_its_files(run):
     assert result.code == 1
     assert values(result.out, "compliance")["verdict"] == "fail"
     assert values(result.out, "over_limit")["limit"] == "size"
-    assert files_in(result.folder) == ["big.artifact", "big.ckpt/trained.npz", "big.txt"]
+    assert files_in(result.folder) == ["big.artifact", "big.ckpt/exported.json", "big.ckpt/trained.npz", "big.txt"]
 
 
 def test_clock_stops_training(run):
@@ -253,6 +260,9 @@ class NoBatches:
     def __next__(self):
         return None
 
+    def fault(self):
+        return ""
+
     def state(self):
         return 0, 0
 
@@ -260,9 +270,10 @@ class NoBatches:
         pass
 
 
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_training_never_outlasts_its_clock(tiny, monkeypatch, kind):
-    """Steps of 0.9 to 1.1 simulated seconds against a limit of 100: a step that would end too late is not begun."""
+@pytest.mark.parametrize("kind, saving", [("cpu", False), ("cpu", True), ("cuda", False)])
+def test_training_never_outlasts_its_clock(tiny, monkeypatch, kind, saving):
+    """Steps of 0.9 to 1.1 simulated seconds against a limit of 100: a step that would end too late is not begun, also
+    after a checkpoint that took 2."""
     cfg = t.resolve_kernels(t.Config.from_env(tiny | dict(
         MAX_WALLCLOCK_SECONDS="100", ITERATIONS="100000", VAL_LOSS_EVERY="0", WARMUP_STEPS="0", EMA_DECAY="0",
         MICRO_BATCH_TOKENS="512", GPTQ_ENABLED="0")), t.Run())
@@ -276,8 +287,15 @@ def test_training_never_outlasts_its_clock(tiny, monkeypatch, kind):
         monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda device=device: device.now))
         monkeypatch.setattr(t, "train_step", device.train_step)
         monkeypatch.setattr(torch.cuda, "Event", device.event)
-        checkpoints = SimpleNamespace(due=lambda elapsed: False, save=lambda *arguments: None)
+        saved = []
+
+        def save_step(job, device=device, saved=saved):
+            saved.append(job.step)
+            device.now += 2.0
+        checkpoints = SimpleNamespace(due=lambda elapsed, saved=saved: saving and elapsed > 96.5 and not saved,
+                                      save=lambda *arguments: None, save_step=save_step)
         ends.append(t.train(model, data, cfg, run, checkpoints).train_s)
+        assert bool(saved) == saving
     assert max(ends) <= 100 and min(ends) > 96
 
 
@@ -340,6 +358,9 @@ FAULTS = [
     (dict(PROMPT="x", ARTIFACT="/nowhere"), ["/nowhere", "No such file"]),
     (dict(PROMPT="x", ARTIFACT=str(SCRIPT)), [str(SCRIPT), "not an artifact"]),
     (dict(HOLDOUT_TOKENS="1000000"), ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
+    (dict(OUT_DIR="a\udcff"), ["OUT_DIR=", "must be UTF-8"]),
+    (dict(RANK="x"), ["RANK", "must be numbers", "torchrun"]),
+    (dict(WORLD_SIZE="2"), ["WORLD_SIZE=2", "MASTER_ADDR", "torchrun"]),
 ]
 
 
@@ -540,4 +561,5 @@ def test_two_nodes_train_as_two_ranks(finished, tiny, tmp_path):
     assert values(ends[0][1], "run")["world_size"] == "2" and ends[1][1] == ""
     assert float(values(ends[0][1], "final")["val_bpb"]) == pytest.approx(
         float(values(finished.out, "final")["val_bpb"]), rel=1e-5)
-    assert files_in(tmp_path) == ["node0/far.artifact", "node0/far.ckpt/trained.npz", "node0/far.txt"]
+    assert files_in(tmp_path) == ["node0/far.artifact", "node0/far.ckpt/exported.json", "node0/far.ckpt/trained.npz",
+                                  "node0/far.txt"]

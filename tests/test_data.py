@@ -2,6 +2,7 @@
 UTF-8 length of the text they decode to, held-out training text against the training rows.
 """
 
+import math
 import struct
 from dataclasses import replace
 from functools import cache
@@ -142,11 +143,19 @@ def test_sample_opens():
     assert len(data.train) == 1 and data.table.base.shape == (VOCAB,)
 
 
+def test_text_of_control_tokens_alone_is_refused(tmp_path):
+    write_split(tmp_path, "train", [1, 2, 40] * 100)
+    write_split(tmp_path, "val", [40, 1, 1, 1])  # the first token is never a target
+    with pytest.raises(t.DataError, match="0 bytes"):
+        t.open_data(replace(sample_config(), data_path=str(tmp_path)))
+    assert math.isnan(t.Ledger(0, 3, 1.0, 0).bpb)
+
+
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_token_outside_the_vocabulary_names_shard_and_token(tmp_path, split):
     write_split(tmp_path, "train", [1, 2, 3] * 100)
-    write_split(tmp_path, "val", [1, 2, 3])
-    write_split(tmp_path, split, [1, 2, 3] * 100 + [1024])
+    write_split(tmp_path, "val", [1, 2, 40])
+    write_split(tmp_path, split, [1, 2, 40] * 100 + [1024])
     cfg = replace(sample_config(), data_path=str(tmp_path))
     with pytest.raises(t.DataError, match=rf"fineweb_{split}_000000.bin: token 1024 is outside VOCAB_SIZE=1024"):
         data = t.open_data(cfg)
@@ -368,6 +377,9 @@ def test_run_check_of_a_cut_document_agrees(sp):
     stream = np.array([BOS, *sp.encode("日本語" * 50)], np.uint16)
     counts = {limit: t.decoded_bytes(sp, stream, BOS, limit) for limit in range(60, 70)}
     assert {limit: pair for limit, pair in counts.items() if pair[0] != pair[1]} == {}
+    stream = np.array(sp.encode("日本語 and more " * 9), np.uint16)  # as a holdout may begin
+    counts = {begin: t.decoded_bytes(sp, stream[begin:], BOS, 1000) for begin in range(12)}
+    assert {begin: pair for begin, pair in counts.items() if pair[0] != pair[1] or pair[0] < 100} == {}
 
 
 @pytest.mark.parametrize("dummy_prefix", [True, False])

@@ -450,6 +450,35 @@ def test_resumed_plain_evaluation_ends_at_the_same_ledger(method, stop_after, tm
     assert resumed == whole and (before, after) == (stop_after, units - stop_after)
 
 
+def resume_windows(run, folder):
+    """Go on from what one rank has saved."""
+    t.UNIT_TARGETS = 64
+    progress = t.Progress(f"{folder}/evaluation.npz", "key", run, 0.0, resume=True)
+    ledger = t.evaluate(tiny_model(ttt_config(eval_batch_tokens=64)), text(), TABLE, "roundtrip", None, run, progress)
+    torch.save((ledger.nats, ledger.tokens), f"{folder}/{run.rank}.pt")
+
+
+def test_evaluation_goes_on_under_another_number_of_ranks(tmp_path):
+    """Saved by one rank after 64 targets, while two ranks score 128 at a time."""
+    cfg = ttt_config(eval_batch_tokens=64)
+    whole = t.evaluate(tiny_model(cfg), text(), TABLE, "roundtrip")
+    first = t.evaluate(tiny_model(cfg), text(65), TABLE, "roundtrip")
+    t.Progress(tmp_path / "evaluation.npz", "key", t.Run(), 1e-9).save(
+        first, t.Scorer(tiny_model(cfg), text(), TABLE, t.Run(), None, False, False))
+    assert first.next_target == 64
+    with two_ranks(resume_windows, tmp_path):
+        pass
+    for rank in range(2):
+        nats, tokens = torch.load(tmp_path / f"{rank}.pt")
+        assert tokens == 319 and nats == pytest.approx(whole.nats, rel=1e-6)
+
+
+def test_cosine_schedule_ends_near_zero_also_when_chunks_are_shorter_than_windows():
+    cfg = ttt_config(ttt_schedule="cosine", ttt_chunk_tokens=8)
+    _, adapter, _ = adapted(cfg, text())
+    assert adapter.rate < 0.1
+
+
 @pytest.mark.parametrize("fault", ["another key", "damaged", "not asked for", "missing"])
 def test_a_file_that_does_not_fit_is_not_used(fault, tmp_path):
     path, cfg = tmp_path / "evaluation.npz", ttt_config()
