@@ -529,6 +529,7 @@ class Run:
         self.rank, self.world_size, self.device = rank, world_size, torch.device(device)
         self.began, self.log_path, self.lock = time.perf_counter(), None, None  # no log_path: the console alone
         self.live, self.dim, self.showing = False, "", False  # a terminal's progress line: wanted, its style, up now
+        self.warned = False  # that the log cannot be written
 
     @classmethod
     def from_env(cls, env, cfg):
@@ -591,25 +592,29 @@ class Run:
         self.progress("")
         try:
             print(line, flush=True)
-        except OSError:  # nobody reads on, or a full disk does: the file has it all
+        except OSError:  # nobody reads on, or the disk is full: the file has the line
             if not self.log_path:
                 raise
-            self.live, sys.stdout = False, open(os.devnull, "w")
-        if self.log_path:
-            try:
-                with open(self.log_path, "a") as f:
+        try:
+            if self.log_path:
+                with open(self.log_path, "a", encoding="utf-8") as f:
                     f.write(line + "\n")
-            except OSError as error:  # a full disk must not end a run that can still be scored
-                print(f"warning: {self.log_path}: cannot be written ({error.strerror}); the log goes on here alone",
-                      file=sys.stderr, flush=True)
-                self.log_path = None
+        except OSError as error:  # a full disk must not end a run that can still be scored
+            if not self.warned:
+                self.warned = True
+                with suppress(OSError):
+                    print(f"warning: {self.log_path}: cannot be written ({error.strerror}); until it can, the log is "
+                          "here alone", file=sys.stderr, flush=True)
 
     def progress(self, text):
         """Show `text` in place of the last such text, on a terminal only; '' takes it away."""
         if self.live and (text or self.showing):
             text = text[:shutil.get_terminal_size().columns - 1]
-            print(f"\r\x1b[K{self.dim}{text}\x1b[m" if text and self.dim else f"\r\x1b[K{text}", end="", flush=True)
-            self.showing = bool(text)
+            try:
+                print(f"\r\x1b[K{self.dim}{text}\x1b[m" if text and self.dim else f"\r\x1b[K{text}", end="", flush=True)
+                self.showing = bool(text)
+            except OSError:  # the terminal has gone
+                self.live = False
 
     @contextmanager
     def _together(self):
@@ -950,7 +955,7 @@ def open_data(cfg):
         raise DataError(f"DATA_PATH={cfg.data_path}: the validation split has {len(val)} token, nothing to score")
     table = byte_table(sp, cfg.vocab_size)._replace(sidecar=sidecar)
     if not (sidecar[1:].any() if sidecar is not None else (
-            np.bincount(val[1:], minlength=cfg.vocab_size) * table.base.numpy()).any()):
+            np.bincount(val[1:], minlength=cfg.vocab_size) * (table.base + table.spaced).numpy()).any()):
         raise DataError(f"DATA_PATH={cfg.data_path}: the text to score has 0 bytes, only control tokens")
     return Data(train, val, sp, table)
 
@@ -4571,21 +4576,22 @@ class Checkpoints:
         """The end of a message to who stopped the run."""
         return f"RESUME={self.newest} goes on" if self.newest else "its checkpoint could not be written"
 
-    def mark_export(self, blob):
+    def mark_export(self, blob, train_s):
         """Rank 0 remembers that `blob` is the artifact of `newest`, the trained weights, under these settings."""
         if self.newest:
             try:
-                text = json.dumps(self._mark(blob)).encode()
+                text = json.dumps(dict(made=self._mark(blob), train_s=train_s)).encode()
                 write_whole(self.folder / "exported.json", lambda f: f.write(text))
             except (FileError, OSError) as error:  # a run that goes on will export again
                 self.run.log("checkpoint_failed", reason=str(error))
 
     def exported(self, path):
-        """On rank 0: the artifact at `path`, if `newest` was exported to it under these settings; else None."""
-        with suppress(OSError, ValueError):
-            blob = path.read_bytes()
-            if json.loads((self.folder / "exported.json").read_bytes()) == self._mark(blob):
-                return blob
+        """On rank 0: the artifact at `path` and the seconds of training, if `newest` was exported to it under these
+        settings; else None."""
+        with suppress(OSError, ValueError, LookupError, TypeError):
+            blob, facts = path.read_bytes(), json.loads((self.folder / "exported.json").read_bytes())
+            if facts["made"] == self._mark(blob):
+                return blob, float(facts["train_s"])
         return None
 
     def _mark(self, blob):
@@ -4604,8 +4610,8 @@ class Checkpoints:
         path = self.folder if self.cfg.resume == "auto" else Path(self.cfg.resume)
         own = [*self.folder.glob("step_*.npz"), *self.folder.glob("trained.npz")]
         if own and self.folder.resolve() not in (path.resolve(), path.resolve().parent):
-            raise SettingError(f"RESUME={path}: another run's, while RUN_ID={self.cfg.run_id} has checkpoints of its "
-                               f"own in {self.folder}; set another RUN_ID")
+            raise SettingError(f"RESUME={path}: not of RUN_ID={self.cfg.run_id}, which has checkpoints of its own in "
+                               f"{self.folder}; RESUME=auto goes on with those, another RUN_ID begins from this one")
         steps = sorted(path.glob("step_*.npz"), reverse=True)
         files = [path] if path.is_file() else [*path.glob("trained.npz"), *steps]
         if not files and self.cfg.resume != "auto":
@@ -4673,18 +4679,18 @@ def train(model, data, cfg, run, checkpoints, saved=None):
     run.gather(None)  # no rank's clock counts how much later another was ready
     job.clock.resume()
     facts, train_s = None, 0.0
-    try:
-        with STOP.deferring():
+    with STOP.deferring():
+        try:
             if not job.trained:
                 train_loop(job, data, cfg, run, micro_rows, checkpoints)
                 job.average.copy_to()
             facts = job.facts(trained=True)  # the place in the data before calibration: it can be done again
             calibration = calibrate(model, job.loader, cfg, run, job.clock)
             train_s = run.broadcast(job.clock.pause())
-    finally:
-        job.loader.close()
-        if facts and not job.trained:  # whatever befell the calibration
-            checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s or facts["elapsed_s"]))
+        finally:
+            job.loader.close()
+            if facts and not job.trained:  # whatever befell the calibration
+                checkpoints.save("trained", job.weights(), facts | dict(train_s=train_s or facts["elapsed_s"]))
     stop = int(max(run.gather(STOP.signal)))
     if stop:
         raise Interrupted(f"stopped by {signal.Signals(stop).name} after training; {checkpoints.how_to_go_on()}")
@@ -4700,9 +4706,13 @@ def train_loop(job, data, cfg, run, micro_rows, checkpoints):
     while True:
         told = run.gather([clock.elapsed(), 1.05 * max(pace.durations, default=0.0), STOP.signal, job.loader.fault()])
         (elapsed, step_s, _, _), stop = told[0], int(max(signals for _, _, signals, _ in told))
-        fault = max(fault for *_, fault in told)
+        # On CUDA one step is still in flight, so the next one ends two steps from now.
+        out_of_time = job.step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
+        last = job.step >= cfg.iterations or out_of_time
+        fault = "" if last else max(fault for *_, fault in told)
         if stop or fault:
-            why, kind = (f"stopped by {signal.Signals(stop).name}", Interrupted) if stop else (fault, DataError)
+            kind, why = (Interrupted, f"stopped by {signal.Signals(stop).name}") if stop else (
+                DataError, f"{fault}; stopped")
             error = kind(f"{why} at step {job.step}; {checkpoints.save_step(job)}")
             error.told = run.rank > 0
             raise error
@@ -4710,9 +4720,6 @@ def train_loop(job, data, cfg, run, micro_rows, checkpoints):
             raise SettingError(f"step {job.step}: {pace.bad_steps} steps had gradients that are not finite, more than "
                                f"MAX_BAD_STEPS={cfg.max_bad_steps}; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR; "
                                f"{checkpoints.save_step(job)}")
-        # On CUDA one step is still in flight, so the next one ends two steps from now.
-        out_of_time = job.step > 0 and elapsed + step_s * (2 if run.device.type == "cuda" else 1) > budget
-        last = job.step >= cfg.iterations or out_of_time
         if checkpoints.due(elapsed) and not last and job.step > saved_step:
             checkpoints.last_s, saved_step = elapsed, job.step
             checkpoints.save_step(job)
@@ -4916,7 +4923,7 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
     return model, ledger, seconds + reload_s, in_order
 
 
-def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run):
+def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run, stored):
     """Print sizes and the compliance line, each verdict from a check made in this run; returns whether all hold."""
     cfg, code = model.cfg, code_bytes()
     total = len(code) + artifact_bytes
@@ -4931,7 +4938,7 @@ def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run):
         bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if data.table.sidecar is not None else 0))
     limits = dict(train=not (trained and 0 < cfg.max_wallclock_seconds < trained.train_s),
                   eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes,
-                  file=run.rank > 0 or artifact_path(cfg).is_file())  # a full disk may have kept it from being written
+                  file=stored)
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     verdict = "fail" if not holds else "holdout" if cfg.holdout_tokens else "ok"  # a holdout is for choosing settings
     spent = dict(train_s=f"{trained.train_s:.1f}" if trained else "-", eval_s=f"{eval_s:.1f}", total_bytes=total,
@@ -5015,8 +5022,10 @@ def name_run(cfg, run):
 def verdict_of(path):
     """The verdict in a log that has reached its end, else ''."""
     with suppress(OSError):
-        found = re.findall(r"^compliance .*verdict:(\w+)$", path.read_text(errors="replace"), re.MULTILINE)
-        return found[-1] if found else ""
+        text = path.read_text("utf-8", "replace")
+        found = [*re.finditer(r"^compliance .*verdict:(\w+)$", text, re.MULTILINE)]
+        if found and "over_limit limit:file" not in text[found[-1].end():]:  # an artifact not on disk can be made again
+            return found[-1][1]
     return ""
 
 
@@ -5024,7 +5033,7 @@ def begin_log(path, cfg):
     """The log of a new run, or of a resumed one made ready to go on, as an open file that no other process can begin
     too, and whether it had begun.  Raises SettingError.
     """
-    if not (cfg.resume or cfg.eval_only):
+    if not (cfg.resume or cfg.eval_only or path.exists()):
         for file in (artifact_path(cfg), *path.with_name(f"{cfg.run_id}.ckpt").glob("*.npz")):
             if file.exists():
                 raise SettingError(f"RUN_ID={cfg.run_id}: {file} of an earlier run exists; set another RUN_ID, or move "
@@ -5032,9 +5041,13 @@ def begin_log(path, cfg):
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         f = path.open("a+b" if cfg.resume else "x+b")
-        with suppress(ImportError):  # there are systems without
+        try:
             import fcntl
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SettingError(f"RUN_ID={cfg.run_id}: another process is at this run; set another RUN_ID") from None
+        except (ImportError, OSError):  # there are systems, and file systems, without locks
+            pass
         f.seek(0)
         begun = f.read()
         if begun and not begun.endswith(b"\n"):  # a killed run may have left half a line
@@ -5044,8 +5057,6 @@ def begin_log(path, cfg):
     except FileExistsError:
         raise SettingError(f"RUN_ID={cfg.run_id}: {path} exists; set another RUN_ID, move that run away, or go on with "
                            "it by RESUME=auto") from None
-    except BlockingIOError:
-        raise SettingError(f"RUN_ID={cfg.run_id}: another process is at this run; set another RUN_ID") from None
     except OSError as error:
         raise SettingError(f"OUT_DIR={cfg.out_dir}: cannot be written ({error.strerror}); set OUT_DIR to a folder that "
                            "can") from None
@@ -5098,7 +5109,8 @@ def main(env):
         else:
             trained, blob = make_artifact(data, cfg, run)
         model, ledger, eval_s, in_order = evaluate_artifact(blob, data, cfg, run, resume=bool(cfg.resume))
-        return 0 if report(model, ledger, len(blob), trained, eval_s, in_order, data, run) else 1
+        stored = cfg.eval_only or run.broadcast(is_stored(blob, cfg, run) if run.rank == 0 else None)
+        return 0 if report(model, ledger, len(blob), trained, eval_s, in_order, data, run, stored) else 1
     finally:
         run.close()
 
@@ -5112,8 +5124,22 @@ def load_checked(path):
 
 
 def artifact_path(cfg):
-    """The file that is scored: ARTIFACT, or the run's own."""
-    return Path(cfg.artifact or Path(cfg.out_dir) / f"{cfg.run_id}.artifact")
+    """Where the run writes its artifact."""
+    return Path(cfg.out_dir) / f"{cfg.run_id}.artifact"
+
+
+def is_stored(blob, cfg, run):
+    """On rank 0: whether the run's artifact is on disk as it was scored; a disk that was full gets a second chance."""
+    path = artifact_path(cfg)
+    try:
+        with suppress(OSError):
+            if path.read_bytes() == blob:
+                return True
+        write_whole(path, lambda f: f.write(blob))
+    except FileError as error:
+        run.log("artifact_not_written", reason=str(error))
+        return False
+    return True
 
 
 def make_artifact(data, cfg, run):
@@ -5126,11 +5152,12 @@ def make_artifact(data, cfg, run):
     path = artifact_path(cfg)
     if saved:
         facts = saved[1]
-        blob = run.broadcast(checkpoints.exported(path) if facts["trained"] and run.rank == 0 else None)
+        exported = run.broadcast(checkpoints.exported(path) if facts["trained"] and run.rank == 0 else None)
         run.log("resume", checkpoint=cfg.resume, step=facts["step"], train_time=f"{1000 * facts['elapsed_s']:.0f}ms",
-                trained=int(facts["trained"]), exported=int(bool(blob)))
-        if blob:
-            return Trained(facts["step"], facts["train_s"], UNCALIBRATED), blob
+                trained=int(facts["trained"]), exported=int(bool(exported)))
+        if exported:
+            blob, train_s = exported
+            return Trained(facts["step"], train_s, UNCALIBRATED), blob
     check_kernels(cfg, run)
     model = init_weights(LM(cfg), cfg.seed).to(run.device)
     run.log("model", parameters=sum(p.numel() for p in model.parameters()), val_tokens=len(data.val),
@@ -5143,7 +5170,7 @@ def make_artifact(data, cfg, run):
     try:
         save_artifact(path, model, cfg, trained.calibration, run)
         blob = run.from_rank_0(lambda: load_checked(path))
-        checkpoints.mark_export(blob)
+        checkpoints.mark_export(blob, trained.train_s)
     except FileError as error:
         blob = error.blob
         run.log("artifact_not_written", reason=str(error))
@@ -5155,6 +5182,8 @@ def make_artifact(data, cfg, run):
 def entry():
     """Run `main` on the process's environment; a fault that the user can mend ends in one line, not a traceback."""
     STOP.listen()
+    with suppress(AttributeError):  # of a stdout that is no text file
+        sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters than the log
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text(), flush=True)
@@ -5181,6 +5210,7 @@ if __name__ == "__main__":
     code = entry()
     # All is written, so leave without shutting Python down: there a C++ thread of torch.distributed can end in
     # std::terminate, and a finished run of several ranks looks failed (8 of 112 on the CPU; left like this, 0 of 111).
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -278,6 +278,28 @@ def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capfd):
     run.log("step", a=2)
     out, err = capfd.readouterr()
     assert out == "step a:1\nstep a:2\n" and err.count("cannot be written") == 1
+    run.log_path.parent.mkdir()  # there is room again
+    run.log("step", a=3)
+    assert run.log_path.read_text() == "step a:3\n"
+
+
+def test_console_that_has_gone_does_not_end_a_run(tmp_path, monkeypatch):
+    class Gone:
+        def write(self, text):
+            raise OSError(5, "Input/output error")
+        flush = write
+    run = t.Run()
+    monkeypatch.setattr(t.sys, "stdout", Gone())
+    with pytest.raises(OSError):
+        run.log("step", a=1)  # where there is no log, somebody must be told
+    run.log_path, run.live = tmp_path / "log.txt", True
+    run.progress("step 1")
+    assert not run.live
+    run.log("step", a=2)
+    assert run.log_path.read_text() == "step a:2\n"
+    monkeypatch.setattr(t.sys, "stderr", Gone())
+    run.log_path = tmp_path / "nowhere" / "log.txt"
+    run.log("step", a=3)  # nothing is left to say it on, and the run can still be scored
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path, capsys):
@@ -350,10 +372,12 @@ def test_fault_of_a_shard_leaves_a_checkpoint(tmp_path, monkeypatch):
         return "shard: vanished" if len(calls) > 3 else ""
     with monkeypatch.context() as patch:
         patch.setattr(t.Loader, "fault", fault)
-        with pytest.raises(t.DataError, match=r"vanished at step 3; RESUME=\S+step_00000003.npz goes on"):
+        with pytest.raises(t.DataError, match=r"vanished; stopped at step 3; RESUME=\S+step_00000003.npz goes on"):
             train(cfg)
     model, _ = train(cfg)
-    whole, _ = train(job_config(tmp_path, resume="", run_id="whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr(t.Loader, "fault", lambda loader: "behind the last step" if loader.state() == (0, 64) else "")
+        whole, _ = train(job_config(tmp_path, resume="", run_id="whole"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters()))
 
 

@@ -137,7 +137,7 @@ def test_checkpoint_of_another_run_is_not_scored_as_ones_own(run):
     first, second = run(RUN_ID="a", **SHORT), run(RUN_ID="b", **SHORT | dict(SEED="2"))
     forget_the_evaluation(second.folder / "b.txt")
     mixed = run(RUN_ID="b", RESUME=str(first.folder / "a.ckpt"), **SHORT)
-    assert mixed.code == 2 and "RUN_ID=b has checkpoints of its own" in mixed.err
+    assert mixed.code == 2 and "RUN_ID=b, which has checkpoints of its own" in mixed.err
     third = run(RUN_ID="c", RESUME=str(first.folder / "a.ckpt"), **SHORT)  # an export of its own is what one may want
     assert third.code == 0 and values(third.out, "final") == values(first.out, "final")
 
@@ -152,6 +152,8 @@ def test_files_of_a_run_whose_log_was_moved_are_left_alone(run, kept):
     again = run(RUN_ID="a", **SHORT)
     assert again.code == 2 and f"{kept}" in again.err and "of an earlier run exists" in again.err
     assert files_in(first.folder) == before
+    (first.folder / "moved.txt").rename(first.folder / "a.txt")
+    assert "RESUME=auto" in run(RUN_ID="a", **SHORT).err
 
 
 def test_two_processes_are_not_at_one_run(run):
@@ -219,11 +221,57 @@ def test_artifact_on_a_full_disk_is_scored_and_fails_the_verdict(run, monkeypatc
         if str(path).endswith(".artifact"):
             raise t.FileError(f"{path}: cannot be written (No space left on device)")
         write(path, write_to)
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "write_whole", full)
+        result = run(RUN_ID="full", **SHORT)
+        assert result.code == 1 and values(result.out, "final") == values(whole.out, "final")
+        assert result.out.count("artifact_not_written reason:") == 2 and "No,space" in result.out
+        assert values(result.out, "over_limit")["limit"] == "file"
+        other = run(RUN_ID="whole", RESUME="auto", **SHORT)  # that one has ended
+        assert other.code == 0 and "has ended" in other.out
+        forget_the_evaluation(whole.folder / "whole.txt")
+        other = run(RUN_ID="whole", RESUME="auto", **SHORT | dict(MATRIX_BITS="4", GRID="sdclip"))
+        assert other.code == 1 and values(other.out, "over_limit")["limit"] == "file"  # another file is in its place
+    again = run(RUN_ID="full", RESUME="auto", **SHORT)
+    assert again.code == 0 and values(again.out, "final") == values(whole.out, "final")
+
+
+def test_disk_that_was_full_for_a_moment_gets_the_artifact_after_all(run, monkeypatch):
+    write, calls = t.write_whole, []
+
+    def full(path, write_to):
+        calls.append(path)
+        if str(path).endswith(".artifact") and len([p for p in calls if p == path]) == 1:
+            raise t.FileError(f"{path}: cannot be written")
+        write(path, write_to)
     monkeypatch.setattr(t, "write_whole", full)
-    result = run(RUN_ID="full", **SHORT)
-    assert result.code == 1 and values(result.out, "final") == values(whole.out, "final")
-    assert "No,space" in values(result.out, "artifact_not_written")["reason"]
-    assert values(result.out, "over_limit")["limit"] == "file"
+    result = run(RUN_ID="a", **SHORT)
+    assert result.code == 0 and (result.folder / "a.artifact").stat().st_size == int(
+        values(result.out, "reload")["artifact_bytes"])
+
+
+def test_training_clock_of_a_calibration_that_was_done_again_is_kept(run, monkeypatch):
+    def slow(model, loader, cfg, run, clock):
+        t.time.sleep(0.5)
+        return calibrate(model, loader, cfg, run, clock)
+    calibrate, first = t.calibrate, run(RUN_ID="a", **SHORT)
+    (first.folder / "a.artifact").unlink()
+    forget_the_evaluation(first.folder / "a.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr(t, "calibrate", slow)
+        second = run(RUN_ID="a", RESUME="auto", **SHORT)
+    log = first.folder / "a.txt"
+    log.write_text(log.read_text()[:log.read_text().rindex("reload artifact_bytes")])
+    third = run(RUN_ID="a", RESUME="auto", **SHORT)
+    assert values(third.out, "resume")["exported"] == "1"
+    assert float(values(third.out, "compliance")["train_s"]) == float(values(second.out, "compliance")["train_s"]) > 0.5
+
+
+def test_file_system_without_locks_is_no_obstacle(run, monkeypatch):
+    def none(*arguments):
+        raise OSError(37, "No locks available")
+    monkeypatch.setattr(fcntl, "flock", none)
+    assert run(RUN_ID="a", **SHORT).code == 0
 
 
 def test_trimmed_epochs_hold_to_the_end_of_the_evaluation(run, monkeypatch):

@@ -8,7 +8,6 @@ import pickle
 import shutil
 import threading
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -702,15 +701,14 @@ def test_the_plan_is_the_time_of_one_call_times_their_number(method, monkeypatch
     ({}, "verdict:ok"), (dict(causal=1e-3), "causal:fail"), (dict(causal=math.nan), "causal:fail"),
     (dict(normalized=1e-3), "normalized:fail"), (dict(tokens=98), "coverage:fail"), (dict(first=1), "coverage:fail"),
     (dict(in_order=False), "score_first:fail"), (dict(text_bytes=399), "bytes:fail"), (dict(eval_s=601.0), "eval"),
-    (dict(artifact_bytes=16_000_000), "size"), (dict(file="/nowhere"), "limit:file")])
+    (dict(artifact_bytes=16_000_000), "size"), (dict(stored=False), "limit:file")])
 def test_each_fault_fails_the_verdict(fault, word, monkeypatch, capsys):
     found = dict(first=0, tokens=99, causal=0.0, normalized=0.0, in_order=True, text_bytes=400, eval_s=1.0,
-                 artifact_bytes=1000, file=__file__) | fault
-    monkeypatch.setattr(t, "artifact_path", lambda cfg: Path(found["file"]))
+                 artifact_bytes=1000, stored=True) | fault
     monkeypatch.setattr(t, "decoded_bytes", lambda *arguments: (400, found["text_bytes"]))
     ledger = t.Ledger(found["first"], found["tokens"], 100.0, 400, found["causal"], found["normalized"])
     held = t.report(LM, ledger, found["artifact_bytes"], None, found["eval_s"], found["in_order"],
-                    t.Data([], random_text(100), None, TABLE), t.Run())
+                    t.Data([], random_text(100), None, TABLE), t.Run(), found["stored"])
     out = capsys.readouterr().out
     assert held == (not fault) and word in out and ("verdict:fail" in out) == bool(fault)
 
