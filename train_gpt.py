@@ -954,8 +954,9 @@ def open_data(cfg):
     if len(val) < 2:
         raise DataError(f"DATA_PATH={cfg.data_path}: the validation split has {len(val)} token, nothing to score")
     table = byte_table(sp, cfg.vocab_size)._replace(sidecar=sidecar)
-    if not (sidecar[1:].any() if sidecar is not None else (
-            np.bincount(val[1:], minlength=cfg.vocab_size) * (table.base + table.spaced).numpy()).any()):
+    has_bytes, some = (table.base + table.spaced).numpy() > 0, 1 << 20  # the first part nearly always settles it
+    if not (sidecar[1:].any() if sidecar is not None else
+            any(has_bytes[val[i:i + some]].any() for i in range(1, len(val), some))):
         raise DataError(f"DATA_PATH={cfg.data_path}: the text to score has 0 bytes, only control tokens")
     return Data(train, val, sp, table)
 
@@ -4137,15 +4138,14 @@ class Progress:
 
     def _find(self):
         """On rank 0: the (tensors, facts) of this evaluation as saved, or None."""
-        found = None
-        if self.path.exists():
-            try:
-                found = load_tensors(self.path)
-            except FileError as error:
-                self.run.log("evaluation_resume", used="no", reason=str(error))
-            if found and found[1].get("key") != self.key:
-                self.run.log("evaluation_resume", used="no", reason="another_script_artifact_text_or_setting")
-                found = None
+        if not self.path.exists():
+            return None
+        try:
+            found = load_tensors(self.path)
+        except FileError as error:
+            return self.run.log("evaluation_resume", used="no", reason=str(error))
+        if found[1].get("key") != self.key:
+            return self.run.log("evaluation_resume", used="no", reason="another_script_artifact_text_or_setting")
         return found
 
     def restore(self, scorer):
@@ -4924,7 +4924,10 @@ def evaluate_artifact(blob, data, cfg, run, resume=False):
 
 
 def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run, stored):
-    """Print sizes and the compliance line, each verdict from a check made in this run; returns whether all hold."""
+    """Print sizes and the compliance line, each verdict from a check made in this run; returns whether all hold.
+
+    stored: what was scored is on disk.
+    """
     cfg, code = model.cfg, code_bytes()
     total = len(code) + artifact_bytes
     coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
@@ -4937,8 +4940,7 @@ def report(model, ledger, artifact_bytes, trained, eval_s, in_order, data, run, 
         coverage=ledger.first == 0 and ledger.tokens == len(data.val) - 1,
         bytes=abs(counted - by_text) <= (CASE_SLACK * by_text if data.table.sidecar is not None else 0))
     limits = dict(train=not (trained and 0 < cfg.max_wallclock_seconds < trained.train_s),
-                  eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes,
-                  file=stored)
+                  eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=stored)
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     verdict = "fail" if not holds else "holdout" if cfg.holdout_tokens else "ok"  # a holdout is for choosing settings
     spent = dict(train_s=f"{trained.train_s:.1f}" if trained else "-", eval_s=f"{eval_s:.1f}", total_bytes=total,
