@@ -16,7 +16,6 @@ _LITERAL = re.compile("([%s])" % "".join(MARKS))
 # letters is tried from its first letter only.
 _CAPITALS = re.compile("(?<![a-z])[a-z]*[A-Z][A-Za-z]*")
 _CODED = re.compile(f"{ESC}(.)|[{TITLE}{CAPNEXT}]([a-z])|{ALLCAPS}([a-z]+)", re.DOTALL)
-_SYMBOL = re.compile(f"{ESC}(.)|[{TITLE}{ALLCAPS}{CAPNEXT}]", re.DOTALL)
 _CAPNEXT_LETTER = {code: CAPNEXT + chr(code).lower() for code in range(ord("A"), ord("Z") + 1)}
 
 
@@ -37,11 +36,3 @@ def encode(text):
 def decode(text):
     """The text that encode() made text of."""
     return _CODED.sub(lambda match: match[1] or (match[2] or match[3]).upper(), text)
-
-
-def bare(text):
-    """text without its symbols, a literal one kept: as many UTF-8 bytes as the original text has.
-
-    Safe also where a tokenizer's normalisation has joined a letter with an accent behind it.
-    """
-    return _SYMBOL.sub(r"\1", text)

@@ -2,17 +2,16 @@
 
 import hashlib
 import struct
-import sys
 
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024  # the challenge's format; the header is int32[256]
+MAGIC, VERSION = 20240520, 1
+HEADER_BYTES = 1024  # int32[256]: magic, version, number of tokens, zeros
 TOKEN_BYTES = 2  # uint16, little endian
 
 
 def log(event, **values):
     """Print one `event key:value ...` line, the grammar of the training log."""
-    clear = "\r\x1b[K" if sys.stdout.isatty() else ""  # a progress bar may stand on the line
-    pairs = (f"{key}:{'_'.join(str(v).split())}" for key, v in values.items())
-    print(clear + event, *pairs, flush=True)
+    pairs = (f"{key}:{'_'.join(str(value).split())}" for key, value in values.items())
+    print(event, *pairs, flush=True)
 
 
 def sha256_file(path):
@@ -40,7 +39,8 @@ def shard_tokens(path):
         raise ValueError(
             f"{path.name}: header {magic}, {version}; expected {MAGIC}, {VERSION}: not a shard"
         )
-    expected, found = HEADER_BYTES + TOKEN_BYTES * count, path.stat().st_size
+    found = path.stat().st_size
+    expected = HEADER_BYTES + TOKEN_BYTES * count
     if found != expected:
         raise ValueError(f"{path.name}: {found} bytes, expected {expected} for {count} tokens")
     return count

@@ -1,12 +1,16 @@
-"""What every test file shares: the root on sys.path, one torch thread, a tiny model, runs at toy size, skipping without
-a GPU.
+"""What every test file shares: a tiny model and text, runs at toy size, ranks, the log's parser.
 
-`tiny_config(**overrides)` and `tiny_model(cfg)` are plain functions; fixtures of the same names hand them to tests.
+`tiny_config(**overrides)` and `tiny_model(cfg)` are plain functions; fixtures of the same names
+hand them to tests.  Tests marked gpu are skipped where torch finds no CUDA GPU.
 """
 
+import multiprocessing
 import os
 import signal
+import socket
+import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -20,26 +24,28 @@ sys.path.insert(0, str(ROOT))
 
 import train_gpt as t  # noqa: E402
 
+SCRIPT = ROOT / "train_gpt.py"
 SAMPLE = ROOT / "data" / "sample"
 
 torch.set_num_threads(1)  # the shapes are tiny: more threads are slower
 
 
 def tiny_config(**overrides):
-    """A Config of four small layers, one tag shared, with CPU kernels and small evaluation settings."""
+    """A Config of four small layers, one tag shared, with reference kernels and short passes."""
     settings = dict(
-        device="cpu", vocab_size=64, stack="gdn swa:a gdn swa:a", model_dim=64, num_heads=4, num_kv_heads=2,
-        swa_window=16, qk_gain_init=1.5, gdn_heads=2, gdn_head_dim=16, mlp_mult=2.0, ngram_buckets=64, ngram_dim=16,
-        train_seq_len=64, train_batch_tokens=512, iterations=4, max_wallclock_seconds=0.0, warmup_steps=0,
-        muon_momentum_warmup_steps=10, val_loss_every=0, kernel="reference", attn_kernel="sdpa", compile="0",
-        eval_stride=16, eval_spans=3, eval_warmup_tokens=32, eval_batch_tokens=256, final_score="exact",
-        eval_overrun="error", ttt_enabled=False, ttt_chunk_tokens=100, ttt_scoring="sliding", ttt_optimizer="sgd",
-        ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
+        device="cpu", vocab_size=64, stack="gdn swa:a gdn swa:a", model_dim=64, num_heads=4,
+        num_kv_heads=2, swa_window=16, qk_gain_init=1.5, gdn_heads=2, gdn_head_dim=16, mlp_mult=2.0,
+        ngram_buckets=64, ngram_dim=16, train_seq_len=64, train_batch_tokens=512, iterations=4,
+        max_wallclock_seconds=0.0, warmup_steps=0, muon_momentum_warmup_steps=10, val_loss_every=0,
+        kernel="reference", compile="0", gptq_calibration_batches=2, eval_stride=16, eval_spans=3,
+        eval_warmup_tokens=32, eval_batch_tokens=256, final_score="exact", ttt_chunk_tokens=100,
+        ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005, ttt_schedule="cosine",
+        ttt_epochs=3)
     return t.Config(**(settings | overrides))
 
 
 def tiny_model(cfg, seed=0):
-    """LM(cfg) whose every parameter is moved from its initial value by noise, so that no path is zero or one."""
+    """LM(cfg) with noise added to every parameter, so that no path is zero or one."""
     model = t.init_weights(t.LM(cfg), cfg.seed)
     rng = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -48,61 +54,97 @@ def tiny_model(cfg, seed=0):
     return model
 
 
-def quantize_model(model, hessians, cfg, strength):
-    """{name: Quantized} of the whole model by a Quantizer on one rank."""
-    return t.Quantizer(model, cfg, hessians, t.Run()).at(strength)
+fixture_tiny_config = pytest.fixture(lambda: tiny_config, name="tiny_config")
+fixture_tiny_model = pytest.fixture(lambda: tiny_model, name="tiny_model")
 
 
-@pytest.fixture(name="tiny_config")
-def fixture_tiny_config():
-    return tiny_config
+def weights_of(model):
+    """{name: a copy of the parameter}."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-@pytest.fixture(name="tiny_model")
-def fixture_tiny_model():
-    return tiny_model
+class TextShard(SimpleNamespace):
+    """A shard in memory: path (a Path, only its name counts) and text np.uint16 (n,)."""
+
+    def __len__(self):
+        return len(self.text)
+
+    def __getitem__(self, part):
+        return self.text[part]
 
 
-# ---- runs from the command line -------------------------------------------------------------------
+def fixed_data(cfg):
+    """Text of one fixed pattern as training and validation split, and a byte table that varies."""
+    rng = np.random.default_rng(0)
+    text = 2 + (np.cumsum(rng.integers(1, 4, 5000)) % (cfg.vocab_size - 2))
+    text[::97] = 1
+    text = text.astype(np.uint16)
+    shards = [TextShard(path=Path("a.bin"), text=text[:3000]),
+              TextShard(path=Path("b.bin"), text=text[3000:4200])]
+    ids = torch.arange(cfg.vocab_size)
+    return t.Data(shards, text[4200:], None, t.ByteTable(ids % 5, ids % 3 == 0, ids < 2))
+
+
+# ---- ranks ---------------------------------------------------------------------------------------
+
+
+def run_rank(work, rank, count, port, arguments):
+    """In its own process: work(run, *arguments) as one of `count` ranks joined by gloo."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    run = t.Run.from_env(dict(RANK=str(rank), WORLD_SIZE=str(count)), tiny_config())
+    try:
+        return work(run, *arguments)
+    finally:
+        run.close()
+
+
+def on_ranks(count, work, *arguments):
+    """[work(run, *arguments) of each rank]; `work` is a function at the top of a test file."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        ranks = [pool.submit(run_rank, work, i, count, port, arguments) for i in range(count)]
+        return [rank.result(timeout=120) for rank in ranks]
+
+
+# ---- runs from the command line ------------------------------------------------------------------
 
 NUM_VAL, NUM_TRAIN = 2501, 40_000
-EVALUATION = dict(FINAL_SCORE="exact", TTT_ENABLED="0", EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128",
-                  EVAL_BATCH_TOKENS="1024")
+EVALUATION = dict(FINAL_SCORE="exact", EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128",
+                  EVAL_BATCH_TOKENS="1024", EVAL_DIAGNOSTICS="0")
 TINY = EVALUATION | dict(
-    PRESET="sample", DEVICE="cpu", STACK="gdn swa:a gdn swa:a", MODEL_DIM="32", NUM_HEADS="2", NUM_KV_HEADS="1",
-    SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="16", NGRAM_BUCKETS="64", NGRAM_DIM="8", TRAIN_SEQ_LEN="64",
-    TRAIN_BATCH_TOKENS="512", ITERATIONS="3", MAX_WALLCLOCK_SECONDS="0", VAL_LOSS_EVERY="2",
-    GPTQ_CALIBRATION_BATCHES="2")
+    PRESET="sample", DEVICE="cpu", STACK="gdn swa:a gdn swa:a", MODEL_DIM="32", NUM_HEADS="2",
+    NUM_KV_HEADS="1", SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="16", NGRAM_BUCKETS="64",
+    NGRAM_DIM="8", TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", ITERATIONS="3",
+    MAX_WALLCLOCK_SECONDS="0", GPTQ_CALIBRATION_BATCHES="2")
 
 
 @pytest.fixture(scope="session")
-def tokens_folder(tmp_path_factory):
-    """The first tokens of the sample's shards."""
+def tiny(tmp_path_factory):
+    """The environment of a run of three steps on the first tokens of the sample's shards."""
     folder = tmp_path_factory.mktemp("shards")
     for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         raw = (SAMPLE / f"fineweb_{split}_000000.bin").read_bytes()
         header = np.frombuffer(raw[:1024], "<i4").copy()
         header[2] = count
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(header.tobytes() + raw[1024:1024 + 2 * count])
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny(tokens_folder):
-    """The environment of a run of three steps."""
-    return TINY | dict(DATA_PATH=str(tokens_folder))
+        shard = header.tobytes() + raw[1024:1024 + 2 * count]
+        (folder / f"fineweb_{split}_000000.bin").write_bytes(shard)
+    return TINY | dict(DATA_PATH=str(folder))
 
 
 @pytest.fixture
 def run(tiny, tmp_path, capfd):
-    """run(**changes) calls entry() under the tiny settings; None removes one.  Returns code, out, err, folder."""
+    """run(**changes) calls entry() under the tiny settings; None unsets: code, out, err, folder."""
     def call(*arguments, **changes):
-        env = {k: v for k, v in (tiny | dict(OUT_DIR=str(tmp_path / "out")) | changes).items() if v is not None}
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        env = tiny | dict(OUT_DIR=str(tmp_path / "out")) | changes
+        env = {name: value for name, value in env.items() if value is not None}
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         capfd.readouterr()
         try:
             with (mock.patch.dict(os.environ, env, clear=True),
-                  mock.patch.object(sys, "argv", ["train_gpt.py", *arguments])):
+                  mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]),
+                  mock.patch.object(t, "STOP", t.StopRequest())):
                 code = t.entry()
         finally:
             for number, handler in handlers.items():
@@ -112,9 +154,15 @@ def run(tiny, tmp_path, capfd):
     return call
 
 
-def process_env(tiny, **changes):
-    kept = {name: os.environ[name] for name in ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
-    return kept | dict(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1") | tiny | changes
+def launch(env, ranks=0):
+    """The script in a process group of its own, under torchrun if `ranks`; its output on pipes."""
+    kept = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH")
+    env = {name: os.environ[name] for name in kept if name in os.environ} | dict(
+        OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1") | env
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(torchrun if ranks else []), str(SCRIPT)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, start_new_session=True)
 
 
 def parse(text):
@@ -135,41 +183,34 @@ def values(text, event):
 
 
 def files_in(folder):
+    """Names of all files below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+# ---- GPUs ----------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items):
     """Skip tests marked gpu where torch finds no CUDA GPU."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    for item in items if not torch.cuda.is_available() else ():
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def no_tuning():
-    """An autotuned Triton kernel takes its first configuration that runs: timing them all takes minutes a kernel.
-
-    The kernels that a run tunes are checked at its start (check_kernels).
-    """
+    """An autotuned Triton kernel takes its first configuration that runs: timing takes minutes."""
     if not torch.cuda.is_available():
-        yield
         return
     from triton.runtime.autotuner import Autotuner
-    run, bench = Autotuner.run, Autotuner._bench
-
-    def run_anew(tuner, *args, **kwargs):
-        tuner.found = False
-        return run(tuner, *args, **kwargs)
+    bench = Autotuner._bench
 
     def bench_until_found(tuner, *args, **kwargs):
-        times = [float("inf")] * 3 if tuner.found else bench(tuner, *args, **kwargs)
-        tuner.found |= times[0] < float("inf")
+        if getattr(tuner, "found_at", -1) == len(tuner.cache):  # the cache has one entry a shape
+            return [float("inf")] * 3
+        times = bench(tuner, *args, **kwargs)
+        tuner.found_at = len(tuner.cache) if times[0] < float("inf") else -1
         return times
 
-    def bench_without_disk(tuner, key, configs, bench_all):
-        bench_all()  # what is found here must not be kept for real runs
-        return False
-
-    with mock.patch.multiple(Autotuner, run=run_anew, _bench=bench_until_found, check_disk_cache=bench_without_disk):
-        yield
+    Autotuner._bench = bench_until_found
+    Autotuner.check_disk_cache = lambda tuner, key, configs, bench_all: bench_all()  # no disk

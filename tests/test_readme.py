@@ -1,82 +1,119 @@
-"""The README against what it speaks of: its settings table is made from Config, its files exist, its functions too.
+"""The documents against the script and the logs: commands, line numbers, size, links, scores.
 
-    python tests/test_readme.py        writes the table anew
+    python tests/test_readme.py --update        writes today's line numbers into README.md
 """
 
 import ast
 import re
+import statistics
 import sys
-from dataclasses import fields
+from pathlib import Path
 
-from conftest import ROOT
+import pytest
 
-import train_gpt as t
-
-README = ROOT / "README.md"
-MARKS = "<!-- settings -->\n", "<!-- end of settings -->\n"
-
-
-def settings_table():
-    """Markdown: every setting by group with default and meaning, then what each preset changes."""
-    lines = []
-    for f in fields(t.Config):
-        if "group" in f.metadata:
-            lines += ["", f"**{f.metadata['group']}**", "", "| variable | default | meaning |", "|---|---|---|"]
-        rule = f.metadata["rule"]
-        text = f.metadata["help"] + (f" ({rule.text})" if rule else "")
-        lines.append(f"| `{f.name.upper()}` | {shown(f.default)} | {text.replace('|', chr(92) + '|')} |")
-    lines += ["", "**presets**", "", "| preset | sets |", "|---|---|"]
-    for name, values in (t.PRESETS | {f"{name},sample": values for name, values in t.WITH_SAMPLE.items()}).items():
-        changes = " ".join(f"`{key.upper()}={t.plain(relative(value))}`" for key, value in values.items())
-        lines.append(f"| `{name}` | {changes or 'the defaults'} |")
-    return "\n".join(lines[1:]) + "\n"
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "logs/README.md", "logs/RESULTS.md", "tests/README.md"]
+LINE_NUMBER = re.compile(r"`([A-Za-z_][\w.]*)` \(line (\d+)\)")
+VENV_TEST = ('python3 -m venv "${VENV:=.venv}" && "$VENV/bin/pip" install -q -r requirements.txt '
+             '-r tests/requirements.txt && "$VENV/bin/ruff" check . && '
+             '"$VENV/bin/python" -m pytest')
+COMMANDS = {"main": "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
+                    "PRESET=sample "
+                    ".venv/bin/python train_gpt.py", "tests": VENV_TEST}
 
 
-def relative(value):
-    """Paths inside the folder as they are written from it."""
-    return value.removeprefix(f"{ROOT}/") if isinstance(value, str) else value
+def read(name):
+    return (ROOT / name).read_text(encoding="utf-8")
 
 
-def shown(value):
-    """A default as a table cell."""
-    return f"`{t.plain(value)}`" if t.plain(value) else "empty"
+def definitions():
+    """Line of every function, class and method of train_gpt.py, by its dotted name."""
+    kinds = ast.FunctionDef | ast.ClassDef
+    top = [node for node in ast.parse(read("train_gpt.py")).body if isinstance(node, kinds)]
+    members = [(f"{node.name}.{m.name}", m.lineno)
+               for node in top for m in node.body if isinstance(m, kinds)]
+    return {node.name: node.lineno for node in top} | dict(members)
 
 
-def in_readme():
-    """The text before, in and behind the marks."""
-    text = README.read_text(encoding="utf-8")
-    start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-    return text[:start], text[start:end], text[end:]
+def update():
+    """Write today's line numbers into README.md; a name that is not defined raises KeyError."""
+    lines = definitions()
+    text = LINE_NUMBER.sub(lambda m: f"`{m[1]}` (line {lines[m[1]]})", read("README.md"))
+    (ROOT / "README.md").write_text(text, encoding="utf-8")
 
 
-def test_settings_table_is_that_of_the_script():
-    assert in_readme()[1] == settings_table(), "run python tests/test_readme.py"
+def links(name):
+    """Relative targets of a document's links and images, without their #anchor."""
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", read(name))
+    return [target for target in targets if "://" not in target]
 
 
-def test_files_that_it_links_or_shows_exist():
-    text = README.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
-    assert links and all((ROOT / link).exists() for link in links if "://" not in link), links
+def scores(log):
+    """4-decimal bpb of every line of a log that starts with `final`, in the log's order."""
+    found = re.findall(r"^final\S* .*?\bval_bpb:(\S+)", log, re.MULTILINE)
+    return [f"{float(bpb):.4f}" for bpb in found]
 
 
-def test_functions_and_tests_of_the_compliance_table_exist():
-    text = README.read_text(encoding="utf-8")
-    part = text[text.index("## Compliance"):]
-    names = set(re.findall(r"`([A-Za-z_][\w.]*)`", part[:part.index("\n## ")]))
-    nodes = list(ast.walk(ast.parse((ROOT / "train_gpt.py").read_text(encoding="utf-8"))))
-    defined = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)} | {
-        n.attr for n in nodes if isinstance(n, ast.Attribute)} | {f.name.upper() for f in fields(t.Config)}
-    files = {path.name for path in (ROOT / "tests").iterdir()} | {"train_gpt.py"}
-    missing = {n for n in names if n not in files and not set(n.split(".")) <= defined} - {"final", "adapt", "evaluate"}
-    assert len(names) > 10 and not missing, missing
+def rows(name):
+    """(row of a table, texts of the logs that it links), for the rows that link one."""
+    for row in re.findall(r"^\|.*\|$", read(name), re.MULTILINE):
+        logs = re.findall(r"\]\(([^)\s]+\.txt)\)", row)
+        if logs:
+            yield row, [((ROOT / name).parent / log).read_text(encoding="utf-8") for log in logs]
 
 
-def test_every_log_that_it_names_is_kept():
-    named = set(re.findall(r"`((?:h100|h200|sample|\d{8}-\d{6})_\w+)`", README.read_text(encoding="utf-8")))
-    assert named and all((ROOT / "logs" / f"{name}.txt").is_file() for name in named), named
+@pytest.mark.parametrize("mark", COMMANDS)
+def test_commands_stand_behind_their_marks(mark):
+    assert f"<!-- {mark} -->\n```bash\n{COMMANDS[mark]}\n```\n" in read("README.md")
 
 
-if __name__ == "__main__":
-    before, _, behind = in_readme()
-    README.write_text(before + settings_table() + behind, encoding="utf-8")
-    sys.stdout.write(settings_table())
+def test_readme_is_short():
+    text = read("README.md")
+    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2200
+
+
+def test_line_numbers_are_true():
+    lines, named = definitions(), LINE_NUMBER.findall(read("README.md"))
+    wrong = {name: lines.get(name) for name, line in named if lines.get(name) != int(line)}
+    assert len(named) >= 8 and not wrong, f"run python tests/test_readme.py --update: {wrong}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_linked_files_exist(name):
+    folder = (ROOT / name).parent
+    assert not [target for target in links(name) if not folder.joinpath(target).exists()]
+
+
+@pytest.mark.parametrize("name", ["README.md", "logs/RESULTS.md"])
+def test_a_row_holds_the_scores_of_the_logs_it_links(name):
+    for row, logs in rows(name):
+        for log in logs:
+            found = scores(log)
+            assert not found or any(score in row for score in found), (row, found)
+
+
+def test_every_kept_log_is_cited():
+    """Except what a user's own runs leave in logs/ itself and in logs/record/."""
+    kept = {p.resolve() for p in (ROOT / "logs").glob("*/**/*.txt")}
+    kept -= set((ROOT / "logs/record").glob("*"))
+    cited = {(ROOT / name).parent.joinpath(link).resolve()
+             for name in DOCUMENTS for link in links(name)}
+    assert not kept - cited
+
+
+def test_results_table_holds_final_scores_and_bytes():
+    part = read("README.md").split("\n## Results\n")[1].split("\n## ")[0]
+    seeds = []
+    for row, (log,) in (pair for pair in rows("README.md") if pair[0] in part):
+        total = int(re.search(r"^Total submission size .*: (\d+) bytes", log, re.MULTILINE)[1])
+        before = re.search(r"^pre_quantization_post_ema .*val_bpb:(\S+)", log, re.MULTILINE)[1]
+        cells = set(row.replace("|", " ").split())
+        assert {f"{float(before):.4f}", scores(log)[-1], f"{total:,}"} <= cells, row
+        if "1,200 s" not in row:
+            seeds.append(float(re.search(r"^final .*val_bpb:(\S+)", log, re.MULTILINE)[1]))
+    assert len(seeds) == 3
+    assert part.count(f"**{statistics.mean(seeds):.4f} ± {statistics.stdev(seeds):.4f}**") == 1
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--update"]:
+    update()

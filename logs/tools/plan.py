@@ -1,0 +1,170 @@
+"""What a run would need, without running it: parameters, bytes, memory, steps, seconds, dollars.
+
+    GPUS=8 GPU=H100 PRICE=3 DATA_PATH=... MODEL_DIM=640 python logs/tools/plan.py
+
+takes the environment variables of train_gpt.py, and GPUS (1), GPU (H100, H200, or CPU for two
+cores) and PRICE [dollars per GPU and hour]. It needs no GPU. Times follow from the table below, in
+proportion to the number of parameters, which misleads for models much smaller than the measured.
+"""
+
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import train_gpt as t  # noqa: E402
+
+
+class Machine(NamedTuple):
+    """Speeds of one GPU, or of two CPU cores, for a model of `params` parameters."""
+
+    memory_gb: float
+    params: int
+    train_tok_s: float
+    score_tok_s: float  # one forward, as exact scoring runs it
+    ttt_tok_s: float  # one epoch of test-time training
+    ttt_step_s: float  # and of its every step, however few tokens it has
+    start_s: float  # compiling and warm-up before the clock
+    export_s: float
+    model: str
+
+
+MEASURED = {  # training at commit d474b71, the rest earlier: logs/ladder, evaluation and speed
+    "H100": Machine(80, 39_712_608, 1.13e6, 1.4e6, 1.37e6, 0.019, 50, 13, "default"),
+    "H200": Machine(141, 39_712_608, 1.24e6, 1.6e6, 1.37e6, 0.019, 50, 13, "default; TTT: H100"),
+    "CPU": Machine(8, 964_865, 7.4e3, 1.6e4, 1.0e4, 0.0, 2, 0.4, "PRESET=sample")}
+VAL_TOKENS = 62_021_846  # of the challenge's split with its 1024 pieces
+FEWEST_BITS = 2.5  # a weight; 2.6 is the least that was run at full size
+
+
+def expected_artifact(model):
+    """Expected bytes of the artifact, and the bits that CAP_BYTES leaves for each searched weight.
+
+    A quantized row costs the entropy of a Gaussian: at its own clip, or at what the search ends
+    with, which is the cap or the finest step. The rest costs its raw size.
+    """
+    cfg = model.cfg
+    fixed = 4096.0  # head and compressed header
+    finest, searched = 0.0, 0  # bytes at the finest step, and number, of the searched weights
+    bits = t.stored_bits(model, cfg)
+    for name, p in model.named_parameters():
+        if name not in bits:
+            fixed += p.numel() * (1 if cfg.control_bits else 2)
+            continue
+        clip = getattr(cfg, t.route(name).clip) if cfg.grid == "sdclip" else 0.0
+        step = 3 / t.MOST_STEPS
+        if cfg.grid == "sdclip":
+            step = (clip or 31 * t.FINEST_STEP) / (2 ** (bits[name] - 1) - 1)
+        size = p.numel() / 8 * max(0.1, math.log2(math.sqrt(2 * math.pi * math.e) / step))
+        fixed += 2 * len(p)  # scales of the rows
+        if clip:
+            fixed += size
+        else:
+            finest += size
+            searched += p.numel()
+    room = cfg.cap_bytes - len(t.code_bytes()) - t.FILL_SLACK / 2 - fixed
+    return int(fixed + min(finest, max(0.0, room))), 8 * room / searched if searched else math.inf
+
+
+def validation_tokens(cfg):
+    """Tokens that would be scored: by the settings, by DATA_PATH, else of the challenge's split."""
+    try:
+        return cfg.holdout_tokens or sum(map(len, t.open_shards(cfg.data_path, "val")))
+    except t.GolfError:
+        return VAL_TOKENS
+
+
+def evaluation_seconds(cfg, machine, slower, tokens, gpus):
+    """Seconds of scoring and of test-time training, for a model `slower` than the measured one."""
+    method = cfg.ttt_scoring if cfg.final_score == "ttt" else cfg.final_score
+    forwards = tokens
+    if method == "sliding":
+        forwards *= cfg.train_seq_len / cfg.eval_stride
+    elif cfg.final_score == "exact":
+        forwards += cfg.eval_spans * cfg.eval_warmup_tokens
+    if cfg.final_score == "ttt" and method == "exact":
+        forwards *= gpus  # each scores the whole stream
+    scoring = slower * forwards / machine.score_tok_s / gpus
+    if cfg.final_score != "ttt":
+        return scoring, 0.0
+    steps = cfg.ttt_epochs * math.ceil(tokens / cfg.ttt_chunk_tokens)
+    step_s = machine.ttt_step_s + slower * cfg.ttt_chunk_tokens / machine.ttt_tok_s / gpus
+    return scoring, steps * step_s
+
+
+def plan(env):
+    """The lines of the plan for the environment variables in `env`."""
+    cfg = t.Config.from_env({k: v for k, v in env.items() if k not in ("GPUS", "GPU", "PRICE")})
+    kind = env.get("GPU", "H100")
+    if kind not in MEASURED:
+        raise t.SettingError(f"GPU={kind}: must be one of {', '.join(MEASURED)}")
+    machine = MEASURED[kind]
+    gpus, price = int(env.get("GPUS", "1")), float(env.get("PRICE", "0"))
+    run = t.Run(world_size=gpus)
+    cfg = t.settle_batch(cfg, run)
+    ops = t.REFERENCE if kind == "CPU" else t.REFERENCE._replace(mlp=None)  # a fused one
+    token_bytes = t.activation_bytes_per_token(cfg, ops)
+    if kind != "CPU" and not cfg.micro_batch_tokens:
+        most = int(0.4e9 * machine.memory_gb / token_bytes)
+        cfg = replace(cfg, micro_batch_tokens=max(most, cfg.train_seq_len))
+    micro_tokens = t.micro_batch_rows(cfg, run, ops) * cfg.train_seq_len
+    with torch.device("meta"):
+        model = t.LM(cfg)
+    params = sum(p.numel() for p in model.parameters())
+    memory = (16 * params + micro_tokens * token_bytes) / 1e9
+    artifact, bits = expected_artifact(model)
+    total = artifact + len(t.code_bytes())
+    slower = params / machine.params
+    tok_s = gpus * machine.train_tok_s / slower
+    reserve_s = cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
+    steps = cfg.iterations
+    if loop_s := max(0.0, cfg.max_wallclock_seconds - reserve_s):
+        steps = min(steps, int(loop_s * tok_s / cfg.train_batch_tokens))
+    train_tokens = steps * cfg.train_batch_tokens
+    tokens = validation_tokens(cfg)
+    scoring_s, ttt_s = evaluation_seconds(cfg, machine, slower, tokens, gpus)
+    phases = {"start-up": machine.start_s, "training": train_tokens / tok_s,
+              "calibration": reserve_s, "export": slower * machine.export_s,
+              "scoring": scoring_s, "test-time training": ttt_s}
+    total_s = sum(phases.values())
+    cost = gpus * total_s / 3600 * price
+    lines = [
+        f"model      {params:,} parameters, {len(t.parse_stack(cfg.stack))} layers, "
+        f"{len(t.stored_bits(model, cfg))} matrices",
+        f"bytes      {artifact:,} artifact, {total:,} with the script",
+        f"bits       {bits:.2f} a weight at CAP_BYTES={cfg.cap_bytes:,}",
+        f"memory     {memory:.1f} of {machine.memory_gb} GB; {micro_tokens:,} tokens a pass",
+        f"steps      {steps:,} of {cfg.train_batch_tokens:,} tokens, together {train_tokens:,}",
+        f"speed      {tok_s:,.0f} tokens/s",
+        f"targets    {tokens - 1:,}",
+        *(f"seconds    {seconds:,.1f} {phase}" for phase, seconds in phases.items()),
+        f"seconds    {total_s:,.1f} together; {cost:.2f} dollars at PRICE={price:g}"]
+    if total > cfg.cap_bytes or bits < FEWEST_BITS:
+        lines.append("warning    few bits are left for each weight: lower MODEL_DIM or MLP_MULT")
+    if scoring_s + ttt_s > cfg.eval_budget_seconds:
+        lines.append(f"warning    evaluation over EVAL_BUDGET_SECONDS={cfg.eval_budget_seconds:g}")
+    return lines
+
+
+def main(env):
+    """Print the plan and the table that it follows from; returns the exit code."""
+    try:
+        print("\n".join(plan(env)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\nMeasured tokens/s: training, scoring, test-time training; of a model of parameters")
+    for name, m in MEASURED.items():
+        speeds = f"{m.train_tok_s:11,.0f} {m.score_tok_s:11,.0f} {m.ttt_tok_s:11,.0f}"
+        print(f"{name:<9} {speeds} {m.params:12,} ({m.model})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(os.environ))
