@@ -14,9 +14,10 @@ Read in this order: section 4 (the model in plain PyTorch), section 5 (how it is
 (test-time training), then main() at the end.  Section 10 holds faster versions of the five
 operations of section 4 and changes no result.
 
-Legality.  Causal: LM.forward looks left only (attention, conv_heads, delta_rule, Embedding).
+Legality.  Causal: LM.features looks left only (attention, conv_heads, delta_rule, Embedding).
 Normalized: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate()
-hands the Adapter only tokens that the Ledger holds.  One pass: Ledger.add refuses gaps and repeats.
+hands the Adapter only tokens that the Ledger holds.  One pass: Ledger.add refuses gaps and repeats,
+and finished() wants every target from exactly one rank.
 
 Shapes: B sequences, T tokens, D model width, H query heads, Hk key/value heads, K and V widths of a
 key and of a value, S keys (carried + new), R x C rows (outputs) and columns (inputs) of a weight.
@@ -47,7 +48,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from functools import cache, partial, wraps
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -87,15 +88,13 @@ def knob(default, help, low=None, high=None, group=""):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Every setting of a run.  Build it with `Config.from_env`."""
-    preset: str = knob("record", "comma list, later wins: record, pr1749, pr1698, pr456, sample",
-                       group="run")
+    preset: str = knob("record", "comma list of presets (listed below), later wins", group="run")
     run_id: str = knob("", "name of the run's files under OUT_DIR; empty = time, preset, seed")
     seed: int = knob(1337, "seed of the weights and of the data order", 0)
     out_dir: str = knob("logs", "folder for the run's log, artifact and checkpoints")
     resume: str = knob("", "auto: go on with run RUN_ID, or begin it; or a checkpoint's path")
     artifact: str = knob("", "score this artifact file instead of training")
-    checkpoint_every_seconds: float = knob(0.0, "training seconds between checkpoints; 0 = only "
-                                           "the trained weights [s]", 0)
+    checkpoint_every_seconds: float = knob(0.0, "between checkpoints; 0 = after training [s]", 0)
     max_bad_steps: int = knob(10, "skipped steps, of non-finite gradient, that stop the run", 0)
     deterministic: bool = knob(False, "1: equal runs; needs MAX_WALLCLOCK_SECONDS=0")
     device: str = knob("auto", "auto = CUDA if there is one", "auto cuda cpu")
@@ -104,8 +103,7 @@ class Config:
                           "folder of fineweb_{train,val}_*.bin", group="data")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     vocab_size: int = knob(1024, "vocabulary of tokenizer and model", 2, 65536)
-    holdout_tokens: int = knob(0, "score the last N training tokens, left out of training, instead "
-                               "of the validation split [tokens]", 0)
+    holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
 
     stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "layers: gdn, swa (window SWA_WINDOW) or attn "
                       "(window TRAIN_SEQ_LEN); *n repeats a layer or a (group); kind:tag shares "
@@ -124,27 +122,23 @@ class Config:
     mlp_act: str = knob("relu2", "MLP activation; the leaky one has slope 0.5 below zero",
                         "relu2 leaky_relu2")
     unet: bool = knob(False, "1: U-Net skips from the first half of the layers to the second")
-    xsa_layers: int = knob(0, "last attention layers with exclusive self attention: the output "
-                           "loses its component along the token's own value", 0)
+    xsa_layers: int = knob(0, "last attention layers without the part along the own value", 0)
     ngram_buckets: int = knob(0, "rows of the hashed n-gram embedding; 0 = none", 0, 1 << 24)
     ngram_dim: int = knob(112, "columns of that table", 1)
     ngram_order: int = knob(3, "2: bigrams; 3: trigrams too, in the same table", 2, 3)
     smear: bool = knob(True, "1: SmearGate, a learned mix of each embedding with the previous one")
-    bos_id: int = knob(1, "token that begins a document, where n-grams and SmearGate stop; -1 = "
-                       "none", -1)
+    bos_id: int = knob(1, "begins a document, where n-grams and SmearGate stop; -1 = none", -1)
     logit_softcap: float = knob(30.0, "c of the logits c tanh(x / c)", 1)
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0)
 
-    train_seq_len: int = knob(2048, "length of a training row and of a window [tokens]", 64,
-                              group="training")
-    train_batch_tokens: int = knob(0, "tokens of a step, over all ranks; 0 = 131072 a rank, at "
-                                   "most 786432 or so together", 0)
+    train_seq_len: int = knob(2048, "length of a row and a window [tokens]", 64, group="training")
+    train_batch_tokens: int = knob(0, "tokens of a step; 0 = 131072 a rank, at most 786432", 0)
     micro_batch_tokens: int = knob(0, "most tokens of one forward on one rank; 0 = by memory", 0)
     iterations: int = knob(20000, "most training steps", 0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", 0)
     warmup_steps: int = knob(3, "throw-away steps on synthetic tokens before the clock", 0)
-    warmdown_frac: float = knob(0.6, "last part of the run, of falling learning rate", 0, 1)
-    min_lr: float = knob(0.1, "learning rate at the end over the full one", 0, 1)
+    warmdown_frac: float = knob(0.6, "last part of the run, in which the learning rate falls", 0, 1)
+    min_lr: float = knob(0.1, "final learning rate as a fraction of the peak", 0, 1)
     matrix_lr: float = knob(0.025, "Muon learning rate", 0)
     tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", 0)
     scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", 0)
@@ -156,11 +150,9 @@ class Config:
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0, 0.99999)
     grad_clip_norm: float = knob(0.3, "global gradient norm is clipped to this; 0 = off", 0)
-    ema_decay: float = knob(0.997, "decay of the averaged weights, warmed up as (1+t)/(10+t); "
-                            "0 = off", 0, 0.99999)
+    ema_decay: float = knob(0.997, "of the weights, at most (1+t)/(10+t); 0 = off", 0, 0.99999)
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
-    qat_frac: float = knob(0.0, "last part of the run that trains with weights rounded as in the "
-                           "export (straight-through)", 0, 1)
+    qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
     val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", 0)
     train_log_every: int = knob(50, "steps between log lines (at least one every 8 s)", 1)
 
@@ -178,31 +170,28 @@ class Config:
     frequent_rows: int = knob(0, "embedding rows of frequent tokens kept at 8 bits", 0)
     float_matrices: int = knob(0, "matrices of the largest relative error kept as float16", 0)
     control_bits: int = knob(0, "8: vectors of more than 64 values as int8; 0: float16", 0, 8)
-    matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [standard deviations]; 0 = the "
-                                     "least that fits CAP_BYTES", 0)
+    matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [std]; 0 = fit CAP_BYTES", 0)
     embed_clip_sigmas: float = knob(20.0, "row clip of the tensors of EMBED_BITS", 1)
-    gptq_enabled: bool = knob(True, "1: round by GPTQ with Hessians of training text; 0: to the "
-                              "nearest integer")
+    gptq_enabled: bool = knob(True, "1: GPTQ with Hessians of training text; 0: round to nearest")
     gptq_calibration_batches: int = knob(64, "batches of 8 rows for the Hessians", 1)
     gptq_reserve_seconds: float = knob(4.0, "training clock kept for the Hessians [s]", 0)
-    gptq_token_power: float = knob(0.0, "weigh tokens by frequency to minus this power", 0, 1)
+    gptq_token_power: float = knob(0.0, "weight each token by its frequency ** -power", 0, 1)
     compressor: str = knob("rans", "coder of the integers: rans (ours, the rest by brotli), ...",
                            "rans brotli lzma zstd")
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", 1)
 
-    final_score: str = knob("ttt", "the method whose score is the run's",
+    final_score: str = knob("ttt", "evaluation method that gives the reported score",
                             "roundtrip exact sliding ttt", group="evaluation")
     eval_diagnostics: bool = knob(False, "1: score by the other methods too, timed apart")
     eval_stride: int = knob(64, "targets that a sliding window scores [tokens]", 1)
     eval_spans: int = knob(64, "spans that the exact method cuts the text into", 1)
     eval_warmup_tokens: int = knob(8192, "unscored text before a span [tokens]", 0)
     eval_batch_tokens: int = knob(131072, "tokens of one evaluation pass on one rank", 64)
-    eval_budget_seconds: float = knob(600.0, "most seconds of evaluation; test-time training gets "
-                                      "fewer epochs if they would not fit", 1)
+    eval_budget_seconds: float = knob(600.0, "of evaluation; TTT epochs are cut to fit [s]", 1)
 
     ttt_scoring: str = knob("exact", "how a chunk is scored before it is trained on",
                             "sliding exact", group="test-time training")
-    ttt_optimizer: str = knob("muon", "muon = sgd for what is no matrix", "sgd adamw muon")
+    ttt_optimizer: str = knob("muon", "muon: Muon for matrices, SGD for the rest", "sgd adamw muon")
     ttt_lr: float = knob(0.0002, "learning rate", 0)
     ttt_schedule: str = knob("constant", "learning rate over the chunks", "cosine constant")
     ttt_momentum: float = knob(0.9, "momentum of sgd and muon", 0, 0.9999)
@@ -211,11 +200,9 @@ class Config:
     ttt_phase_chunks: int = knob(1, "chunks that are scored before a round of training", 1)
     ttt_freeze_blocks: int = knob(2, "first blocks that do not train", 0)
     ttt_grad_clip: float = knob(1.0, "global gradient norm of a step; 0 = off", 0)
-    ttt_ema: float = knob(0.0, "decay per step of the weights that score; 0 = off", 0, 0.9999)
-    ttt_tilt: float = knob(0.0, "added to the logit of the token that followed the last occurrence "
-                           "of the current context in the scored text; 0 = off", 0)
-    ttt_hash_buckets: int = knob(0, "rows of an n-gram embedding that starts at zero and trains, "
-                                 "by AdamW, in evaluation only; 0 = none", 0, 1 << 24)
+    ttt_ema: float = knob(0.0, "EMA decay per step; the averaged weights score; 0 = off", 0, 0.9999)
+    ttt_tilt: float = knob(0.0, "logit bonus of the token that last followed this context", 0)
+    ttt_hash_buckets: int = knob(0, "rows of an n-gram table trained in TTT only", 0, 1 << 24)
     ttt_hash_lr: float = knob(0.003, "learning rate of that embedding", 0)
 
     def __post_init__(self):
@@ -249,7 +236,8 @@ class Config:
         warms_down = self.min_lr < 1 and self.warmdown_frac > 0
         name = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
         return (
-            ("run_id", name, "be letters, digits, '.', '_', '-' and '/', and begin with a letter"),
+            ("run_id", name, "be at most 200 letters, digits, '.', '_', '-' and '/', and no part "
+             "may begin with '.' or '-'"),
             ("model_dim", self.model_dim % 8 == 0, "be a multiple of 8"),
             ("gdn_head_dim", self.gdn_head_dim % 8 == 0, "be a multiple of 8"),
             ("train_seq_len", T % 64 == 0, "be a multiple of 64"),
@@ -271,7 +259,7 @@ class Config:
              f"be below MAX_WALLCLOCK_SECONDS={clock:g}"),
             ("max_wallclock_seconds", not (self.deterministic and clock),
              "be 0 with DETERMINISTIC=1, which must not depend on the clock; use ITERATIONS"),
-            ("resume", self.resume != "auto" or self.run_id, "have RUN_ID, the run to go on with"),
+            ("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name"),
             ("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored"),
             ("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip"),
             ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
@@ -284,11 +272,7 @@ class Config:
 
     @classmethod
     def from_env(cls, env):
-        """Build the Config that `env`, a mapping of variable names to text, describes.
-
-        Raises SettingError naming variable, value and rule; also for an unknown name that looks
-        like one of ours, since a misspelt variable would otherwise be ignored in silence.
-        """
+        """The Config of `env`, {variable: text}; SettingError also for names like ours."""
         known = {f.name.upper(): f for f in fields(cls)}
         reject_strays(env, known)
         if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
@@ -418,13 +402,8 @@ WITH_SAMPLE = {"pr1749": _QUICK | dict(model_dim=64, gdn_head_dim=16),
 
 def fields_of(*titles):
     """Names of the Config fields in the groups of --help with these titles."""
-    names = []
-    title = ""
-    for f in fields(Config):
-        title = f.metadata["group"] or title
-        if title in titles:
-            names.append(f.name)
-    return names
+    groups = accumulate((f.metadata["group"] for f in fields(Config)), lambda old, new: new or old)
+    return [f.name for f, group in zip(fields(Config), groups) if group in titles]
 
 # What an artifact stores of the Config, so that it can be evaluated from its file alone.
 MODEL_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len"]
@@ -591,10 +570,7 @@ class Run:
         return peak
 
 class Clock:
-    """A stopwatch that excludes what runs between `pause` and `resume`; both wait for the device.
-
-    `total`: seconds up to the last pause.
-    """
+    """A stopwatch without the time between `pause` and `resume`; both wait for the device."""
 
     def __init__(self, run, total=0.0):
         self.run, self.total = run, total
@@ -617,10 +593,7 @@ class Clock:
         return self.total + (time.perf_counter() - self.started if self.started else 0.0)
 
 def write_whole(path, write):
-    """Call write(file) on a neighbour of `path`, then rename it: no reader ever sees a part.
-
-    Raises OSError naming the file if it cannot be written; what `path` held stays.
-    """
+    """Call write(file) on a neighbour of `path`, then rename it: no reader ever sees a part."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -645,10 +618,7 @@ def save_tensors(path, tensors, facts):
     write_whole(path, lambda f: np.savez(f, **arrays))
 
 def load_tensors(path):
-    """The ({name: Tensor}, facts) of `save_tensors`; executes nothing.
-
-    Raises GolfError naming the file if it is missing, truncated, altered or foreign.
-    """
+    """The ({name: Tensor}, facts) of `save_tensors`; executes nothing.  Raises GolfError."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
@@ -721,13 +691,10 @@ def open_shard(path):
 
 def open_shards(data_path, split):
     """All shards of a split, by name; raises DataError."""
-    folder = Path(data_path)
-    advice = "data/download.py fetches the shards; PRESET=sample uses the embedded ones"
-    if not folder.is_dir():
-        raise DataError(f"DATA_PATH={data_path}: no such folder; {advice}")
-    paths = sorted(folder.glob(f"fineweb_{split}_[0-9]*.bin"))
+    paths = sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
     if not paths:
-        raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; {advice}")
+        raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
+                        "fetches the shards; PRESET=sample uses the embedded ones")
     return [open_shard(path) for path in paths]
 
 def check_vocabulary(path, tokens, vocab_size):
@@ -770,25 +737,18 @@ def open_tokenizer(cfg):
     """The SentencePiece processor of TOKENIZER_PATH; raises DataError."""
     import sentencepiece  # here, so that the script can be imported without it
     path = Path(cfg.tokenizer_path)
-    if not path.is_file():
-        raise DataError(f"TOKENIZER_PATH={path}: no such file; data/download.py fetches it")
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        sp.id_to_piece(list(range(sp.vocab_size())))  # ValueError if a piece is not UTF-8
-    except (RuntimeError, OSError, ValueError) as error:
-        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model "
-                        f"({str(error).splitlines()[0]})") from None
+    except (RuntimeError, OSError) as error:
+        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
+                        f"fetches it ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
         raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
     return sp
 
 def open_sidecar(cfg, val, shards, sp):
-    """Bytes of original text of each validation token, np.uint16 (n,), or None without a sidecar.
-
-    Raises DataError if the sidecar does not fit the shards or the manifest, or is missing although
-    the tokenizer has CaseOps marks.
-    """
+    """Bytes of original text of each validation token, np.uint16 (n,), or None; DataError."""
     folder = Path(cfg.data_path)
     name = f"DATA_PATH={folder}: fineweb_val_bytes_*.bin"
     sidecars = [open_shard(path) for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))]
@@ -865,11 +825,10 @@ def target_bytes(table, tokens):
     return count_bytes(table, ids[:-1], ids[1:])
 
 def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
-    """Count the bytes of the first documents of `tokens` in two ways, up to about `limit` tokens.
+    """Bytes of the first documents of `tokens` (about `limit` tokens) in two ways: (counted, text).
 
-    Returns (counted, text): by byte table or sidecar, and as the UTF-8 length of the decoded
-    documents, less a first space and CaseOps marks.  They must be equal; with CaseOps, up to
-    CASE_SLACK.
+    By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
+    and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
     """
     begin = 0
     tokens = tokens[:limit].astype(np.int64)
@@ -931,29 +890,25 @@ class Loader:
         self.offsets = np.concatenate([[0], np.cumsum(counts)])
         self.order = rng.permutation(self.offsets[-1])
 
-    def _next_rows(self, count):
-        """The next `count` rows of the global order as (shard, start) pairs."""
-        picked = []
-        while len(picked) < count:
+    def _next_batch(self):
+        """In the thread: this rank's part of the next global batch, and the place behind it."""
+        seq_len = self.cfg.train_seq_len
+        count = self.cfg.train_batch_tokens // seq_len
+        rows = []
+        while len(rows) < count:
             if self.row >= len(self.order):
                 self.epoch += 1
                 self.row = 0
                 self._cut_rows()
-            take = self.order[self.row:self.row + count - len(picked)]
+            take = self.order[self.row:self.row + count - len(rows)]
             self.row += len(take)
             shard = np.searchsorted(self.offsets, take, side="right") - 1
-            start = self.phase[shard] + (take - self.offsets[shard]) * self.cfg.train_seq_len
-            picked += list(zip(shard.tolist(), start.tolist()))
-        return picked
-
-    def _next_batch(self):
-        """In the thread: this rank's part of the next global batch, and the place behind it."""
-        rows = self.cfg.train_batch_tokens // self.cfg.train_seq_len
-        first, last = self.run.share(rows)
-        picked = self._next_rows(rows)[first:last]
-        length = self.cfg.train_seq_len + 1
-        batch = np.stack([self.shards[s][start:start + length] for s, start in picked])
-        check_vocabulary(self.shards[picked[0][0]].path, batch, self.cfg.vocab_size)
+            start = self.phase[shard] + (take - self.offsets[shard]) * seq_len
+            rows += zip(shard.tolist(), start.tolist())
+        first, last = self.run.share(count)
+        rows = rows[first:last]
+        batch = np.stack([self.shards[s][start:start + seq_len + 1] for s, start in rows])
+        check_vocabulary(self.shards[rows[0][0]].path, batch, self.cfg.vocab_size)
         batch = torch.from_numpy(batch.astype(np.int32))
         return batch.pin_memory() if self.run.on_cuda else batch, (self.epoch, self.row)
 
@@ -965,7 +920,9 @@ class Loader:
     def fault(self):
         """Wait for the next batch; the message of the error that reading it met, or ''."""
         error = self.ahead[0].exception()
-        return f"{error}" if error else ""
+        if error and not isinstance(error, (GolfError, OSError)):
+            raise error
+        return str(error or "")
 
     def close(self):
         """End the thread."""
@@ -1168,12 +1125,6 @@ def token_nll(logits, targets):
     nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none")
     return nats.view(targets.shape)
 
-def last_tokens(before, x, count):
-    """The last `count` entries along the token axis of before (B, L, ...), then x (B, T, ...)."""
-    if x.shape[1] < count:
-        x = torch.cat([before, x], 1)
-    return x[:, x.shape[1] - count:]
-
 def ngram_rows(table, ids, prev1, prev2=None):
     """Sum of the rows of the bigram (prev1, id) and, given prev2, the trigram; absent ids: -1."""
     h = (ids * 0x2545F491 + (prev1 + 1) * 0x1B873593) & 0x7FFFFFFF
@@ -1241,8 +1192,7 @@ class Embedding(nn.Module):
         hint: None, or (B, T) ids whose logits are raised by beta first, -1 for none.  The softmax
         is then p' ~ p exp(beta [token = hint]): normalized, whatever the target is.
         """
-        cap = self.cfg.logit_softcap
-        logits = cap * torch.tanh(linear(rms_norm(x), self.weight).float() / cap)
+        logits = self.logits(x)
         if hint is not None:
             raised = beta * (hint >= 0).to(logits.dtype)
             logits = logits.scatter_add(-1, hint.clamp_min(0).unsqueeze(-1), raised.unsqueeze(-1))
@@ -1292,16 +1242,17 @@ class GatedDeltaNet(nn.Module):
         qkv = linear(x, self.q_proj, kv.k_proj, kv.v_proj)
         gates = linear(x, self.g_proj, self.a_proj, self.b_proj)
         gate, a, b = gates.split([gates.shape[-1] - 2 * H, H, H], -1)
-        tail = x.new_zeros(x.shape[0], self.TAPS - 1, qkv.shape[-1])
-        if state is not None:
-            tail = state[0].to(x.dtype)
+        tail, S = state or (x.new_zeros(x.shape[0], self.TAPS - 1, qkv.shape[-1]), None)
+        tail = tail.to(x.dtype)
         taps = torch.cat([self.q_conv, kv.k_conv, kv.v_conv])
         q, k, v = self.ops.conv_heads(qkv, taps, tail, H)
         g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)  # log-decay, (B, T, H)
         beta = torch.sigmoid(b.float()) * (2.0 if self.cfg.gdn_neg_eigval else 1.0)
-        o, S = self.ops.delta_rule(q, k, v, g, beta, None if state is None else state[1])
+        o, S = self.ops.delta_rule(q, k, v, g, beta, S)
         y = linear(self.ops.gated_norm(o, gate, self.o_norm).flatten(2), self.o_proj, scale=scale)
-        return y, (last_tokens(tail, qkv, self.TAPS - 1).detach(), S.detach())
+        # a small copy: a view of qkv would keep all of it in memory as long as the state lives
+        tail = torch.cat([tail, qkv[:, 1 - self.TAPS:]], 1)[:, 1 - self.TAPS:]
+        return y, (tail.detach(), S.detach())
 
 @torch.library.custom_op("gdn_swa::rotary_table", mutates_args=())
 def rotary_table(length: int, base: float, dims: int, dtype: torch.dtype,
@@ -1366,7 +1317,8 @@ class Attention(nn.Module):
             o = without_own_value(o, v[:, S - T:])
         keep = S - min(self.window - 1, S)
         y = linear(o.flatten(2), self.o_proj, scale=scale)
-        return y, (k[:, keep:].detach(), v[:, keep:].detach())
+        # clone(): a view would keep all of k and v in memory as long as the state lives
+        return y, (k[:, keep:].detach().clone(), v[:, keep:].detach().clone())
 
 def without_own_value(o, v):
     """Exclusive self attention: o (B, T, H, d) less its component along v (B, T, Hk, d)."""
@@ -1426,9 +1378,8 @@ class LM(nn.Module):
         self.embed = Embedding(cfg)
         layers = parse_stack(cfg.stack)
         attends = [i for i, layer in enumerate(layers) if layer.kind != "gdn"]
-        exclusive = attends[len(attends) - min(cfg.xsa_layers, len(attends)):]
-        mixers = {}
-        mlps = {}
+        exclusive = attends[::-1][:cfg.xsa_layers]
+        mixers, mlps = {}, {}  # by Layer.mixer and Layer.mlp
         made = dict.fromkeys(MIXERS, 0)  # mixers so far, by kind
         pairs = {}  # key/value projections by (kind, number of the group that shares them)
         blocks = []
@@ -1493,7 +1444,7 @@ class LM(nn.Module):
 
 @region
 def summed_nll(model, ids, targets, wanted):
-    """Nats of targets (B, T) where `wanted` (B, T), summed: what is trained on, in one graph."""
+    """Training loss: the nats of targets (B, T) where `wanted` is 1, summed; one graph."""
     nats, _ = model.nll(ids, targets)
     return (nats * wanted).sum()
 
@@ -1548,12 +1499,13 @@ class Ledger:
     """Sums of nats and bytes over targets, each entered exactly once and in order.
 
     The order is checked on the host, the sums stay on the device.  `next_target`: the only target
-    that may be entered next.  `tokens`: targets entered.  `causal`, `normalized`: largest faults
+    that may be entered next.  `causal`, `normalized`: largest faults
     that the Scorer's probes found; `probes`: how many calls were probed.
     """
 
     def __init__(self, device="cpu"):
-        self.next_target, self.tokens = 0, 0
+        self.next_target = 0
+        self.entered = []  # [first, behind the last] of what was entered, neighbours joined
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, negatives
         self.causal, self.normalized = math.inf, math.inf
         self.probes = 0
@@ -1572,8 +1524,11 @@ class Ledger:
         # a sure token's nats may round to a little below zero
         self.sums += torch.stack([nats.double().sum(), num_bytes.double().sum(),
                                   (nats < -1e-4).double().sum()])
-        self.tokens += len(nats)
         self.next_target += len(nats)
+        if self.entered and self.entered[-1][1] == first:
+            self.entered[-1][1] = self.next_target
+        else:
+            self.entered.append([first, self.next_target])
 
     def skip(self, last):
         """Targets up to last - 1 are entered by other ranks."""
@@ -1586,8 +1541,13 @@ class Ledger:
         out = Ledger(self.sums.device)
         out.next_target = self.next_target
         out.sums = run.all_sum(self.sums.clone())
-        out.tokens = sum(run.gather(self.tokens))
+        out.entered = sorted(sum(run.gather(self.entered), []))
         return out
+
+    @property
+    def tokens(self):
+        """Targets entered."""
+        return sum(last - first for first, last in self.entered)
 
     @property
     def bytes(self):
@@ -1621,17 +1581,14 @@ def windows(num_targets, seq_len, stride):
         yield start, min(start + seq_len, num_targets), start + seq_len - stride if start else 0
         start += stride
 
-def spans(num_targets, count):
-    """The targets in `count` windows of nearly equal size, side by side."""
+def spans(num_targets, count, warmup):
+    """As `windows`: `count` parts of nearly equal size, each read from `warmup` tokens before."""
     count = max(1, min(count, num_targets))
     edges = [num_targets * i // count for i in range(count + 1)]
-    return [(a, b, a) for a, b in zip(edges, edges[1:])]
+    return [(max(0, a - warmup), b, a) for a, b in zip(edges, edges[1:])]
 
 def rows_of(text, starts, T):
-    """Rows of T tokens of text (n,), and the tokens after them: two (B, T).
-
-    starts: (B,) of the text's device.  Positions behind the text repeat its end.
-    """
+    """Rows of T tokens of text (n,) from starts (B,), and the tokens after; the end repeats."""
     index = starts[:, None] + torch.arange(T + 1, device=text.device)
     rows = text[index.clamp(max=len(text) - 1)]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
@@ -1674,10 +1631,9 @@ class Scorer:
     def probe(self, ids, targets, state, nats):
         """Test a batch that was just scored; `faults` keeps the largest leak and deviation from 1.
 
-        Leaks: from some place on, another in each row, the tokens are replaced.  Scored again by
-        the same function, weights, state and shape, nothing before that place may change.
-        Normalization: at the first positions of one row every entry of the vocabulary is scored as
-        the target; the probabilities must sum to 1.
+        Leaks: with other tokens from some place on (another in each row), no score before that
+        place may change.   Normalization: at the first positions of one row, the probabilities of
+        all the vocabulary must sum to 1.
         """
         B, T = ids.shape
         vocab = self.cfg.vocab_size
@@ -1701,50 +1657,42 @@ class Scorer:
         self.faults = torch.maximum(self.faults, found)
         self.probes += 1
 
-    def windows(self, parts, ledger):
-        """Enter consecutive windows, scored in batches of one shape."""
-        T = self.cfg.train_seq_len
-        size = self.cfg.eval_batch_tokens // T
-        for i in range(0, len(parts), size):
-            batch = parts[i:i + size]
-            starts = [start for start, _, _ in batch] + [0] * (size - len(batch))
-            starts = torch.tensor(starts, device=self.run.device)
-            nats, _ = self.call(*rows_of(self.text, starts, T))
-            scored = [row[score_from - start:end - start]
-                      for row, (start, end, score_from) in zip(nats, batch)]
-            first = batch[0][2]
-            ledger.add(first, torch.cat(scored), self.bytes[first:batch[-1][1]])
+    def enter(self, parts, ledger, carry):
+        """Score consecutive parts (start, end, score_from) side by side, and enter their targets.
 
-    def streams(self, parts, ledger):
-        """Enter consecutive spans, scored side by side with carried state.
-
-        Each row begins EVAL_WARMUP_TOKENS before its span, unscored, and goes through it segment by
-        segment, so that a token is predicted from all the text since its row's beginning.  When
-        adapting, the one span, a chunk, goes on from the state behind the last chunk.
+        carry: rows go through their parts segment by segment with carried state, so that a token
+        is predicted from all the text since its row's start; when adapting, the one part, a chunk,
+        goes on from the state after the last chunk.   Else a part is one pass of TRAIN_SEQ_LEN.
         """
         cfg, total = self.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
-        warmup = 0 if self.adapting else cfg.eval_warmup_tokens
+        one_stream = carry and self.adapting
         for i in range(0, len(parts), size):
             batch = parts[i:i + size]
-            starts = [max(0, first - warmup) for first, _, _ in batch]
-            length = max(end - start for (_, end, _), start in zip(batch, starts))
-            longest = min(cfg.ttt_chunk_tokens, total) if self.adapting else length
-            T = segment_length(longest, len(batch), cfg)
+            starts = [start for start, _, _ in batch]
+            length = max(end - start for start, end, _ in batch)
+            if carry:
+                longest = min(cfg.ttt_chunk_tokens, total) if one_stream else length
+                T = segment_length(longest, len(batch), cfg)
+            else:
+                T = cfg.train_seq_len
+                starts += [0] * (size - len(batch))  # batches of one shape
             # The text's end is filled up: its shape is compiled already, its state not needed.
-            filled = not self.adapting or batch[-1][1] == total
+            filled = not one_stream or batch[-1][1] == total
             state, out = self.state, []
             for done in range(0, length, T):
                 places = torch.tensor(starts, device=self.run.device) + done
                 rows = rows_of(self.text, places, T if filled else min(T, length - done))
                 nats, state = self.call(*rows, state)
                 out.append(nats)
-            self.state = state if self.adapting else None
-            for row, start, (first, end, _) in zip(torch.cat(out, 1), starts, batch):
-                ledger.add(first, row[first - start:end - start], self.bytes[first:end])
+            self.state = state if one_stream else None
+            scored = [row[score_from - start:end - start]
+                      for row, (start, end, score_from) in zip(torch.cat(out, 1), batch)]
+            first = batch[0][2]
+            ledger.add(first, torch.cat(scored), self.bytes[first:batch[-1][1]])
 
 TTT_LINES = 64  # most `ttt` lines of an evaluation
-EAGER_TOKENS = 50_000_000  # a GPU runs fewer in less time than compiling for them takes
+EAGER_TOKENS = 50_000_000  # below this, compiling costs more time than it saves
 
 def compiles_evaluation(model, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has enough to run."""
@@ -1780,7 +1728,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     if one_stream:
         parts = windows(total, cfg.ttt_chunk_tokens, cfg.ttt_chunk_tokens)
     elif method == "exact":
-        parts = spans(total, cfg.eval_spans)
+        parts = spans(total, cfg.eval_spans, cfg.eval_warmup_tokens)
     else:
         stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len}[method]
         parts = windows(total, cfg.train_seq_len, stride)
@@ -1796,8 +1744,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
             a, b = (0, len(chunk)) if one_stream else run.share(len(chunk))
             if b > a:
                 ledger.skip(chunk[a][2])
-                score = scorer.streams if method == "exact" else scorer.windows
-                score(chunk[a:b], ledger)
+                scorer.enter(chunk[a:b], ledger, carry=method == "exact")
             ledger.skip(chunk[-1][1])
             if adapter and ledger.next_target < total:
                 with torch.inference_mode(False), torch.enable_grad():
@@ -1811,12 +1758,14 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
 
 def finished(ledger, total, scorer, run):
     """The Ledger with the probes' results; raises GolfError if it is not whole and finite."""
-    if (ledger.next_target, ledger.tokens) != (total, total):
-        raise GolfError(f"evaluation entered {ledger.tokens} of {total} targets")
+    edges = [0, *[last for _, last in ledger.entered]]
+    if [first for first, _ in ledger.entered] != edges[:-1] or edges[-1] != total:
+        raise GolfError(f"evaluation entered targets {ledger.entered}, expected 0 .. {total - 1}")
     nats, _, negative = ledger.sums.tolist()
     if not math.isfinite(nats) or negative:
-        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative: the model has "
-                        "diverged; lower MATRIX_LR, TIED_EMBED_LR or SCALAR_LR (or TTT_LR)")
+        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative, that is not "
+                        "normalized; if the sum is not finite the model has diverged: lower "
+                        "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR (or TTT_LR)")
     probes = run.gather((scorer.probes, *scorer.faults.tolist()))
     ledger.probes = sum(count for count, _, _ in probes)
     if ledger.probes:
@@ -1893,15 +1842,18 @@ class Adapter:
         self.run = run
         self.chunks = -(-num_targets // cfg.ttt_chunk_tokens)
         self.hints = Hints(num_targets + 1, run.device) if cfg.ttt_tilt else None
+        frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks]
+                  for p in block.parameters()}
+        treatment = {}  # name: (rule, learning rate, decay)
+        for name, p in model.named_parameters():
+            p.requires_grad_(id(p) not in frozen)
+            if p.requires_grad:
+                no_muon = cfg.ttt_optimizer == "muon" and route(name).optimizer != "muon"
+                treatment[name] = "sgd" if no_muon else cfg.ttt_optimizer, cfg.ttt_lr, 0.0
         if cfg.ttt_hash_buckets:
             table = torch.zeros(cfg.ttt_hash_buckets, cfg.model_dim, device=run.device)
             model.embed.hash_table = nn.Parameter(table)
-        frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks]
-                  for p in block.parameters()}
-        treatment = {name: self.treatment(name) for name, p in model.named_parameters()
-                     if id(p) not in frozen}
-        for name, p in model.named_parameters():
-            p.requires_grad_(name in treatment)
+            treatment["embed.hash_table"] = "adamw", cfg.ttt_hash_lr, 0.0
         # A chunk's gradient is already summed over ranks when it steps: one rank is enough.
         self.optimizer = Optimizer(
             model, treatment, Run(device=run.device), cfg.ttt_grad_clip, cfg.ttt_momentum,
@@ -1919,16 +1871,6 @@ class Adapter:
         self.epoch_s = []  # of each pass over one chunk
         self.epochs_done = 0
         self.mark = self.fingerprint()
-
-    def treatment(self, name):
-        """(rule, learning rate, decay) of a parameter."""
-        cfg = self.cfg
-        if name == "embed.hash_table":
-            return "adamw", cfg.ttt_hash_lr, 0.0
-        rule = cfg.ttt_optimizer
-        if rule == "muon" and route(name).optimizer != "muon":
-            rule = "sgd"
-        return rule, cfg.ttt_lr, 0.0
 
     def fingerprint(self):
         """Numbers that change when any weight or hint does."""
@@ -1961,7 +1903,7 @@ class Adapter:
     def affordable_epochs(self):
         """Epochs with which the rest fits 95 % of EVAL_BUDGET_SECONDS, by rank 0's clock alone."""
         wanted = self.cfg.ttt_epochs
-        if not self.epoch_s:
+        if not self.epoch_s or self.cfg.deterministic:
             return wanted
         left = self.chunks - self.calls
         spent = time.perf_counter() - self.began
@@ -2019,11 +1961,10 @@ class Adapter:
         self.model.embed.hash_table = None
         self.model.requires_grad_()
 
+@torch.no_grad()
 def fingerprint(model):
-    """A number that changes when any weight does."""
-    with torch.no_grad():
-        norms = torch._foreach_norm([p.detach() for p in model.parameters()], 1, torch.float64)
-        return float(torch.stack(norms).sum())
+    """A number that changes when any weight does: the sum of the weights' bits as integers."""
+    return int(torch.stack([p.view(torch.int32).sum() for p in model.parameters()]).sum())
 
 # --------------------------------------------------------------------------------------------------
 # 7. Optimizer
@@ -2046,16 +1987,14 @@ class Route(NamedTuple):
     bits: str
     clip: str
 
+MUON = "muon", "matrix_lr", "muon_weight_decay"
 # The first match counts.
 ROUTES = (
     Route(r"embed\.(weight|ngram_table)$", "embed", "adamw", "tied_embed_lr", "adam_weight_decay",
           "embed_bits", "embed_clip_sigmas"),
-    Route(r"\.[ab]_proj$", "gate", "muon", "matrix_lr", "muon_weight_decay",
-          "embed_bits", "embed_clip_sigmas"),
-    Route(r"\.mlp\.\w+_proj$", "mlp", "muon", "matrix_lr", "muon_weight_decay",
-          "mlp_bits", "matrix_clip_sigmas"),
-    Route(r"_proj$", "mixer", "muon", "matrix_lr", "muon_weight_decay",
-          "matrix_bits", "matrix_clip_sigmas"),
+    Route(r"\.[ab]_proj$", "gate", *MUON, "embed_bits", "embed_clip_sigmas"),
+    Route(r"\.mlp\.\w+_proj$", "mlp", *MUON, "mlp_bits", "matrix_clip_sigmas"),
+    Route(r"_proj$", "mixer", *MUON, "matrix_bits", "matrix_clip_sigmas"),
     Route(r"(^|\.)(resid_mix|\w+_scale|qk_gain|o_norm|A_log|dt_bias|[qkv]_conv|smear_gate)$",
           "control", "adamw", "scalar_lr", "", "", ""))
 
@@ -2095,6 +2034,48 @@ def apply_update(weights, update, lr, decay):
     """weights (numel,) less decoupled weight decay and `lr` * update; lr, decay: tensors."""
     weights.copy_(weights * (1 - lr * decay) - update.float() * lr)
 
+def replayed(graphs, function, *args):
+    """function(*args), which works on tensors in place, as one CUDA graph a shape of arguments.
+
+    A step on few rows is bound by the host's launches; a graph launches hundreds of kernels at
+    once.  What differs from call to call must be in the arguments, which are copied, or in what
+    they and the function's own tensors hold.   graphs: {} that keeps the recordings, or None to
+    call as it is.   The first call of a shape runs as it is, and compiles; the second is recorded.
+    """
+    shape = function.__name__, *((x.shape, x.dtype) for x in args)
+    if graphs is None or shape not in graphs:
+        if graphs is not None:
+            graphs[shape] = None
+        return function(*args)
+    if graphs[shape] is None:
+        graph = torch.cuda.CUDAGraph()
+        held = [x.clone() for x in args]
+        # Other threads, which copy batches or watch NCCL, may call CUDA in the meantime.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            function(*held)
+        graphs[shape] = graph, held
+    graph, held = graphs[shape]
+    copy_all(held, args)
+    graph.replay()
+
+@contextmanager
+def fresh_leaves(model):
+    """Inside, each trained weight is a new leaf over the same memory: {weight: leaf}.
+
+    Autograd ties a leaf to the CUDA stream where it was first used.  A graph is recorded on a
+    stream of its own, which must not wait for another.
+    """
+    places = [(module, name, p) for module in model.modules()
+              for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    leaf_of = {p: nn.Parameter(p.detach()) for _, _, p in places}
+    for module, name, p in places:
+        setattr(module, name, leaf_of[p])
+    try:
+        yield leaf_of
+    finally:
+        for module, name, p in places:
+            setattr(module, name, p)
+
 class Group(NamedTuple):
     """Parameters under one rule; `part` of the flat vectors is theirs.
 
@@ -2110,12 +2091,10 @@ class Optimizer:
     """Muon, AdamW and SGD with momentum over flat vectors, for one rank or many.
 
     treatment: {name: (rule, learning rate, decoupled weight decay)} of the parameters to train,
-    which become views of `weights`: of several Optimizers of a model the last made has them.
-    clip: global gradient norm, 0 = off.   momentum: of muon and sgd.   weights, grad, m, v:
-    (numel,), parameters by groups.
-    Steps whose gradient is not finite change nothing; `bad_steps`, a tensor on the device, counts
-    them, so that the host need not wait to know.   compiled: whether its work is, and on CUDA
-    recorded as graphs.   loss: sum of the losses since it was last zeroed, a tensor.
+    which become views of `weights`.   clip: global gradient norm, 0 = off.   momentum: of muon and
+    sgd.   weights, grad, m, v: (numel,), parameters by groups.   `bad_steps`, on the device: steps
+    without change, of a gradient that is not finite.   compiled: whether its work is, and on CUDA
+    recorded as graphs.   `loss`: sum since it was last zeroed, a tensor.
     """
 
     def __init__(self, model, treatment, run, clip, momentum, compiled):
@@ -2153,10 +2132,7 @@ class Optimizer:
         return [part.view(p.shape) for part, p in zip(parts, self.params)]
 
     def add_gradient(self, ids, targets, wanted, share):
-        """Add the gradient of `share` times the summed nats of targets (B, T) where `wanted`.
-
-        The weighted nats are added to `loss`.
-        """
+        """Add `share` times the nats of targets (B, T) if `wanted` to `loss`, its gradient too."""
         replayed(self.graphs, self._add_gradient, ids, targets, wanted, self.number(share))
 
     def _add_gradient(self, ids, targets, wanted, share):
@@ -2181,7 +2157,7 @@ class Optimizer:
     @torch.no_grad()
     def _step(self, rate, momentum):
         ranks = self.run.world_size
-        norm = self.grad.norm() / ranks  # one NaN or infinity makes it one, on every rank alike
+        norm = self.grad.norm() / ranks  # not finite on every rank if any gradient is not
         taken = norm.isfinite().float()
         self.bad_steps += 1 - taken
         self.count += taken
@@ -2245,10 +2221,7 @@ class Optimizer:
             copy_saved(x, tensors, name)
 
 class Average:
-    """Averaged weights: exponential (EMA_DECAY), or with AVERAGE_EVERY the mean of the warm-down.
-
-    `count`: updates so far.
-    """
+    """Averaged weights: exponential (EMA_DECAY), or the warm-down's mean (AVERAGE_EVERY)."""
 
     def __init__(self, model, cfg):
         self.cfg, self.count = cfg, 0
@@ -2304,10 +2277,7 @@ def activation_bytes_per_token(cfg, ops=REFERENCE):
     return 2 * total + 12 * cfg.vocab_size
 
 def settle_batch(cfg, run, before=0):
-    """cfg with TRAIN_BATCH_TOKENS=0 replaced: whole rows, as many on every rank.
-
-    before: the number of the checkpoint that the run goes on from, if any.
-    """
+    """cfg with TRAIN_BATCH_TOKENS=0 replaced: by `before`, a checkpoint's, or by whole rows."""
     if cfg.train_batch_tokens or before:
         return replace(cfg, train_batch_tokens=cfg.train_batch_tokens or before)
     rows = max(1, min(131072, 786432 // run.world_size) // cfg.train_seq_len)
@@ -2315,10 +2285,7 @@ def settle_batch(cfg, run, before=0):
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 def micro_batch_rows(cfg, run, ops=REFERENCE):
-    """Rows of one forward pass on one rank: a divisor of the rank's rows of a step.
-
-    Raises SettingError, naming the nearest batch, if the ranks cannot share the rows evenly.
-    """
+    """Rows of one forward pass: a divisor of this rank's rows of a step; SettingError if none."""
     rows = cfg.train_batch_tokens // cfg.train_seq_len
     if rows % run.world_size:
         near = max(1, round(rows / run.world_size)) * run.world_size * cfg.train_seq_len
@@ -2344,34 +2311,26 @@ def on_export_grid(model, enabled):
 
     A gradient taken inside and applied afterwards is the straight-through estimate (late QAT).
     """
-    params = []
-    if enabled:
-        bits = stored_bits(model, model.cfg)
-        params = [model.get_parameter(name) for name in bits]
-    saved = [p.detach().clone() for p in params]
-    if params:
-        usual = expected_clip(model, model.cfg)
-        clips = [getattr(model.cfg, route(name).clip) or usual for name in bits]
-        copy_all(params, [round_to_nearest(p.detach(), *how)
-                          for p, how in zip(params, zip(bits.values(), clips))])
+    bits = stored_bits(model, model.cfg) if enabled else {}
+    params = [model.get_parameter(name).detach() for name in bits]
+    saved = [p.clone() for p in params]
+    usual = expected_clip(model, model.cfg)
+    for name, p in zip(bits, params):
+        clip = getattr(model.cfg, route(name).clip) or usual
+        step = full_step(sdclip_step(p, bits[name], clip), None)
+        qmax = 2 ** (bits[name] - 1) - 1
+        p.copy_((p / step).round().clamp(-qmax, qmax) * step)
     try:
         yield
     finally:
         copy_all(params, saved)
-
-def round_to_nearest(W, bits, clip):
-    """W (R, C) on SDClip's grid, as floats."""
-    step = sdclip_step(W, bits, clip).float().unsqueeze(-1)
-    qmax = 2 ** (bits - 1) - 1
-    return (W / step).round().clamp(-qmax, qmax) * step
 
 def training_optimizer(model, cfg, run):
     """The Optimizer of training: every parameter by its Route."""
     treatment = {}
     for name, _ in model.named_parameters():
         r = route(name)
-        decay = getattr(cfg, r.decay) if r.decay else 0.0
-        treatment[name] = r.optimizer, getattr(cfg, r.lr), decay
+        treatment[name] = r.optimizer, getattr(cfg, r.lr), getattr(cfg, r.decay, 0.0)
     return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum,
                      compiles_training(model))
 
@@ -2403,11 +2362,10 @@ FAST_PATH_TOLERANCE = dict(loss=0.005, gradient=0.15)
 def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
-    Both have the same perturbed weights and two rows of synthetic tokens; the fast model gets them
-    repeated to the shape of training, which leaves the mean as it is and compiles nothing anew.
-    Kernels and compilers have been seen to compute wrong results in silence.   Raises GolfError
-    naming the parameter whose gradient differs most.
+    Both get two rows of synthetic tokens, the fast model repeated to the shape of training.
+    Kernels and compilers have been seen to compute wrong results in silence.   Raises GolfError.
     """
+
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
     names = [name for name, _ in model.named_parameters()]
@@ -2504,7 +2462,6 @@ class Training:
             self.average.load(tensors, facts["averaged"])
         self.clock = Clock(run, facts.get("elapsed_s", 0.0))
         self.loader = Loader(data.train, cfg, run, facts.get("loader", (0, 0)))
-        self.how_to_go_on = ""  # the end of a message, from the newest checkpoint
 
     def facts(self, trained=False):
         """What a checkpoint says beside its tensors."""
@@ -2515,14 +2472,13 @@ class Training:
     def save(self, facts=None):
         """Write step_N.npz, or given its facts trained.npz; every rank must call.
 
-        A fault is logged and the run goes on; what is not finite is never written.  Returns how to
-        go on from here, the end of a message.
+        A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
         tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
         if facts is None:
             tensors |= self.optimizer.state() | self.average.state()
         name = "trained" if facts else f"step_{self.step:08d}"
-        self.how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
+        how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
@@ -2535,8 +2491,8 @@ class Training:
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
-                self.how_to_go_on = f"its checkpoint could not be written ({error})"
-        return self.how_to_go_on
+                how_to_go_on = f"its checkpoint could not be written ({error})"
+        return how_to_go_on
 
 # Settings of the fixed groups that may change between a checkpoint and the run that goes on.
 FREE_FIELDS = ("data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps",
@@ -2557,10 +2513,7 @@ def identity(cfg, trained):
     return {name: plain(getattr(cfg, name)) for name in names}
 
 def find_checkpoint(cfg, run, data):
-    """The (tensors, facts) that RESUME names, or None to begin; of a folder the furthest whole one.
-
-    Raises GolfError if there is none that can be used.
-    """
+    """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
     folder = checkpoint_folder(cfg)
     path = folder if cfg.resume == "auto" else Path(cfg.resume)
     files = [*path.glob("trained.npz"), *sorted(path.glob("step_*.npz"), reverse=True)]
@@ -2601,15 +2554,11 @@ def check_identity(file, facts, cfg, data):
     if differing:
         raise SettingError(f"RESUME: {file} is of another configuration: {'; '.join(differing)}")
 
-class Trained(NamedTuple):
-    """What training left beside the weights: seconds on the training clock, the Calibration."""
-    train_s: float
-    calibration: "Calibration"
-
 def train(model, data, cfg, run, saved):
     """Train until ITERATIONS or the clock ends it, from `saved` on; then calibrate.
 
-    Leaves the averaged weights in the model and in trained.npz.   Returns Trained.
+    Leaves the averaged weights in the model and in trained.npz.   Returns the seconds on the
+    training clock and the Calibration.
     """
     micro_rows = micro_batch_rows(cfg, run, model.ops)
     if not (saved and saved[1]["trained"]):
@@ -2619,6 +2568,7 @@ def train(model, data, cfg, run, saved):
             micro_batch_tokens=micro_rows * cfg.train_seq_len,
             start_up=f"{time.perf_counter() - run.began:.0f}s")
     facts = None
+    how_to_go_on = f"RUN_ID={cfg.run_id} RESUME=auto goes on"
     run.gather(None)  # do not measure the wait for slower ranks
     job.clock.resume()
     STOP.deferred = True
@@ -2632,13 +2582,13 @@ def train(model, data, cfg, run, saved):
     finally:
         job.loader.close()
         if facts and not job.trained:  # also if the calibration failed
-            job.save(facts)
+            how_to_go_on = job.save(facts)
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
     if stop:
         raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} after training; "
-                          f"{job.how_to_go_on}")
-    return Trained(train_s, calibration)
+                                f"{how_to_go_on}")
+    return train_s, calibration
 
 def train_loop(job, data, micro_rows):
     """Steps until the clock or ITERATIONS end them; raises KeyboardInterrupt if a signal does."""
@@ -2799,8 +2749,8 @@ def sdclip_step(W, bits, clip_sigmas):
     return torch.where(step > 0, step, torch.ones_like(step))
 
 def error_factor(H, damp=0.01):
-    """Upper Cholesky factor U of the damped H^-1 (C, C): row i tells how columns i.. answer an
-    error in column i.
+    """Upper Cholesky factor U of the damped H^-1 (C, C): row i holds the corrections to columns i
+    and later for an error in column i.
 
     damp: added to the diagonal as a part of its mean; raised tenfold until the matrix is positive
     definite.  A column that no token reaches counts as independent.   Returns U and the damping;
@@ -2911,14 +2861,13 @@ class Quantized(NamedTuple):
     scale: Tensor
     columns: Tensor | None
     bits: int
-    rel_error: float
-    nats: float
-    damp: float
+    rel_error: float = 0.0
+    nats: float = 0.0
+    damp: float = 0.0
 
     def weight(self):
         """The float32 matrix that this stands for."""
-        W = self.Q.float() * self.scale.float().unsqueeze(-1)
-        return W if self.columns is None else W * self.columns.float()
+        return self.Q.float() * full_step(self.scale, self.columns)
 
 def octave_grid(x):
     """x rounded to eighths of an octave, float16: few different values, which compress well."""
@@ -3155,8 +3104,6 @@ def rans_decode(data, classes, freq):
     used = freq.any(1)
     if (freq.sum(1, dtype=np.int64)[used] != 1 << RANS_BITS).any() or not used[classes].all():
         raise ArtifactError("its table of frequencies is not one that this script writes")
-    if len(data) < 4 * lanes or len(data) % 2:
-        raise ArtifactError(f"a stream of {len(data)} bytes cannot hold {count} integers")
     start = np.cumsum(freq, 1, dtype=np.uint32) - freq
     # the symbol at each slot of each used class
     symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())
@@ -3177,8 +3124,6 @@ def rans_decode(data, classes, freq):
         key = keys[i:i + lanes] + symbols
         x = freq[key] * (x >> np.uint32(RANS_BITS)) + (slot - start[key])
         low = np.flatnonzero(x < RANS_LOW)
-        if at + len(low) > len(words):
-            raise ArtifactError("a stream of integers ends too soon")
         x[low] = x[low] << np.uint32(16) | words[at:at + len(low)]
         at += len(low)
         states[:len(x)] = x
@@ -3197,7 +3142,7 @@ def int8_rows(p):
     W = p.reshape(-1, p.shape[-1])
     scale = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
     Q = (W / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    return Quantized(Q, scale, None, 8, 0.0, 0.0, 0.0)
+    return Quantized(Q, scale, None, 8)
 
 def pack_artifact(model, cfg, quantized):
     """The artifact's bytes."""
@@ -3272,9 +3217,11 @@ def read_header(blob):
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}: use "
                             "the script that wrote it")
-    if len(body) != packed + payload or hashlib.sha256(body).digest() != digest:
-        raise ArtifactError(f"{len(body)} bytes follow the head, expected {packed + payload} of "
-                            "another checksum: truncated or altered")
+    if len(body) != packed + payload:
+        raise ArtifactError(f"{len(body)} bytes follow the head, expected {packed + payload}: "
+                            "truncated")
+    if hashlib.sha256(body).digest() != digest:
+        raise ArtifactError("the checksum differs: altered")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
         header = dict(json.loads(text))
@@ -3285,36 +3232,27 @@ def read_header(blob):
     return header, body[packed:]
 
 def read_streams(header, payload, most):
-    """Decompress an artifact's streams: {name: bytes}.
-
-    most: bytes that may be allocated.   Raises ArtifactError before allocating more.
-    """
-    sizes = [(str(name), codec, int(raw), int(packed))
-             for name, codec, raw, packed in header["streams"]]
-    if any(min(raw, packed) < 1 for *_, raw, packed in sizes) or most < sum(
-            raw for *_, raw, _ in sizes):
-        raise ArtifactError(f"its streams claim more than the model's {most} bytes, or none")
-    if sum(packed for *_, packed in sizes) != len(payload):
-        raise ArtifactError(f"its streams do not fill its {len(payload)} bytes of payload")
-    ends = np.cumsum([packed for *_, packed in sizes]).tolist()
-    parts = [(*size, bytes(payload[end - size[3]:end])) for size, end in zip(sizes, ends)]
+    """An artifact's streams {name: bytes}; ArtifactError before more than `most` are allocated."""
+    parts = []
+    at = 0
+    for name, codec, raw, packed in header["streams"]:
+        parts.append((str(name), codec, int(raw), bytes(payload[at:at + packed])))
+        at += packed
+    if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
+            raw for _, _, raw, _ in parts):
+        raise ArtifactError(f"its streams do not fill its payload, or claim more than {most} bytes")
     plain_parts = [part for part in parts if part[1] != "rans"]
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        out = pool.map(lambda part: decompress(part[4], part[1], part[2]), plain_parts)
+        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), plain_parts)
         for (name, *_), data in zip(plain_parts, out):
             streams[name] = streams.get(name, b"") + data
     for name in streams.keys() & PLANES.keys():
-        if len(streams[name]) % PLANES[name]:
-            raise ArtifactError(f"its stream {name} is cut inside a number")
         streams[name] = byte_planes(streams[name], len(streams[name]) // PLANES[name])
-    for name, codec, count, _, data in parts:
+    for name, codec, _, data in parts:
         if codec == "rans":
             freq = np.frombuffer(streams.pop("table"), "<u2").reshape(RANS_CLASSES, 256)
             classes = read_classes(header["tensors"], streams.pop("class"))
-            if len(classes) != count:
-                raise ArtifactError(f"its stream {name} claims {count} integers, its tensors hold "
-                                    f"{len(classes)}")
             streams[name] = (rans_decode(data, classes, freq) ^ 128).tobytes()
     return streams
 
@@ -3329,8 +3267,6 @@ def read_classes(tensors, data):
             part = data[at:at + rows + columns]
             at += rows + columns
             maps.append(class_map(part[:rows], part[rows:]))
-    if at != len(data):
-        raise ArtifactError(f"its stream class has {len(data)} bytes, expected {at}")
     return np.concatenate(maps)
 
 def matrix_shape(shape):
@@ -3348,9 +3284,8 @@ def load_artifact(path, ops=None, device="cpu", base=None):
     try:
         header, payload = read_header(memoryview(blob))
         cfg = stored_config(header, base or Config())
-        picked = ops(cfg) if callable(ops) else ops or REFERENCE
         with torch.device("meta"):
-            model = LM(cfg, picked)
+            model = LM(cfg)
         count = sum(p.numel() for p in model.parameters())
         listed = [(name, tuple(shape)) for name, shape, _, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
@@ -3365,6 +3300,9 @@ def load_artifact(path, ops=None, device="cpu", base=None):
             StopIteration) as error:
         raise ArtifactError(f"the artifact's header is malformed ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:200]})") from None
+    picked = ops(cfg) if callable(ops) else ops or REFERENCE
+    with torch.device("meta"):
+        model = LM(cfg, picked)
     model = model.to_empty(device=device)
     copy_all(list(model.parameters()), weights)
     return model
@@ -3389,8 +3327,6 @@ def unpack_tensors(table, streams):
     def take(name, dtype, n):
         first = cursor[name]
         cursor[name] += n * np.dtype(dtype).itemsize
-        if cursor[name] > len(streams[name]):
-            raise ArtifactError(f"its stream {name} ends too soon")
         return torch.from_numpy(np.frombuffer(streams[name], dtype, n, first).copy())
 
     weights = []
@@ -3400,7 +3336,7 @@ def unpack_tensors(table, streams):
             Q = take("integers", np.int8, rows * columns).view(rows, columns)
             scale = take("f16", "<f2", rows)
             more = take("f16", "<f2", columns) if coding == "grid" else None
-            weights.append(Quantized(Q, scale, more, 8, 0.0, 0.0, 0.0).weight().view(shape))
+            weights.append(Quantized(Q, scale, more, 8).weight().view(shape))
         elif coding in ("f16", "f32"):
             dtype = "<f2" if coding == "f16" else "<f4"
             weights.append(take(coding, dtype, rows * columns).float().view(shape))
@@ -3482,10 +3418,7 @@ def fill_cap(model, cfg, calibration, run):
     return best[1:]
 
 def export(model, cfg, calibration, run):
-    """Quantize and pack the model, log what became of it; the artifact's bytes, on every rank.
-
-    Without a calibration, matrices are rounded to nearest on SDClip's grid.
-    """
+    """Quantize and pack the model, log what became of it; the artifact's bytes, on every rank."""
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     total = 0.0
     for name, q in quantized.items():
@@ -3583,14 +3516,11 @@ class _WideKeyTile:
 def _fla():
     """FLA's chunk forward and backward (private functions, so fla-core is pinned)."""
     from fla.ops.common import chunk_o
-    from fla.ops.gated_delta_rule.chunk import (
-        chunk_gated_delta_rule_bwd,
-        chunk_gated_delta_rule_fwd,
-    )
+    from fla.ops.gated_delta_rule import chunk
     if not chunk_o.TRITON_ABOVE_3_7_1:
         chunk_o.chunk_bwd_kernel_dqkwg = _WideKeyTile(chunk_o.chunk_bwd_kernel_dqkwg)
         chunk_o.TRITON_ABOVE_3_7_1 = True  # lifts the guard that the wide tile makes needless
-    return chunk_gated_delta_rule_fwd, chunk_gated_delta_rule_bwd
+    return chunk.chunk_gated_delta_rule_fwd, chunk.chunk_gated_delta_rule_bwd
 
 @cache
 def _flash_qla():
@@ -3991,50 +3921,6 @@ def torch_attention(varlen, flex, block_mask, q, k, v, window):
                window_size=(window - 1, 0), **options)
     return o.unflatten(0, (B, T))
 
-# ---- CUDA graphs for test-time training
-
-def replayed(graphs, function, *args):
-    """function(*args), which works on tensors in place, as one CUDA graph a shape of arguments.
-
-    A step on few rows is bound by the host's launches; a graph launches hundreds of kernels at
-    once.  What differs from call to call must be in the arguments, which are copied, or in what
-    they and the function's own tensors hold.   graphs: {} that keeps the recordings, or None to
-    call as it is.   The first call of a shape runs as it is, and compiles; the second is recorded.
-    """
-    shape = function.__name__, *((x.shape, x.dtype) for x in args)
-    if graphs is None or shape not in graphs:
-        if graphs is not None:
-            graphs[shape] = None
-        return function(*args)
-    if graphs[shape] is None:
-        graph = torch.cuda.CUDAGraph()
-        held = [x.clone() for x in args]
-        # Other threads, which copy batches or watch NCCL, may call CUDA in the meantime.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            function(*held)
-        graphs[shape] = graph, held
-    graph, held = graphs[shape]
-    copy_all(held, args)
-    graph.replay()
-
-@contextmanager
-def fresh_leaves(model):
-    """Inside, each trained weight is a new leaf over the same memory: {weight: leaf}.
-
-    Autograd ties a leaf to the CUDA stream where it was first used.  A graph is recorded on a
-    stream of its own, which must not wait for another.
-    """
-    places = [(module, name, p) for module in model.modules()
-              for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    leaf_of = {p: nn.Parameter(p.detach()) for _, _, p in places}
-    for module, name, p in places:
-        setattr(module, name, leaf_of[p])
-    try:
-        yield leaf_of
-    finally:
-        for module, name, p in places:
-            setattr(module, name, p)
-
 # --------------------------------------------------------------------------------------------------
 # 11. main
 # --------------------------------------------------------------------------------------------------
@@ -4119,6 +4005,8 @@ def make_artifact(data, cfg, run):
     cfg = settle_batch(cfg, run, before)
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
+    if cfg.compressor == "zstd" and importlib.util.find_spec("zstandard") is None:
+        raise SettingError("COMPRESSOR=zstd: zstandard is not installed (requirements.txt)")
     start_log(cfg, run)
     if saved:
         run.log("resume", checkpoint=cfg.resume, step=saved[1]["step"],
@@ -4127,26 +4015,24 @@ def make_artifact(data, cfg, run):
     model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
     run.log("model", parameters=sum(p.numel() for p in model.parameters()),
             train_tokens=sum(map(len, data.train)), val_tokens=len(data.val))
-    trained = train(model, data, cfg, run, saved)
+    train_s, calibration = train(model, data, cfg, run, saved)
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
     run.peak_memory_mib(reset=True)
     began = time.perf_counter()
-    blob = export(model, cfg, trained.calibration, run)
+    blob = export(model, cfg, calibration, run)
     run.log("artifact", model_bytes=len(blob), code_bytes=len(code_bytes()),
             cap_bytes=cfg.cap_bytes, export_time=f"{1000 * (time.perf_counter() - began):.0f}ms",
             peak_mem_mib=run.peak_memory_mib())
-    return trained.train_s, blob
+    return train_s, blob
 
 def is_stored(blob, cfg, run):
-    """On rank 0: write the artifact, unless it is there; whether it is on disk as scored."""
-    path = artifact_path(cfg)
+    """On rank 0: write the artifact; whether it is on disk as scored."""
     try:
-        if not path.exists() or path.read_bytes() != blob:
-            write_whole(path, lambda f: f.write(blob))
+        write_whole(artifact_path(cfg), lambda f: f.write(blob))
+        return True
     except OSError as error:  # what cannot be written can still be scored
         run.log("artifact_not_written", reason=str(error))
         return False
-    return True
 
 def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
@@ -4184,17 +4070,8 @@ def warm_up_evaluation(model, method, num_targets, run):
     if adapter:
         adapter.close()
 
-class Outcome(NamedTuple):
-    """The score that counts: the reloaded model, its Ledger, its seconds with reloading, and
-    whether no weight changed while text was scored.
-    """
-    model: LM
-    ledger: Ledger
-    eval_s: float
-    in_order: bool
-
 def evaluate_artifact(blob, data, cfg, run):
-    """Reload the artifact from its bytes, score it, print the final lines; returns the Outcome."""
+    """Reload the artifact from its bytes and score it: (model, Ledger, seconds, in_order)."""
     began = time.perf_counter()
     model = load_artifact(blob, partial(fast_ops, run=run), run.device, cfg)
     if model.cfg.vocab_size != cfg.vocab_size:
@@ -4208,9 +4085,6 @@ def evaluate_artifact(blob, data, cfg, run):
     if differing:  # the file says what the model is, not the settings
         run.log("artifact_config", **differing)
     cfg = model.cfg
-    facts = {"roundtrip": {}, "exact": dict(spans=cfg.eval_spans),
-             "sliding": dict(stride=cfg.eval_stride),
-             "ttt": dict(scoring=cfg.ttt_scoring, optimizer=cfg.ttt_optimizer)}
     methods = [m for m in FINAL_EVENTS if m == cfg.final_score or cfg.eval_diagnostics]
     total = len(data.val) - 1
     results = {}
@@ -4221,20 +4095,20 @@ def evaluate_artifact(blob, data, cfg, run):
         adapter = Adapter(model, total, run) if method == "ttt" else None
         results[method] = timed_evaluation(
             FINAL_EVENTS[method], model, data, cfg.ttt_scoring if adapter else method, run,
-            adapter, bits=cfg.matrix_bits, **facts[method])
+            adapter, bits=cfg.matrix_bits)
         if adapter:
             adapter.close()
             in_order &= adapter.in_order
     in_order &= fingerprint(model) == before
     ledger, seconds = results[cfg.final_score]
     run.log("final", method=cfg.final_score, **ledger.as_log())
-    return Outcome(model, ledger, seconds + reload_s, in_order)
+    return model, ledger, seconds + reload_s, in_order
 
 def report(outcome, artifact_bytes, train_s, stored, data, run):
-    """Print sizes and the compliance line, each verdict from a check made in this run.
+    """Print sizes and the compliance line; whether all checks of this run hold.
 
+    outcome: what `evaluate_artifact` returned.
     train_s: None if nothing was trained.   stored: the artifact on disk is what was scored.
-    Returns whether all checks hold.
     """
     model, ledger, eval_s, in_order = outcome
     cfg = model.cfg

@@ -164,7 +164,7 @@ def test_rans_is_within_a_percent_of_the_entropy():
     ids=["cut", "longer", "odd", "empty", "another state", "another word", "another last word"])
 def test_damaged_rans_data_is_refused(damage):
     symbols, classes, freq = RANS["gaussian"]
-    with pytest.raises(t.ArtifactError):
+    with pytest.raises(ValueError):  # load_artifact makes it an ArtifactError
         t.rans_decode(damage(t.rans_encode(symbols, classes, freq)), classes, freq)
 
 

@@ -82,9 +82,10 @@ def test_shard_that_shrinks_while_it_is_read_is_named(tmp_path):
         shard[:]
 
 
-@pytest.mark.parametrize("folder, fault", [("nowhere", "no such"), (".", r"no fineweb_val_\*.bin")])
-def test_missing_folder_or_split_is_named_with_the_way_out(tmp_path, folder, fault):
-    with pytest.raises(t.DataError, match=f"DATA_PATH=.*{fault}.*download.*PRESET=sample"):
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_missing_folder_or_split_is_named_with_the_way_out(tmp_path, folder):
+    fault = r"DATA_PATH=.*no fineweb_val_\*.bin.*download.*PRESET=sample"
+    with pytest.raises(t.DataError, match=fault):
         t.open_shards(tmp_path / folder, "val")
 
 
@@ -105,7 +106,7 @@ def test_validation_text_that_cannot_be_scored_is_refused(tmp_path, val, fault):
 
 @pytest.mark.parametrize("name, content, fault", [
     ("x.model", b"", "not a SentencePiece model"), ("x.model", b"text", "not a SentencePiece"),
-    ("y.model", b"", "no such file"), ("x.model", MODEL.read_bytes(), "1024 pieces.*SIZE=2048")])
+    ("y.model", b"", "No such file"), ("x.model", MODEL.read_bytes(), "1024 pieces.*SIZE=2048")])
 def test_tokenizer_that_does_not_fit_is_named(tmp_path, name, content, fault):
     (tmp_path / "x.model").write_bytes(content)
     cfg = tiny_config(tokenizer_path=str(tmp_path / name), vocab_size=2048)

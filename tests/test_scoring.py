@@ -118,9 +118,10 @@ def test_windows_follow_the_challenges_rule(total, seq_len, data):
 
 @pytest.mark.parametrize("total, count", [(10, 3), (3, 10), (1, 1), (1000, 64)])
 def test_spans_cover_the_targets_once_in_nearly_equal_parts(total, count):
-    parts = t.spans(total, count)
-    assert [i for first, end, _ in parts for i in range(first, end)] == list(range(total))
-    sizes = [end - first for first, end, _ in parts]
+    parts = t.spans(total, count, 2)
+    assert [i for _, end, first in parts for i in range(first, end)] == list(range(total))
+    assert [start for start, _, _ in parts] == [max(0, first - 2) for _, _, first in parts]
+    sizes = [end - first for _, end, first in parts]
     assert len(parts) == min(total, count) and max(sizes) - min(sizes) <= 1
 
 
@@ -225,8 +226,16 @@ def test_every_rank_gets_the_ledger_of_one_rank(method, chunk, ranks, n):
 def test_a_rank_that_skips_its_part_is_noticed():
     run = t.Run(0, 2)
     run.all_sum = lambda tensor: tensor
-    run.gather = lambda value: [value, value if isinstance(value, tuple) else 0]
-    with pytest.raises(t.GolfError, match="entered .* of 499 targets"):
+    run.gather = lambda value: [value, value if isinstance(value, tuple) else []]
+    with pytest.raises(t.GolfError, match="entered targets .*, expected 0 .. 498"):
+        t.evaluate(Lookup(), random_text(500), TABLE, "sliding", run=run)
+
+
+def test_ranks_that_score_the_same_part_are_noticed():
+    run = t.Run(0, 2)
+    run.all_sum = lambda tensor: tensor
+    run.gather = lambda value: [value, value]
+    with pytest.raises(t.GolfError, match="entered targets .*, expected 0 .. 498"):
         t.evaluate(Lookup(), random_text(500), TABLE, "sliding", run=run)
 
 

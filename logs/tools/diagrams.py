@@ -299,8 +299,8 @@ def draw_methods(sheet, left, N, W):
         scored(score_from, end, y, 14)
         fresh(sheet, left + start + 8, y + 7)
     run_up = segment = 37
-    for i, (first, last, _) in enumerate(t.spans(N, 4)):
-        start, y = max(0, first - run_up), 270 + 38 * (i % 2)
+    for i, (start, last, first) in enumerate(t.spans(N, 4, run_up)):
+        y = 270 + 38 * (i % 2)
         if first > start:
             sheet.box(left + start, y, first - start, 22, round=2)
         for a in range(start, last, segment):
