@@ -236,8 +236,7 @@ class Config:
         warms_down = self.min_lr < 1 and self.warmdown_frac > 0
         name = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
         return (
-            ("run_id", name, "be at most 200 letters, digits, '.', '_', '-' and '/', and no part "
-             "may begin with '.' or '-'"),
+            ("run_id", name, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
             ("model_dim", self.model_dim % 8 == 0, "be a multiple of 8"),
             ("gdn_head_dim", self.gdn_head_dim % 8 == 0, "be a multiple of 8"),
             ("train_seq_len", T % 64 == 0, "be a multiple of 64"),
@@ -388,14 +387,14 @@ PRESETS = {
         data_path=str(SAMPLE_FOLDER), tokenizer_path=str(SAMPLE_FOLDER / "corpus_1024_bpe.model"),
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
         gdn_heads=4, gdn_head_dim=32, mlp_mult=3.0, ngram_buckets=1024, ngram_dim=32,
-        train_seq_len=256, train_batch_tokens=4096, max_wallclock_seconds=160.0, warmup_steps=1,
-        gptq_calibration_batches=16, gptq_reserve_seconds=10.0, muon_momentum_warmup_steps=100,
+        train_seq_len=256, train_batch_tokens=4096, iterations=250, warmup_steps=1,
+        max_wallclock_seconds=1800.0, gptq_calibration_batches=16, muon_momentum_warmup_steps=100,
         val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0, eval_stride=128,
         eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096, ttt_epochs=1)}
 
-# PRESET=NAME,sample differs from sample alone in this: fewer layers, a shorter clock, one score.
-_QUICK = dict(max_wallclock_seconds=40.0, eval_diagnostics=False)
+# PRESET=NAME,sample differs from sample alone in this: fewer layers and steps, one score.
+_QUICK = dict(iterations=80, eval_diagnostics=False)
 WITH_SAMPLE = {"pr1749": _QUICK | dict(model_dim=64, gdn_head_dim=16),
                "pr1698": _QUICK | dict(stack="gdn*4"),
                "pr456": _QUICK | dict(stack="attn*6")}
@@ -745,7 +744,22 @@ def open_tokenizer(cfg):
     if sp.vocab_size() != cfg.vocab_size:
         raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if manifest_says(cfg, "tokenizer", "sha256") not in (None, digest):
+        raise DataError(f"TOKENIZER_PATH={path}: not the tokenizer of DATA_PATH's manifest.json")
+    if cfg.bos_id >= 0 and sp.bos_id() not in (-1, cfg.bos_id):
+        raise DataError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
+
+def manifest_says(cfg, *keys):
+    """The value under `keys` in the manifest.json of data/prepare.py, or None."""
+    try:
+        found = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())
+        for key in keys:
+            found = found[key]
+        return found
+    except (OSError, ValueError, LookupError, TypeError):  # there is none, or another tool's
+        return None
 
 def open_sidecar(cfg, val, shards, sp):
     """Bytes of original text of each validation token, np.uint16 (n,), or None; DataError."""
@@ -764,12 +778,8 @@ def open_sidecar(cfg, val, shards, sp):
     if counts[val == cfg.bos_id].any():
         raise DataError(f"{name} counts bytes for BOS, so it belongs to other tokens")
     total = int(counts.sum(dtype=np.int64))
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        stated = manifest["splits"]["val"]["counted_bytes"]
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or another tool's
-        stated = total
-    if stated != total:
+    stated = manifest_says(cfg, "splits", "val", "counted_bytes")
+    if stated not in (None, total):
         raise DataError(f"{name} sums to {total} bytes, manifest.json says {stated}")
     return counts
 
@@ -1660,9 +1670,8 @@ class Scorer:
     def enter(self, parts, ledger, carry):
         """Score consecutive parts (start, end, score_from) side by side, and enter their targets.
 
-        carry: rows go through their parts segment by segment with carried state, so that a token
-        is predicted from all the text since its row's start; when adapting, the one part, a chunk,
-        goes on from the state after the last chunk.   Else a part is one pass of TRAIN_SEQ_LEN.
+        carry: go through each part segment by segment with carried state (when adapting, the one
+        part, a chunk, goes on from the last chunk's).   Else a part is one pass of TRAIN_SEQ_LEN.
         """
         cfg, total = self.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
@@ -1865,10 +1874,8 @@ class Adapter:
         self.seen = 0  # targets handed over
         self.calls, self.in_order = 0, True
         self.epochs = cfg.ttt_epochs
-        self.began = time.perf_counter()
-        self.last_end = self.began
-        self.score_s = []  # of each chunk
-        self.epoch_s = []  # of each pass over one chunk
+        self.began = self.last_end = time.perf_counter()
+        self.score_s, self.epoch_s = [], []  # seconds of each chunk, and of each pass over one
         self.epochs_done = 0
         self.mark = self.fingerprint()
 
@@ -2420,7 +2427,7 @@ def warm_up(model, cfg, run, micro_rows):
     run.peak_memory_mib(reset=True)  # the log shows the peak of training
 
 class StopRequest:
-    """SIGINT or SIGTERM: while `deferred`, `signal` remembers it, so that a checkpoint comes first.
+    """A signal to stop; while `deferred`, `signal` keeps it, so that a checkpoint comes first.
 
     A repeat within a second is torchrun passing the same signal on, and is ignored; a later one is
     a person who does not want to wait.
@@ -2442,8 +2449,7 @@ STOP = StopRequest()
 class Training:
     """What a run has reached: weights, optimizer, average, place in the data, steps and seconds.
 
-    The same for any number of ranks.  Nothing else is random: the loader's order follows from the
-    seed and its place.   saved: the (tensors, facts) of a checkpoint, or None.
+    Equal for any number of ranks.   saved: the (tensors, facts) of a checkpoint, or None.
     """
 
     def __init__(self, model, data, cfg, run, saved):
@@ -2617,7 +2623,11 @@ def train_loop(job, data, micro_rows):
             last_tick = clock.elapsed()
             continue  # saving took time: is there enough for another step?
         if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
-            validate(job, data)
+            ms = 1000 * clock.pause()
+            ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
+            run.log("", step=f"{job.step}/{cfg.iterations}", **ledger.as_log(4),
+                    train_time=f"{ms:.0f}ms", step_avg=f"{ms / max(1, job.step):.2f}ms")
+            clock.resume()
         if last:
             break
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
@@ -2658,14 +2668,6 @@ def stop_if_asked(job, told, last, bad_steps):
                         f"more than MAX_BAD_STEPS={job.cfg.max_bad_steps}; lower MATRIX_LR, "
                         f"TIED_EMBED_LR or SCALAR_LR; {job.save()}")
 
-def validate(job, data):
-    """One pass over the validation text, the clock stopped."""
-    train_ms = 1000 * job.clock.pause()
-    ledger = evaluate(job.model, data.val, data.table, "roundtrip", run=job.run)
-    job.run.log("", step=f"{job.step}/{job.cfg.iterations}", **ledger.as_log(4),
-                train_time=f"{train_ms:.0f}ms", step_avg=f"{train_ms / max(1, job.step):.2f}ms")
-    job.clock.resume()
-
 def log_step(job, loss, rate, step_s):
     """One progress line; waits for the device."""
     cfg = job.cfg
@@ -2683,8 +2685,7 @@ CALIBRATION_ROWS = 8  # rows of one calibration batch
 def calibrate(model, loader, cfg, run, clock):
     """The Calibration by the next training rows, inside the training clock.
 
-    Ranks share the work, each by rows of its own part of the batches: another number of ranks sees
-    other rows.
+    Ranks share the work, each by its own part of the batches: the rows depend on their number.
     """
     if not cfg.gptq_enabled:
         return UNCALIBRATED
@@ -2881,11 +2882,10 @@ MOST_STEPS = 108  # largest weight in steps; the rest of int8 takes up what GPTQ
 class Matrix:
     """One weight to be stored, and all that its quantization needs at any strength.
 
-    GRID=sdclip: `strength` is the clip of the Routes that use MATRIX_CLIP_SIGMAS; larger is
-    coarser.   GRID=rate: `strength` is the geometric mean of step / std(row) over all weights of
-    the model.  A weight's step is inverse to the square root of its effect on the loss, sensitivity
-    of its row times conditional variance of its input, so that a byte buys as much wherever it is
-    spent (reverse water-filling; an entropy coder makes any step possible).
+    GRID=sdclip: `strength` is the clip of the Routes that use MATRIX_CLIP_SIGMAS.   GRID=rate: it
+    is the geometric mean of step / std(row) over the model.  A weight's step is inverse to the root
+    of its effect on the loss, sensitivity of its row times conditional variance of its input, so
+    that a byte buys as much wherever it is spent (reverse water-filling).
     W (R, C), H and U have their columns in the order of rounding: largest inputs first.
     log_step: sum over weights of log(step / std(row)) at strength 1 (GRID=rate).
     """
@@ -3367,9 +3367,8 @@ def expected_clip(model, cfg):
 def fill_cap(model, cfg, calibration, run):
     """Find the finest steps whose total fits CAP_BYTES: (strength, {name: Quantized}, artifact).
 
-    The size falls almost linearly with the logarithm of the strength: each round quantizes, packs
-    and follows the line of the last two.  A model that does not fit comes at the smallest size
-    found, and the log says how far it is over.  The artifact is rank 0's, None elsewhere.
+    The size falls almost linearly with the logarithm of the strength: each round follows the line
+    of the last two.  A model that does not fit comes at its smallest.  The artifact is rank 0's.
     """
     began = time.perf_counter()
     matrices = prepare_matrices(model, cfg, calibration, run)
@@ -4080,10 +4079,9 @@ def evaluate_artifact(blob, data, cfg, run):
     before = fingerprint(model)
     reload_s = time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms")
-    differing = {name: plain(getattr(model.cfg, name)) for name in MODEL_FIELDS
-                 if getattr(model.cfg, name) != getattr(cfg, name)}
-    if differing:  # the file says what the model is, not the settings
-        run.log("artifact_config", **differing)
+    if cfg.artifact:
+        own = {name: plain(getattr(model.cfg, name)) for name in MODEL_FIELDS}
+        run.log("artifact_config", **own)
     cfg = model.cfg
     methods = [m for m in FINAL_EVENTS if m == cfg.final_score or cfg.eval_diagnostics]
     total = len(data.val) - 1
@@ -4159,8 +4157,9 @@ def main(env):
 
 def entry():
     """Run `main` on the process's environment; a fault that the user can mend ends in one line."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, STOP.handle)
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays as it is
+            signal.signal(number, STOP.handle)
     with suppress(AttributeError):  # of a stdout that is no text file
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
     try:

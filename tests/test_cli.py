@@ -142,7 +142,7 @@ def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
 
 def test_settings_of_the_model_come_from_the_artifact(whole, run):
     again = run(ARTIFACT=f"{whole.folder}/night/run.artifact", SWA_WINDOW="7")
-    assert values(again.out, "artifact_config") == dict(swa_window="16")
+    assert values(again.out, "artifact_config")["swa_window"] == "16"
     assert values(again.out, "final") == values(whole.out, "final")
 
 

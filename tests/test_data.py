@@ -295,3 +295,16 @@ def test_training_token_outside_the_vocabulary_is_named_when_it_is_read():
 def test_shards_shorter_than_a_row_are_refused():
     with pytest.raises(t.DataError, match="50 tokens, fewer than one row of TRAIN_SEQ_LEN=64"):
         t.Loader(COUNTING[2:], tiny_config(), t.Run())
+
+
+def test_tokenizer_must_be_the_one_of_the_manifest(tmp_path):
+    manifest = dict(tokenizer=dict(sha256="0" * 64))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    cfg = sample_config(tmp_path)
+    with pytest.raises(t.DataError, match="TOKENIZER_PATH=.*: not the tokenizer of DATA_PATH's"):
+        t.open_tokenizer(cfg)
+
+
+def test_begin_of_document_must_be_the_tokenizers(tmp_path):
+    with pytest.raises(t.DataError, match="BOS_ID=2: the tokenizer's is 1; set BOS_ID to it"):
+        t.open_tokenizer(sample_config(tmp_path, bos_id=2))
