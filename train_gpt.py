@@ -457,9 +457,9 @@ class Run:
             torch.use_deterministic_algorithms(True)
         device = "cpu"
         if has_cuda and cfg.device != "cpu":
-            if local_rank >= torch.cuda.device_count():
-                raise SettingError(f"LOCAL_RANK={local_rank}: this machine has "
-                                   f"{torch.cuda.device_count()} GPUs; lower --nproc_per_node")
+            ranks, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if max(ranks, local_rank + 1) > gpus:
+                raise SettingError(f"{ranks} ranks on {gpus} GPUs: lower --nproc_per_node")
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         if world_size > 1 and not dist.is_initialized():
@@ -1509,8 +1509,8 @@ class Ledger:
     """Sums of nats and bytes over targets, each entered exactly once and in order.
 
     The order is checked on the host, the sums stay on the device.  `next_target`: the only target
-    that may be entered next.  `causal`, `normalized`: largest faults
-    that the Scorer's probes found; `probes`: how many calls were probed.
+    that may be entered next.  `causal`, `normalized`: the largest faults that the Scorer's probes
+    found; `probes`: how many calls were probed.
     """
 
     def __init__(self, device="cpu"):
@@ -1613,10 +1613,7 @@ PROBE_TOKENS = 16  # positions of a normalization probe
 PROBE_LOGITS = 2**25  # most logits of one call of it: positions x candidates x vocabulary
 
 class Scorer:
-    """Scores windows or spans of one text on this rank, and probes some of its own calls.
-
-    state: behind the text so far, where an adapting evaluation goes on in one stream.
-    """
+    """Scores windows or spans of one text on this rank, and probes some of its own calls."""
 
     def __init__(self, model, tokens, table, run, adapter, probing):
         self.model, self.cfg = model, model.cfg
@@ -1626,7 +1623,7 @@ class Scorer:
         self.probing = probing
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
-        self.state, self.calls = None, 0
+        self.state, self.calls = None, 0  # state: behind the last chunk
         self.probes = 0
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
@@ -1772,7 +1769,7 @@ def finished(ledger, total, scorer, run):
         raise GolfError(f"evaluation entered targets {ledger.entered}, expected 0 .. {total - 1}")
     nats, _, negative = ledger.sums.tolist()
     if not math.isfinite(nats) or negative:
-        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative, that is not "
+        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative, not "
                         "normalized; if the sum is not finite the model has diverged: lower "
                         "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR (or TTT_LR)")
     probes = run.gather((scorer.probes, *scorer.faults.tolist()))
@@ -4157,8 +4154,9 @@ def main(env):
 
 def entry():
     """Run `main` on the process's environment; a fault that the user can mend ends in one line."""
-    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup's stays as it is
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP, nohup ignores it
+        if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, STOP.handle)
     with suppress(AttributeError):  # of a stdout that is no text file
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
@@ -4171,8 +4169,8 @@ def entry():
                                "environment variables")
         return main(os.environ)
     except (GolfError, OSError, KeyboardInterrupt) as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not rank.isdecimal() or not isinstance(error, SettingError):
+        local = os.environ.get("LOCAL_RANK", "0")
+        if local == "0" or not (local.isdecimal() and isinstance(error, GolfError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
     except torch.OutOfMemoryError as error:

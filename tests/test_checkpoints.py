@@ -144,8 +144,10 @@ def assert_goes_on(run, whole, **changes):
     return values(again.out, "resume")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP],
+                         ids=["Ctrl-C", "SIGTERM", "SIGHUP"])
 def test_run_stopped_at_a_step_goes_on_bit_equal(run, whole, number):
+    signal.signal(number, signal.SIG_DFL)  # nohup, or a shell's `&`, may have it ignored
     with before_step(5, lambda: os.kill(os.getpid(), number)):
         stopped = run(**whole.env)
     assert (stopped.code, stopped.err) == (130, f"error: stopped by {number.name} at step 5; "

@@ -280,8 +280,8 @@ def test_fault_of_the_user_is_one_line(run, monkeypatch, changes, parts):
 
 
 @pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
-def test_fault_in_a_setting_is_told_by_rank_0_alone(run, rank, speaks):
-    result = run(SEED="x", RANK=rank)
+def test_fault_of_the_user_is_told_once_a_node(run, rank, speaks):
+    result = run(SEED="x", LOCAL_RANK=rank)
     assert (result.code, bool(result.err)) == (2, speaks)
 
 
