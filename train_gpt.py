@@ -3,7 +3,7 @@
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention
 layers, Muon [2] + AdamW, quantized weights in one file of at most 16,000,000 bytes (this script
 included), scored in bits per byte on every token of the validation split, exactly once.
-README.md has the results and their logs.
+README.md has the results.
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
@@ -738,7 +738,8 @@ def open_tokenizer(cfg):
     path = Path(cfg.tokenizer_path)
     try:
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
+        sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
+    except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
                         f"fetches it ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
@@ -1444,7 +1445,7 @@ class LM(nn.Module):
         for i, block in enumerate(self.blocks):
             skip = ()
             if self.skip_scale is not None and i >= len(self.blocks) - half:
-                # the last layer meets the first
+                # last meets first
                 skip = skips.pop(), self.skip_scale[i - len(self.blocks) + half]
             x, layer_state = block(x, x0, state[1 + i], *skip)
             after.append(layer_state)
@@ -1531,7 +1532,7 @@ class Ledger:
         if nats.shape != num_bytes.shape or nats.dim() != 1:
             raise GolfError(f"ledger: {tuple(nats.shape)} scores for {tuple(num_bytes.shape)} "
                             "byte counts")
-        # a sure token's nats may round to a little below zero
+        # a sure token's nats may round to below zero
         self.sums += torch.stack([nats.double().sum(), num_bytes.double().sum(),
                                   (nats < -1e-4).double().sum()])
         self.next_target += len(nats)
@@ -1617,10 +1618,9 @@ class Scorer:
 
     def __init__(self, model, tokens, table, run, adapter, probing):
         self.model, self.cfg = model, model.cfg
-        self.run = run
+        self.run, self.probing = run, probing
         self.adapting = adapter is not None
         self.bonus = getattr(adapter, "bonus", lambda ids: None)  # hints for LM.nll
-        self.probing = probing
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
         self.state, self.calls = None, 0  # state: behind the last chunk
@@ -1683,7 +1683,7 @@ class Scorer:
             else:
                 T = cfg.train_seq_len
                 starts += [0] * (size - len(batch))  # batches of one shape
-            # The text's end is filled up: its shape is compiled already, its state not needed.
+            # Fill up the text's end: that shape is compiled, and its state not needed.
             filled = not one_stream or batch[-1][1] == total
             state, out = self.state, []
             for done in range(0, length, T):
@@ -2367,7 +2367,7 @@ def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
     Both get two rows of synthetic tokens, the fast model repeated to the shape of training.
-    Kernels and compilers have been seen to compute wrong results in silence.   Raises GolfError.
+    Kernels and compilers do compute wrong results in silence.   Raises GolfError.
     """
 
     cfg = model.cfg
@@ -2633,7 +2633,7 @@ def train_loop(job, data, micro_rows):
                           qat=progress > 1 - cfg.qat_frac)
         job.step += 1
         job.average.update(job.step, rate)
-        # Wait for the step before this one: the host stays one step ahead, the clock is true.
+        # Wait for the step before: the host stays one step ahead, the clock true.
         newest = int(wait())
         wait = run.to_host(job.optimizer.bad_steps)
         if newest > bad_steps:

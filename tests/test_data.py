@@ -308,3 +308,11 @@ def test_tokenizer_must_be_the_one_of_the_manifest(tmp_path):
 def test_begin_of_document_must_be_the_tokenizers(tmp_path):
     with pytest.raises(t.DataError, match="BOS_ID=2: the tokenizer's is 1; set BOS_ID to it"):
         t.open_tokenizer(sample_config(tmp_path, bos_id=2))
+
+
+def test_tokenizer_with_a_piece_that_is_not_utf8_is_refused(tmp_path):
+    damaged = MODEL.read_bytes().replace("\u2581the".encode(), b"\xe2\x96\x81t\xa8e", 1)
+    (tmp_path / "x.model").write_bytes(damaged)
+    cfg = tiny_config(tokenizer_path=str(tmp_path / "x.model"), vocab_size=VOCAB)
+    with pytest.raises(t.DataError, match="x.model: not a SentencePiece model"):
+        t.open_tokenizer(cfg)
