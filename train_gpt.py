@@ -1261,7 +1261,7 @@ class GatedDeltaNet(nn.Module):
         beta = torch.sigmoid(b.float()) * (2.0 if self.cfg.gdn_neg_eigval else 1.0)
         o, S = self.ops.delta_rule(q, k, v, g, beta, S)
         y = linear(self.ops.gated_norm(o, gate, self.o_norm).flatten(2), self.o_proj, scale=scale)
-        # a small copy: a view of qkv would keep all of it in memory as long as the state lives
+        # a small copy: a view of qkv would keep all of it in memory
         tail = torch.cat([tail, qkv[:, 1 - self.TAPS:]], 1)[:, 1 - self.TAPS:]
         return y, (tail.detach(), S.detach())
 
@@ -1866,7 +1866,7 @@ class Adapter:
             compiles_evaluation(model, run, cfg.ttt_scoring, num_targets, True))
         self.weights = self.optimizer.weights  # flat, what scores
         self.base = self.weights.clone()
-        self.raw = self.weights.clone()
+        self.raw = self.weights.clone() if cfg.ttt_ema else None
         self.pending = []  # scored chunks of a phase, not trained on yet
         self.seen = 0  # targets handed over
         self.calls, self.in_order = 0, True
@@ -2318,7 +2318,7 @@ def on_export_grid(model, enabled):
     bits = stored_bits(model, model.cfg) if enabled else {}
     params = [model.get_parameter(name).detach() for name in bits]
     saved = [p.clone() for p in params]
-    usual = expected_clip(model, model.cfg)
+    usual = expected_clip(model, model.cfg) if enabled else 0.0
     for name, p in zip(bits, params):
         clip = getattr(model.cfg, route(name).clip) or usual
         step = full_step(sdclip_step(p, bits[name], clip), None)
@@ -2369,7 +2369,6 @@ def check_fast_path(model, run, micro_rows):
     Both get two rows of synthetic tokens, the fast model repeated to the shape of training.
     Kernels and compilers do compute wrong results in silence.   Raises GolfError.
     """
-
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
     names = [name for name, _ in model.named_parameters()]
@@ -2410,7 +2409,7 @@ def warm_up(model, cfg, run, micro_rows):
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
-    if cfg.warmup_steps and (compiles_training(model) or model.ops is not REFERENCE):
+    if compiles_training(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
     average = Average(model, cfg)
