@@ -942,7 +942,7 @@ class Loader:
 # --------------------------------------------------------------------------------------------------
 # 4. Model
 # --------------------------------------------------------------------------------------------------
-# First the five operations that take the time, in plain PyTorch: they define what the model
+# First the operations that take the time, in plain PyTorch: they define what the model
 # computes, run on the CPU, and are what the fast versions of section 10 are checked against.  Then
 # the modules and one LM with one forward for training, evaluation and calibration.
 #
@@ -1037,6 +1037,23 @@ def gated_norm(o, gate, weight):
     """rms_norm(o) weight silu(gate) by heads: o (B, T, H, V), gate (B, T, H V), weight (V,)."""
     return rms_norm(o) * weight.to(o.dtype) * F.silu(gate.unflatten(-1, o.shape[2:]))
 
+def gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max):
+    """What a Gated DeltaNet layer [1] computes between its projections.
+
+    proj: (B, T, 4 H K + 2 H), each token's q, k, v and output gate, then by head the logits a of
+    the decay and b of beta.   taps: (3 H K, 4).   A_log, dt_bias: (H,).   norm: (K,).
+    tail (B, 3, 3 H K), state (B, H, K, K) or None for zeros: from the text before.
+    beta_max: 1, or 2 for negative eigenvalues.   Returns (B, T, H K) and the new state.
+    """
+    H = len(A_log)
+    W = H * len(norm)
+    qkv, gate, a, b = proj.split([3 * W, W, H, H], -1)
+    q, k, v = conv_heads(qkv, taps, tail, H)
+    g = -A_log.exp() * F.softplus(a.float() + dt_bias)  # log-decay, (B, T, H)
+    beta = torch.sigmoid(b.float()) * beta_max
+    o, state = delta_rule(q, k, v, g, beta, state)
+    return gated_norm(o, gate, norm).flatten(2), state
+
 def mlp(x, up, down, scale, slope):
     """Two matrices around a squared (leaky) relu: x (..., D), up (width, D), down (D, width).
 
@@ -1080,16 +1097,14 @@ def attention(q, k, v, window):
     return o.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
 
 class Ops(NamedTuple):
-    """The five operations of a model, and the dtype of its activations (None: the weights')."""
-    delta_rule: Callable
-    conv_heads: Callable
-    gated_norm: Callable
+    """The three operations of a model, and the dtype of its activations (None: the weights')."""
+    gdn: Callable
     mlp: Callable
     attention: Callable
     dtype: torch.dtype | None = None
     names: dict = {}  # of the kernels, for the log
 
-REFERENCE = Ops(delta_rule, conv_heads, gated_norm, mlp, attention,
+REFERENCE = Ops(gdn, mlp, attention,
                 names=dict(gdn="reference", attention="reference", mlp="reference"))
 
 COMPILING = [False]  # whether regions run compiled
@@ -1247,22 +1262,17 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x, scale, gain, state, xsa):
         """x (B, T, D), scale (D,) of the output -> (B, T, D), state; gain and xsa: Attention's."""
-        H = self.cfg.gdn_heads
         kv = self.kv
-        # Two products instead of one: the convolution then returns the gradient of qkv whole.
-        qkv = linear(x, self.q_proj, kv.k_proj, kv.v_proj)
-        gates = linear(x, self.g_proj, self.a_proj, self.b_proj)
-        gate, a, b = gates.split([gates.shape[-1] - 2 * H, H, H], -1)
-        tail, S = state or (x.new_zeros(x.shape[0], self.TAPS - 1, qkv.shape[-1]), None)
-        tail = tail.to(x.dtype)
+        proj = linear(x, self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj, self.b_proj)
         taps = torch.cat([self.q_conv, kv.k_conv, kv.v_conv])
-        q, k, v = self.ops.conv_heads(qkv, taps, tail, H)
-        g = -self.A_log.exp() * F.softplus(a.float() + self.dt_bias)  # log-decay, (B, T, H)
-        beta = torch.sigmoid(b.float()) * (2.0 if self.cfg.gdn_neg_eigval else 1.0)
-        o, S = self.ops.delta_rule(q, k, v, g, beta, S)
-        y = linear(self.ops.gated_norm(o, gate, self.o_norm).flatten(2), self.o_proj, scale=scale)
-        # a small copy: a view of qkv would keep all of it in memory
-        tail = torch.cat([tail, qkv[:, 1 - self.TAPS:]], 1)[:, 1 - self.TAPS:]
+        past = self.TAPS - 1
+        tail, S = state or (x.new_zeros(x.shape[0], past, len(taps)), None)
+        tail = tail.to(x.dtype)
+        y, S = self.ops.gdn(proj, taps, self.A_log, self.dt_bias, self.o_norm, tail, S,
+                            2.0 if self.cfg.gdn_neg_eigval else 1.0)
+        y = linear(y, self.o_proj, scale=scale)
+        # a small copy: a view of proj would keep all of it in memory
+        tail = torch.cat([tail, proj[:, -past:, :len(taps)]], 1)[:, -past:]
         return y, (tail.detach(), S.detach())
 
 @torch.library.custom_op("gdn_swa::rotary_table", mutates_args=())
@@ -3475,8 +3485,8 @@ def fast_ops(cfg, run):
                            "fla-core (requirements.txt), or KERNEL=reference trains slowly")
     attention_name, attend = pick_attention()
     fused_mlp = fuses_mlp(cfg)
-    return Ops(partial(fast_delta_rule, kernel=name), fast_conv_heads, fast_gated_norm,
-               fast_mlp if fused_mlp else mlp, attend, torch.bfloat16,
+    return Ops(partial(fast_gdn, kernel=name), fast_mlp if fused_mlp else mlp, attend,
+               torch.bfloat16,
                dict(gdn=name, attention=attention_name, mlp="own" if fused_mlp else "cublas"))
 
 def operator(name, fake):
@@ -3491,7 +3501,7 @@ def like(*tensors):
     """New tensors of these shapes."""
     return tuple(x.new_empty(x.shape) for x in tensors)
 
-# ---- delta rule: FlashQLA or flash-linear-attention
+# ---- the delta rule: FlashQLA or flash-linear-attention
 
 class _WideKeyTile:
     """FLA's gated backward kernel with a key tile of at least 128.
@@ -3519,58 +3529,15 @@ def _fla():
 
 @cache
 def _flash_qla():
-    """FlashQLA's chunk forward and backward."""
-    import flash_qla
-    return flash_qla.chunk_gated_delta_rule_fwd, flash_qla.chunk_gated_delta_rule_bwd
+    """FlashQLA's chunk forward, and a backward like FLA's that takes the forward's chunk states."""
+    from flash_qla.ops.gated_delta_rule import chunk
 
-def fast_delta_rule(q, k, v, g, beta, state=None, kernel="fla"):
-    """`delta_rule` on CUDA."""
-    if state is None:  # zeros: with one form of call there is one kernel to compile and tune
-        state = torch.zeros(len(q), *q.shape[2:], v.shape[-1], device=q.device)
-    return _gdn_forward(q, k, v, g, beta, state, kernel)[:2]
-
-@operator("gdn_forward", lambda q, k, v, g, beta, state, kernel: (
-    *like(v, state, g), k.new_empty(*g.shape, GDN_CHUNK)))
-def _gdn_forward(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor,
-                 kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """o, final state, and for the backward pass the running log-decay G and A."""
-    q, k, v, g, beta, state = [x.contiguous() for x in (q, k, v, g, beta, state)]
-    same = dict(q=q, k=k, v=v, g=g, beta=beta, scale=q.shape[-1] ** -0.5, initial_state=state,
-                output_final_state=True)
-    if kernel == "flashqla":
-        G, A, o, _, final_state, _ = _flash_qla()[0](**same, cu_seqlens=None, auto_cp=False)
-    else:
-        G, o, A, final_state, _, _ = _fla()[0](**same)
-    return o, final_state, G, A
-
-@operator("gdn_backward", lambda q, k, v, G, beta, A, state, do, dstate, kernel: like(
-    q, k, v, G, beta, state))
-def _gdn_backward(q: Tensor, k: Tensor, v: Tensor, G: Tensor, beta: Tensor, A: Tensor,
-                  state: Tensor, do: Tensor, dstate: Tensor | None, kernel: str
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, g, beta and the initial state."""
-    q, k, v, beta, state, do = [x.contiguous() for x in (q, k, v, beta, state, do)]
-    dstate = torch.zeros_like(state) if dstate is None else dstate.contiguous()
-    same = dict(q=q, k=k, v=v, g=G, beta=beta, A=A, scale=q.shape[-1] ** -0.5,
-                initial_state=state, do=do, dht=dstate)
-    if kernel == "flashqla":
-        out = _flash_qla()[1](**same, cu_seqlens=None, auto_cp=False)
-    else:
-        out = _fla()[1](**same)
-    dq, dk, dv, dbeta, dg, dstate = out[:6]
-    wanted = ((dq, q), (dk, k), (dv, v), (dg, G), (dbeta, beta), (dstate, state))
-    return tuple(grad.to(x.dtype) for grad, x in wanted)
-
-def _gdn_save(ctx, inputs, output):
-    q, k, v, _, beta, state, ctx.kernel = inputs
-    ctx.save_for_backward(q, k, v, output[2], beta, output[3], state)
-    ctx.set_materialize_grads(False)  # an unused final state then costs nothing
-
-def _gdn_grad(ctx, do, dstate, _dG, _dA):
-    do = torch.zeros_like(ctx.saved_tensors[2]) if do is None else do
-    return *_gdn_backward(*ctx.saved_tensors, do, dstate, ctx.kernel), None
-
-_gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
+    def backward(q, k, v, g, beta, A, scale, do, dht, h):
+        dq, dk, dv, dg, dbeta, dstate = chunk.fused_gdr_bwd(
+            q=q, k=k, v=v, a=A, g=g, b=beta, do=do, dht=dht, h=h, scale=scale)
+        dg = chunk.chunk_local_cumsum(dg, chunk_size=GDN_CHUNK, reverse=True, zero_last_chunk=True)
+        return dq, dk, dv, dbeta, dg, dstate
+    return chunk.chunk_gated_delta_rule_fwd, backward
 
 # ---- convolution, SiLU and l2 norm in one pass
 
@@ -3590,9 +3557,10 @@ def _conv_kernel():
     import triton.language as tl
 
     @triton.jit
-    def conv_heads_kernel(x, weight, tail, y, dx, dw, T, FIRST, C: tl.constexpr,
-                          HEADS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-                          ROWS: tl.constexpr, NORM: tl.constexpr, BACKWARD: tl.constexpr):
+    def conv_heads_kernel(x, weight, tail, y, dx, dw, T, FIRST, STRIDE: tl.constexpr,
+                          C: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
+                          BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
+                          BACKWARD: tl.constexpr):
         b = tl.program_id(1).to(tl.int64)
         h = tl.program_id(2)
         first = tl.program_id(0) * ROWS
@@ -3602,7 +3570,7 @@ def _conv_kernel():
         at = FIRST + h * K + c
         w0, w1 = tl.load(weight + 4 * at, real, 0.0), tl.load(weight + 4 * at + 1, real, 0.0)
         w2, w3 = tl.load(weight + 4 * at + 2, real, 0.0), tl.load(weight + 4 * at + 3, real, 0.0)
-        x += b * T * C + at
+        x += b * T * STRIDE + at
         tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
         y += (b * T * HEADS + h) * K + c  # the result, or with BACKWARD its gradient
         # Zeros of their own: names that begin as one value stay one value in Triton's loops.
@@ -3611,7 +3579,7 @@ def _conv_kernel():
         ahead = tl.zeros([BLOCK], x.dtype.element_ty)
         beyond = tl.zeros([BLOCK], x.dtype.element_ty)
         if BACKWARD:
-            dx += b * T * C + at
+            dx += b * T * STRIDE + at
             dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
             # d: gradients before the SiLU, of the rows before; s: sums, gradients of the weight
             d1, d2 = tl.zeros_like(w0), tl.zeros_like(w0)
@@ -3624,7 +3592,7 @@ def _conv_kernel():
         for t in tl.range(first - 5, last + 3 * BACKWARD, loop_unroll_factor=3):
             x0, ahead = ahead.to(tl.float32), beyond
             n = t + 2
-            beyond = (tl.load(x + n * C, real & (n >= 0) & (n < T), 0.0)
+            beyond = (tl.load(x + n * STRIDE, real & (n >= 0) & (n < T), 0.0)
                       + tl.load(tail + n * C, real & (n < 0), 0.0))
             u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
             root = tl.rsqrt(1.0 + tl.exp(-u))  # its square is the sigmoid, without a division
@@ -3641,7 +3609,8 @@ def _conv_kernel():
                     d = (d - tl.where(square > 1e-12, tl.sum(d * z, 0), 0.0) * z) * unit
                 d *= gate * (1.0 + u * (1.0 - gate))
                 dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
-                tl.store(dx + (t - 3) * C, dx_row.to(dx.dtype.element_ty), real & (t - 3 >= first))
+                tl.store(dx + (t - 3) * STRIDE, dx_row.to(dx.dtype.element_ty),
+                         real & (t - 3 >= first))
                 own = tl.where(t < last, d, 0.0)
                 s0, s1 = s0 + own * x3, s1 + own * x2
                 s2, s3 = s2 + own * x1, s3 + own * x0
@@ -3658,47 +3627,15 @@ def _conv_kernel():
             tl.store(dw + 3 * C, s3, real)
     return conv_heads_kernel
 
-def _launch_conv(x, weight, tail, outputs, heads, *gradients):
-    """Run the kernel for the heads of q, k and v; gradients: dx and dw, if any."""
-    B, T, C = x.shape
-    K = C // (3 * heads)
-    for i, out in enumerate(outputs):
-        _conv_kernel()[-(-T // CONV_ROWS), B, heads](
-            x, weight, tail, out, *(gradients or (x, x)), T, i * heads * K, C=C, HEADS=heads, K=K,
-            BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2,
+def _launch_conv(proj, taps, tail, heads, *gradients):
+    """q, k and v into `heads`; or, from their gradients there, those of proj and of the taps."""
+    B, T, stride = proj.shape
+    H, K = heads[0].shape[2:]
+    for i, head in enumerate(heads):
+        _conv_kernel()[-(-T // CONV_ROWS), B, H](
+            proj, taps, tail, head, *(gradients or (proj, proj)), T, i * H * K, STRIDE=stride,
+            C=3 * H * K, HEADS=H, K=K, BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2,
             BACKWARD=int(bool(gradients)), num_warps=1)
-
-def _empty_heads(x, weight, tail, heads):
-    return tuple(x.new_empty(*x.shape[:2], heads, x.shape[2] // (3 * heads)) for _ in range(3))
-
-def fast_conv_heads(x, weight, tail, heads):
-    """`conv_heads` on CUDA."""
-    if x[0].numel() >= 2**31:  # the kernel's offsets inside one row are int32
-        return conv_heads(x, weight, tail, heads)
-    return _conv_forward(x, weight, tail, heads)
-
-@operator("conv_forward", _empty_heads)
-def _conv_forward(x: Tensor, weight: Tensor, tail: Tensor, heads: int
-                  ) -> tuple[Tensor, Tensor, Tensor]:
-    x, weight, tail = [y.contiguous() for y in (x, weight, tail)]
-    out = _empty_heads(x, weight, tail, heads)
-    _launch_conv(x, weight, tail, out, heads)
-    return out
-
-@operator("conv_backward", lambda x, weight, tail, dq, dk, dv: like(x, weight))
-def _conv_backward(x: Tensor, weight: Tensor, tail: Tensor, dq: Tensor, dk: Tensor,
-                   dv: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of x and weight, the latter summed over programs in a fixed order."""
-    B, T, C = x.shape
-    x, weight, tail, *grads = [y.contiguous() for y in (x, weight, tail, dq, dk, dv)]
-    dx = torch.empty_like(x)
-    dw = weight.new_empty(B * -(-T // CONV_ROWS), 4, C)
-    _launch_conv(x, weight, tail, grads, dq.shape[2], dx, dw)
-    return dx, dw.sum(0).mT.contiguous()
-
-_conv_forward.register_autograd(
-    lambda ctx, dq, dk, dv: (*_conv_backward(*ctx.saved_tensors, dq, dk, dv), None, None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:3]))
 
 # ---- gated norm in one pass
 
@@ -3713,7 +3650,7 @@ def _norm_kernel():
     import triton.language as tl
 
     @triton.jit
-    def gated_norm_kernel(o, gate, weight, dy, out, dgate, dweight, M, STRIDE: tl.constexpr,
+    def gated_norm_kernel(o, gate, weight, y, do, dgate, dweight, M, STRIDE: tl.constexpr,
                           HEADS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
                           ROWS: tl.constexpr, TILES: tl.constexpr, BACKWARD: tl.constexpr):
         c = tl.arange(0, BLOCK)
@@ -3731,55 +3668,174 @@ def _norm_kernel():
             x *= r
             sigma = tl.sigmoid(g)
             if BACKWARD:
-                d = tl.load(dy + at, real, 0.0).to(tl.float32)
+                d = tl.load(y + at, real, 0.0).to(tl.float32)
                 dg = d * x * w * sigma * (1.0 + g * (1.0 - sigma))
-                tl.store(dgate + at, dg.to(dgate.dtype.element_ty), real)
+                tl.store(dgate + gate_at, dg.to(dgate.dtype.element_ty), real)
                 d *= g * sigma
                 dw += tl.sum(d * x, 0)
                 d *= w
-                y = r * (d - x * (tl.sum(d * x, 1) / V)[:, None])
+                d = r * (d - x * (tl.sum(d * x, 1) / V)[:, None])
+                tl.store(do + at, d.to(do.dtype.element_ty), real)
             else:
-                y = x * w * g * sigma
-            tl.store(out + at, y.to(out.dtype.element_ty), real)
+                tl.store(y + at, (x * w * g * sigma).to(y.dtype.element_ty), real)
         if BACKWARD:
             tl.store(dweight + tl.program_id(0) * V + c, dw, c < V)
     return gated_norm_kernel
 
-def _launch_norm(o, gate, weight, dy, out, dgate, dweight):
+def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
+    """The result into y; or, from its gradient there, those of o, of proj's gate and of the norm.
+
+    The gradient of the norm is one row for each program.
+    """
     H, V = o.shape[2:]
     M = o.shape[:3].numel()
+    gate, dgate = [x if x is None else x[..., 3 * H * V:] for x in (proj, dproj)]
     _norm_kernel()[-(-M // (NORM_ROWS * NORM_TILES)),](
-        o, gate, weight, dy, out, dgate, dweight, M, STRIDE=gate.stride(1), HEADS=H, V=V,
-        BLOCK=1 << (V - 1).bit_length(), ROWS=NORM_ROWS, TILES=NORM_TILES, BACKWARD=dy is not None,
-        num_warps=1)
+        o, gate, norm, y, do, dgate, dnorm, M, STRIDE=proj.shape[-1], HEADS=H, V=V,
+        BLOCK=1 << (V - 1).bit_length(), ROWS=NORM_ROWS, TILES=NORM_TILES,
+        BACKWARD=do is not None, num_warps=1)
 
-def _even_rows(gate):
-    """gate (B, T, C), its rows at one stride."""
-    even = gate.stride(2) == 1 and gate.stride(0) == gate.shape[1] * gate.stride(1)
-    return gate if even else gate.contiguous()
+# ---- gates: log-decay and beta from their logits
 
-@operator("norm_forward", lambda o, gate, weight: o.new_empty(o.shape))
-def fast_gated_norm(o: Tensor, gate: Tensor, weight: Tensor) -> Tensor:
-    """`gated_norm` on CUDA."""
+GATE_ROWS = 128  # tokens that one program takes
+
+@cache
+def _gates_kernel():
+    """Triton's g and beta of `gdn`, or with BACKWARD the gradients of what they come from."""
+    global tl
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, MAX: tl.constexpr,
+                     STRIDE: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+                     ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+        h = tl.arange(0, BLOCK)
+        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        real = (row < M) & (h < H)
+        rate = -tl.exp(tl.load(A_log + h, h < H, 0.0))
+        a = tl.load(logits + row * STRIDE + h, real, 0.0).to(tl.float32)
+        a += tl.load(dt_bias + h, h < H, 0.0)
+        soft = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))  # softplus
+        b = tl.sigmoid(tl.load(logits + row * STRIDE + H + h, real, 0.0).to(tl.float32))
+        if BACKWARD:
+            dg = rate * tl.load(g + row * H + h, real, 0.0)
+            da = dg * tl.sigmoid(a)
+            db = tl.load(beta + row * H + h, real, 0.0) * MAX * b * (1.0 - b)
+            tl.store(dlogits + row * STRIDE + h, da.to(dlogits.dtype.element_ty), real)
+            tl.store(dlogits + row * STRIDE + H + h, db.to(dlogits.dtype.element_ty), real)
+            sums += tl.program_id(0) * 2 * H + h
+            tl.store(sums, tl.sum(dg * soft, 0), h < H)
+            tl.store(sums + H, tl.sum(da, 0), h < H)
+        else:
+            tl.store(g + row * H + h, rate * soft, real)
+            tl.store(beta + row * H + h, MAX * b, real)
+    return gates_kernel
+
+def _launch_gates(proj, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
+    """g and beta; or, from their gradients there, those of proj's logits and of the vectors.
+
+    sums: the gradients of A_log and dt_bias, one row for each program.
+    """
+    B, T, H = g.shape
+    logits, dlogits = [x if x is None else x[..., -2 * H:] for x in (proj, dproj)]
+    _gates_kernel()[-(-B * T // GATE_ROWS),](
+        logits, A_log, dt_bias, g, beta, dlogits, sums, B * T, MAX=beta_max,
+        STRIDE=proj.shape[-1], H=H, BLOCK=1 << (H - 1).bit_length(), ROWS=GATE_ROWS,
+        BACKWARD=sums is not None)
+
+# ---- Gated DeltaNet between its projections: one operator of these kernels
+
+def fast_gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel="fla"):
+    """`gdn` on CUDA."""
+    if proj[0].numel() >= 2**31:  # the convolution's offsets inside one row are int32
+        return gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max)
+    if state is None:  # zeros: with one form of call there is one kernel to compile and tune
+        K = len(norm)
+        state = torch.zeros(len(proj), len(A_log), K, K, device=proj.device)
+    return _gdn_forward(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel,
+                        torch.is_grad_enabled())[:2]
+
+def _gdn_results(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel, training):
+    """Empty results of the operator: y, the new state, and what the backward pass takes.
+
+    Those are q, k, v, o (B, T, H, K), running log-decay and beta (B, T, H), A (B, T, H, chunk) of
+    the WY form, and with FlashQLA in training the state before each chunk (B, chunks, H, K, K).
+    """
+    B, T, _ = proj.shape
+    H, K = state.shape[1:3]
+    q, k, v, o = [proj.new_empty(B, T, H, K) for _ in range(4)]
+    G, beta = [state.new_empty(B, T, H) for _ in range(2)]
+    chunks = -(-T // GDN_CHUNK) if training and kernel == "flashqla" else 0
+    return (proj.new_empty(B, T, H * K), torch.empty_like(state), q, k, v, o, G, beta,
+            proj.new_empty(B, T, H, GDN_CHUNK), proj.new_empty(B, chunks, H, K, K))
+
+@operator("gdn_forward", _gdn_results)
+def _gdn_forward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor,
+                 tail: Tensor, state: Tensor, beta_max: float, kernel: str, training: bool
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
+                            Tensor, Tensor]:
+    """`_gdn_results`, computed."""
+    proj, taps, tail, state = [x.contiguous() for x in (proj, taps, tail, state)]
+    y, _, q, k, v, _, g, beta, _, h = _gdn_results(
+        proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel, False)
+    _launch_conv(proj, taps, tail, (q, k, v))
+    _launch_gates(proj, A_log, dt_bias, beta_max, g, beta)
+    same = dict(q=q, k=k, v=v, g=g, beta=beta, scale=q.shape[-1] ** -0.5, initial_state=state,
+                output_final_state=True)
+    if kernel == "flashqla":
+        G, A, o, kept, state, _ = _flash_qla()[0](**same, output_h=training, auto_cp=False)
+        h = kept if training else h
+    else:
+        G, o, A, state, _, _ = _fla()[0](**same)
     o = o.contiguous()
-    out = o.new_empty(o.shape)
-    _launch_norm(o, _even_rows(gate), weight, None, out, None, None)
-    return out
+    _launch_norm(o, proj, norm, y)
+    return y, state, q, k, v, o, G, beta, A, h
 
-@operator("norm_backward", lambda o, gate, weight, dy: like(o, gate, weight))
-def _norm_backward(o: Tensor, gate: Tensor, weight: Tensor, dy: Tensor
-                   ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of o, gate and weight, the last summed over programs in a fixed order."""
-    o = o.contiguous()
-    do, dgate = like(o, gate)
-    programs = -(-o.shape[:3].numel() // (NORM_ROWS * NORM_TILES))
-    dweight = weight.new_empty(programs, len(weight))
-    _launch_norm(o, _even_rows(gate), weight, dy.contiguous(), do, dgate, dweight)
-    return do, dgate, dweight.sum(0)
+@operator("gdn_backward", lambda proj, taps, A_log, dt_bias, norm, tail, state, *_: like(
+    proj, taps, A_log, dt_bias, norm, state))
+def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor,
+                  tail: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
+                  G: Tensor, beta: Tensor, A: Tensor, h: Tensor, dy: Tensor, dstate: Tensor | None,
+                  beta_max: float, kernel: str
+                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of proj, in one buffer, taps, A_log, dt_bias, norm and state.
 
-fast_gated_norm.register_autograd(
-    lambda ctx, dy: _norm_backward(*ctx.saved_tensors, dy),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+    Sums over tokens are taken in a fixed order: each program adds one row.
+    """
+    proj, taps, tail, state, dy = [x.contiguous() for x in (proj, taps, tail, state, dy)]
+    B, T, _ = dy.shape
+    dproj = torch.empty_like(proj)
+    do = torch.empty_like(o)
+    dnorm = norm.new_empty(-(-o.shape[:3].numel() // (NORM_ROWS * NORM_TILES)), len(norm))
+    _launch_norm(o, proj, norm, dy, do, dproj, dnorm)
+    dstate = torch.zeros_like(state) if dstate is None else dstate.contiguous()
+    same = dict(q=q, k=k, v=v, g=G, beta=beta, A=A, scale=q.shape[-1] ** -0.5, do=do, dht=dstate)
+    if kernel == "flashqla":
+        out = _flash_qla()[1](**same, h=h)
+    else:
+        out = _fla()[1](**same, initial_state=state)
+    dq, dk, dv, dbeta, dg, dstate = [x.contiguous() for x in out[:6]]
+    dtaps = taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps))
+    _launch_conv(proj, taps, tail, (dq, dk, dv), dproj, dtaps)
+    sums = A_log.new_empty(-(-B * T // GATE_ROWS), 2, len(A_log))
+    _launch_gates(proj, A_log, dt_bias, beta_max, dg, dbeta, dproj, sums)
+    dA_log, ddt_bias = sums.sum(0)
+    return (dproj, dtaps.sum(0).mT.contiguous(), dA_log, ddt_bias.clone(), dnorm.sum(0), dstate)
+
+def _gdn_save(ctx, inputs, output):
+    *tensors, ctx.beta_max, ctx.kernel, _ = inputs
+    ctx.save_for_backward(*tensors, *output[2:])
+    ctx.set_materialize_grads(False)  # an unused final state then costs nothing
+
+def _gdn_grad(ctx, dy, dstate, *_):
+    if dy is None:
+        dy = torch.zeros_like(ctx.saved_tensors[10]).flatten(2)
+    dproj, dtaps, dA_log, ddt_bias, dnorm, dstate = _gdn_backward(
+        *ctx.saved_tensors, dy, dstate, ctx.beta_max, ctx.kernel)
+    return dproj, dtaps, dA_log, ddt_bias, dnorm, None, dstate, None, None, None
+
+_gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
 
 # ---- MLP: products with the squared relu inside
 

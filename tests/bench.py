@@ -78,12 +78,11 @@ def model_cost(cfg):
         if layer.kind == "gdn":
             H, K, C = cfg.gdn_heads, cfg.gdn_head_dim, t.GDN_CHUNK
             W = H * K
-            # ideal: x is read once for both products; the input gradient's epilogue ends the block
-            ops += product(D, 3 * W, (0, 4 * D, 0))
-            ops += [op._replace(ideal=2 * (W + 2 * H)) for op in product(D, W + 2 * H)]
+            # ideal: the input gradient's epilogue ends the block
+            ops += product(D, 4 * W + 2 * H, (0, 4 * D, 0))
             # bytes as FlashQLA's kernels move them; ideal: convolution and gated norm inside
             flops = H * (22 * K * K + 30 * C * K + 5 * C * C)
-            ops.append(Op(DELTA, flops, 2 * 20.5 * W, 2 * 18 * W))
+            ops.append(Op(DELTA, flops, 2 * 18 * W, 2 * 18 * W))
             # convolution and gated norm; norms, residual and mix with their gradients
             ops.append(Op(ELEMENTWISE, 0, 2 * (23 * W + 31.6 * D), 0))
             ops += product(W, D, (D, 0, 0))

@@ -362,13 +362,13 @@ def test_causality_probe_finds_a_look_ahead(ahead, method):
 
 LEAKS = {
     "attention": lambda q, k, v, window: t.attention(q, k.roll(-1, 1), v.roll(-1, 1), window),
-    "conv_heads": lambda x, w, tail, heads: t.conv_heads(x.roll(-1, 1), w, tail, heads),
-    "gated_norm": lambda o, gate, w: t.gated_norm(o - 0.1 * o.mean(1, keepdim=True), gate, w)}
+    "gdn": lambda proj, *rest: t.gdn(proj.roll(-1, 1), *rest),
+    "gdn of all tokens": lambda proj, *rest: t.gdn(proj - 0.1 * proj.mean(1, True), *rest)}
 
 
-@pytest.mark.parametrize("operation", LEAKS)
-def test_causality_probe_finds_a_leak_inside_the_model(operation):
-    leaky = t.LM(MODEL.cfg, t.REFERENCE._replace(**{operation: LEAKS[operation]}))
+@pytest.mark.parametrize("leak", LEAKS)
+def test_causality_probe_finds_a_leak_inside_the_model(leak):
+    leaky = t.LM(MODEL.cfg, t.REFERENCE._replace(**{leak.split()[0]: LEAKS[leak]}))
     leaky.load_state_dict(MODEL.state_dict())
     assert probed(leaky).causal > 1e-3
 
