@@ -3542,6 +3542,9 @@ def _flash_qla():
 # ---- convolution, SiLU and l2 norm in one pass
 
 CONV_ROWS = 256  # tokens that one program takes
+# 1 / (1 + exp(-x)) in four instructions; Triton's exp and division take three times as many
+SIGMOID = ("{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # -log2(e)
+           "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }")
 
 @cache
 def _conv_kernel():
@@ -3550,7 +3553,7 @@ def _conv_kernel():
     It goes down the rows with the last four in registers, so that each is read once, and loads two
     rows ahead.  It begins three rows early, since four taps reach that far back.  The backward pass
     computes the forward again and ends three rows late, since a row's gradient comes from its own
-    output and the three after it.
+    output and the three after it.  What limits it is the number of instructions, not memory.
     """
     global tl  # Triton looks for names among the module's
     import triton
@@ -3560,26 +3563,27 @@ def _conv_kernel():
     def conv_heads_kernel(x, weight, tail, y, dx, dw, T, FIRST, STRIDE: tl.constexpr,
                           C: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
                           BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-                          BACKWARD: tl.constexpr):
+                          BACKWARD: tl.constexpr, SIGMOID: tl.constexpr):
         b = tl.program_id(1).to(tl.int64)
         h = tl.program_id(2)
         first = tl.program_id(0) * ROWS
-        last = tl.minimum(first + ROWS, T)
+        left = T - first  # rows from here to the end of the text
         c = tl.arange(0, BLOCK)
         real = c < K
-        at = FIRST + h * K + c
-        w0, w1 = tl.load(weight + 4 * at, real, 0.0), tl.load(weight + 4 * at + 1, real, 0.0)
-        w2, w3 = tl.load(weight + 4 * at + 2, real, 0.0), tl.load(weight + 4 * at + 3, real, 0.0)
-        x += b * T * STRIDE + at
-        tail += (b * 3 + 3) * C + at  # row t < 0 is 3 + t of the tail
-        y += (b * T * HEADS + h) * K + c  # the result, or with BACKWARD its gradient
+        at = FIRST + h * K
+        taps = weight + 4 * (at + c)
+        w0, w1 = tl.load(taps, real, 0.0), tl.load(taps + 1, real, 0.0)
+        w2, w3 = tl.load(taps + 2, real, 0.0), tl.load(taps + 3, real, 0.0)
+        x += (b * T + first) * STRIDE + at
+        tail += (b * 3 + 3) * C + at  # row i < 0 of the text is 3 + i of the tail
+        y += ((b * T + first) * HEADS + h) * K  # the result, or with BACKWARD its gradient
         # Zeros of their own: names that begin as one value stay one value in Triton's loops.
         x1, x2 = tl.zeros_like(w0), tl.zeros_like(w0)
         x3 = tl.zeros_like(w0)
         ahead = tl.zeros([BLOCK], x.dtype.element_ty)
         beyond = tl.zeros([BLOCK], x.dtype.element_ty)
         if BACKWARD:
-            dx += b * T * STRIDE + at
+            dx += (b * T + first) * STRIDE + at
             dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
             # d: gradients before the SiLU, of the rows before; s: sums, gradients of the weight
             d1, d2 = tl.zeros_like(w0), tl.zeros_like(w0)
@@ -3589,14 +3593,15 @@ def _conv_kernel():
             dy1 = tl.zeros([BLOCK], y.dtype.element_ty)
             dy2 = tl.zeros([BLOCK], y.dtype.element_ty)
         # The first two iterations only read ahead.
-        for t in tl.range(first - 5, last + 3 * BACKWARD, loop_unroll_factor=3):
+        for i in tl.range(-5, ROWS + 3 * BACKWARD, loop_unroll_factor=3):
             x0, ahead = ahead.to(tl.float32), beyond
-            n = t + 2
-            beyond = (tl.load(x + n * STRIDE, real & (n >= 0) & (n < T), 0.0)
-                      + tl.load(tail + n * C, real & (n < 0), 0.0))
+            n = i + 2
+            row = x + tl.minimum(n, left - 1) * STRIDE  # beyond the end: read, never used
+            if (n < 0) & (first == 0):
+                row = tail + n * C
+            beyond = tl.load(row + c, real & (n >= -3), 0.0)
             u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
-            root = tl.rsqrt(1.0 + tl.exp(-u))  # its square is the sigmoid, without a division
-            gate = root * root
+            gate = tl.inline_asm_elementwise(SIGMOID, "=f,f", [u], tl.float32, True, 1)
             z = u * gate
             if NORM:
                 square = tl.sum(z * z, 0)
@@ -3604,27 +3609,28 @@ def _conv_kernel():
                 z *= unit
             if BACKWARD:
                 d, dy1 = dy1.to(tl.float32), dy2
-                dy2 = tl.load(y + n * HEADS * K, real & (n >= first) & (n < T), 0.0)
+                dy2 = tl.load(y + n * HEADS * K + c, real & (n >= 0) & (n < left), 0.0)
                 if NORM:
                     d = (d - tl.where(square > 1e-12, tl.sum(d * z, 0), 0.0) * z) * unit
                 d *= gate * (1.0 + u * (1.0 - gate))
                 dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
-                tl.store(dx + (t - 3) * STRIDE, dx_row.to(dx.dtype.element_ty),
-                         real & (t - 3 >= first))
-                own = tl.where(t < last, d, 0.0)
+                tl.store(dx + (i - 3) * STRIDE + c, dx_row.to(dx.dtype.element_ty),
+                         real & (i >= 3) & (i - 3 < left))
+                own = tl.where(i < ROWS, d, 0.0)
                 s0, s1 = s0 + own * x3, s1 + own * x2
                 s2, s3 = s2 + own * x1, s3 + own * x0
                 d3, d2 = d2, d1
                 d1 = d
             else:
-                tl.store(y + t * HEADS * K, z.to(y.dtype.element_ty), real & (t >= first))
+                tl.store(y + i * HEADS * K + c, z.to(y.dtype.element_ty),
+                         real & (i >= 0) & (i < left))
             x3, x2 = x2, x1
             x1 = x0
         if BACKWARD:
-            tl.store(dw, s0, real)
-            tl.store(dw + C, s1, real)
-            tl.store(dw + 2 * C, s2, real)
-            tl.store(dw + 3 * C, s3, real)
+            tl.store(dw + c, s0, real)
+            tl.store(dw + C + c, s1, real)
+            tl.store(dw + 2 * C + c, s2, real)
+            tl.store(dw + 3 * C + c, s3, real)
     return conv_heads_kernel
 
 def _launch_conv(proj, taps, tail, heads, *gradients):
@@ -3635,7 +3641,7 @@ def _launch_conv(proj, taps, tail, heads, *gradients):
         _conv_kernel()[-(-T // CONV_ROWS), B, H](
             proj, taps, tail, head, *(gradients or (proj, proj)), T, i * H * K, STRIDE=stride,
             C=3 * H * K, HEADS=H, K=K, BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2,
-            BACKWARD=int(bool(gradients)), num_warps=1)
+            BACKWARD=int(bool(gradients)), SIGMOID=SIGMOID, num_warps=1)
 
 # ---- gated norm in one pass
 
