@@ -3553,30 +3553,36 @@ def _conv_kernel():
     It goes down the rows with the last four in registers, so that each is read once, and loads two
     rows ahead.  It begins three rows early, since four taps reach that far back.  The backward pass
     computes the forward again and ends three rows late, since a row's gradient comes from its own
-    output and the three after it.  What limits it is the number of instructions, not memory.
+    output and the three after it.  One launch for q, k and v: its programs hide each other's waits.
     """
     global tl  # Triton looks for names among the module's
     import triton
     import triton.language as tl
 
     @triton.jit
-    def conv_heads_kernel(x, weight, tail, y, dx, dw, T, FIRST, STRIDE: tl.constexpr,
-                          C: tl.constexpr, HEADS: tl.constexpr, K: tl.constexpr,
-                          BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-                          BACKWARD: tl.constexpr, SIGMOID: tl.constexpr):
+    def conv_heads_kernel(x, weight, tail, q, k, v, dx, dw, T, STRIDE: tl.constexpr,
+                          HEADS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+                          ROWS: tl.constexpr, BACKWARD: tl.constexpr, SIGMOID: tl.constexpr):
+        C: tl.constexpr = 3 * HEADS * K
         b = tl.program_id(1).to(tl.int64)
-        h = tl.program_id(2)
+        role = tl.program_id(2) // HEADS  # q, k or v
+        h = tl.program_id(2) % HEADS
         first = tl.program_id(0) * ROWS
         left = T - first  # rows from here to the end of the text
         c = tl.arange(0, BLOCK)
         real = c < K
-        at = FIRST + h * K
+        at = tl.program_id(2) * K
         taps = weight + 4 * (at + c)
         w0, w1 = tl.load(taps, real, 0.0), tl.load(taps + 1, real, 0.0)
         w2, w3 = tl.load(taps + 2, real, 0.0), tl.load(taps + 3, real, 0.0)
         x += (b * T + first) * STRIDE + at
         tail += (b * 3 + 3) * C + at  # row i < 0 of the text is 3 + i of the tail
-        y += ((b * T + first) * HEADS + h) * K  # the result, or with BACKWARD its gradient
+        y = q  # the result, or with BACKWARD its gradient
+        if role == 1:
+            y = k
+        if role == 2:
+            y = v
+        y += ((b * T + first) * HEADS + h) * K
         # Zeros of their own: names that begin as one value stay one value in Triton's loops.
         x1, x2 = tl.zeros_like(w0), tl.zeros_like(w0)
         x3 = tl.zeros_like(w0)
@@ -3603,15 +3609,14 @@ def _conv_kernel():
             u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
             gate = tl.inline_asm_elementwise(SIGMOID, "=f,f", [u], tl.float32, True, 1)
             z = u * gate
-            if NORM:
-                square = tl.sum(z * z, 0)
-                unit = tl.rsqrt(tl.maximum(square, 1e-12))
-                z *= unit
+            square = tl.sum(z * z, 0)
+            unit = tl.where(role == 2, 1.0, tl.rsqrt(tl.maximum(square, 1e-12)))
+            z *= unit
             if BACKWARD:
                 d, dy1 = dy1.to(tl.float32), dy2
                 dy2 = tl.load(y + n * HEADS * K + c, real & (n >= 0) & (n < left), 0.0)
-                if NORM:
-                    d = (d - tl.where(square > 1e-12, tl.sum(d * z, 0), 0.0) * z) * unit
+                along = tl.where((role < 2) & (square > 1e-12), tl.sum(d * z, 0), 0.0)
+                d = (d - along * z) * unit
                 d *= gate * (1.0 + u * (1.0 - gate))
                 dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
                 tl.store(dx + (i - 3) * STRIDE + c, dx_row.to(dx.dtype.element_ty),
@@ -3633,15 +3638,17 @@ def _conv_kernel():
             tl.store(dw + 3 * C + c, s3, real)
     return conv_heads_kernel
 
-def _launch_conv(proj, taps, tail, heads, *gradients):
-    """q, k and v into `heads`; or, from their gradients there, those of proj and of the taps."""
+def _launch_conv(proj, taps, tail, heads, dproj=None, dtaps=None):
+    """q, k and v into `heads`; or, from their gradients there, those of proj and of the taps.
+
+    The gradient of the taps is one (4, 3 H K) for each program.
+    """
     B, T, stride = proj.shape
     H, K = heads[0].shape[2:]
-    for i, head in enumerate(heads):
-        _conv_kernel()[-(-T // CONV_ROWS), B, H](
-            proj, taps, tail, head, *(gradients or (proj, proj)), T, i * H * K, STRIDE=stride,
-            C=3 * H * K, HEADS=H, K=K, BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, NORM=i < 2,
-            BACKWARD=int(bool(gradients)), SIGMOID=SIGMOID, num_warps=1)
+    _conv_kernel()[-(-T // CONV_ROWS), B, 3 * H](
+        proj, taps, tail, *heads, dproj, dtaps, T, STRIDE=stride, HEADS=H, K=K,
+        BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, BACKWARD=dproj is not None,
+        SIGMOID=SIGMOID, num_warps=1)
 
 # ---- gated norm in one pass
 
