@@ -959,15 +959,17 @@ def rms_norm(x):
 
 OBSERVERS = []  # functions (x, weights) that see every matrix product of a forward, for Hessians
 
-def linear(x, *weights, scale=None):
+def linear(x, *weights, scale=None, multiple=1):
     """x (..., C) times the transpose of the stacked weights (R_i, C): (..., sum of R_i).
 
     scale: (sum of R_i,) factors of the outputs, or None.  They multiply the small weight instead of
     the large result, so that their gradient costs no pass over the tokens.
+    multiple: outputs are added, all zero, up to a multiple of this.
     """
     for observe in OBSERVERS:
         observe(x, weights)
     w = weights[0] if len(weights) == 1 else torch.cat(weights)
+    w = F.pad(w, (0, 0, 0, -len(w) % multiple)) if multiple > 1 else w
     w = w if scale is None else w * scale.unsqueeze(-1)
     return F.linear(x, w.to(x.dtype))
 
@@ -1040,14 +1042,14 @@ def gated_norm(o, gate, weight):
 def gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max):
     """What a Gated DeltaNet layer [1] computes between its projections.
 
-    proj: (B, T, 4 H K + 2 H), each token's q, k, v and output gate, then by head the logits a of
-    the decay and b of beta.   taps: (3 H K, 4).   A_log, dt_bias: (H,).   norm: (K,).
+    proj: (B, T, 4 H K + 2 H or more), each token's q, k, v and output gate, then by head the logits
+    a of the decay and b of beta.   taps: (3 H K, 4).   A_log, dt_bias: (H,).   norm: (K,).
     tail (B, 3, 3 H K), state (B, H, K, K) or None for zeros: from the text before.
     beta_max: 1, or 2 for negative eigenvalues.   Returns (B, T, H K) and the new state.
     """
     H = len(A_log)
     W = H * len(norm)
-    qkv, gate, a, b = proj.split([3 * W, W, H, H], -1)
+    qkv, gate, a, b, _ = proj.split([3 * W, W, H, H, proj.shape[-1] - 4 * W - 2 * H], -1)
     q, k, v = conv_heads(qkv, taps, tail, H)
     g = -A_log.exp() * F.softplus(a.float() + dt_bias)  # log-decay, (B, T, H)
     beta = torch.sigmoid(b.float()) * beta_max
@@ -1263,7 +1265,9 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x, scale, gain, state, xsa):
         """x (B, T, D), scale (D,) of the output -> (B, T, D), state; gain and xsa: Attention's."""
         kv = self.kv
-        proj = linear(x, self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj, self.b_proj)
+        # For a GPU rows of proj begin at multiples of 128 bytes, as its memory is read.
+        proj = linear(x, self.q_proj, kv.k_proj, kv.v_proj, self.g_proj, self.a_proj, self.b_proj,
+                      multiple=64 if x.is_cuda else 1)
         taps = torch.cat([self.q_conv, kv.k_conv, kv.v_conv])
         past = self.TAPS - 1
         tail, S = state or (x.new_zeros(x.shape[0], past, len(taps)), None)
@@ -3710,52 +3714,58 @@ def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
 
 # ---- gates: log-decay and beta from their logits
 
-GATE_ROWS = 128  # tokens that one program takes
+GATE_ROWS = 32  # tokens that one program takes
 
 @cache
 def _gates_kernel():
-    """Triton's g and beta of `gdn`, or with BACKWARD the gradients of what they come from."""
+    """Triton's g and beta of `gdn`, or with BACKWARD the gradients of what they come from.
+
+    Columns are those of proj from the logits on: a, b, and zeros up to WIDTH.
+    """
     global tl
     import triton
     import triton.language as tl
 
     @triton.jit
     def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, MAX: tl.constexpr,
-                     STRIDE: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
-                     ROWS: tl.constexpr, BACKWARD: tl.constexpr):
-        h = tl.arange(0, BLOCK)
+                     STRIDE: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
+                     BLOCK: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+        c = tl.arange(0, BLOCK)
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        real = (row < M) & (h < H)
-        rate = -tl.exp(tl.load(A_log + h, h < H, 0.0))
-        a = tl.load(logits + row * STRIDE + h, real, 0.0).to(tl.float32)
-        a += tl.load(dt_bias + h, h < H, 0.0)
+        real = (row < M) & (c < WIDTH)
+        is_a = c < H
+        is_b = (c >= H) & (c < 2 * H)
+        x = tl.load(logits + row * STRIDE + c, real, 0.0).to(tl.float32)
+        a = x + tl.load(dt_bias + c, is_a, 0.0)
+        rate = -tl.exp(tl.load(A_log + c, is_a, 0.0))
         soft = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))  # softplus
-        b = tl.sigmoid(tl.load(logits + row * STRIDE + H + h, real, 0.0).to(tl.float32))
+        b = tl.sigmoid(x)
+        g += row * H + c
+        beta += row * H + c - H
         if BACKWARD:
-            dg = rate * tl.load(g + row * H + h, real, 0.0)
+            dg = rate * tl.load(g, real & is_a, 0.0)
             da = dg * tl.sigmoid(a)
-            db = tl.load(beta + row * H + h, real, 0.0) * MAX * b * (1.0 - b)
-            tl.store(dlogits + row * STRIDE + h, da.to(dlogits.dtype.element_ty), real)
-            tl.store(dlogits + row * STRIDE + H + h, db.to(dlogits.dtype.element_ty), real)
-            sums += tl.program_id(0) * 2 * H + h
-            tl.store(sums, tl.sum(dg * soft, 0), h < H)
-            tl.store(sums + H, tl.sum(da, 0), h < H)
+            db = tl.load(beta, real & is_b, 0.0) * MAX * b * (1.0 - b)
+            tl.store(dlogits + row * STRIDE + c, (da + db).to(dlogits.dtype.element_ty), real)
+            sums += tl.program_id(0) * 2 * H + c
+            tl.store(sums, tl.sum(dg * soft, 0), is_a)
+            tl.store(sums + H, tl.sum(da, 0), is_a)
         else:
-            tl.store(g + row * H + h, rate * soft, real)
-            tl.store(beta + row * H + h, MAX * b, real)
+            tl.store(g, rate * soft, real & is_a)
+            tl.store(beta, MAX * b, real & is_b)
     return gates_kernel
 
-def _launch_gates(proj, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
-    """g and beta; or, from their gradients there, those of proj's logits and of the vectors.
+def _launch_gates(proj, first, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
+    """g and beta; or, from their gradients, those of proj from column `first` and of the vectors.
 
-    sums: the gradients of A_log and dt_bias, one row for each program.
+    sums: the gradients of A_log and dt_bias, (2, H) for each program.
     """
     B, T, H = g.shape
-    logits, dlogits = [x if x is None else x[..., -2 * H:] for x in (proj, dproj)]
+    logits, dlogits = [x if x is None else x[..., first:] for x in (proj, dproj)]
     _gates_kernel()[-(-B * T // GATE_ROWS),](
         logits, A_log, dt_bias, g, beta, dlogits, sums, B * T, MAX=beta_max,
-        STRIDE=proj.shape[-1], H=H, BLOCK=1 << (H - 1).bit_length(), ROWS=GATE_ROWS,
-        BACKWARD=sums is not None)
+        STRIDE=proj.shape[-1], H=H, WIDTH=logits.shape[-1],
+        BLOCK=1 << (logits.shape[-1] - 1).bit_length(), ROWS=GATE_ROWS, BACKWARD=sums is not None)
 
 # ---- Gated DeltaNet between its projections: one operator of these kernels
 
@@ -3793,7 +3803,7 @@ def _gdn_forward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, nor
     y, _, q, k, v, _, g, beta, _, h = _gdn_results(
         proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel, False)
     _launch_conv(proj, taps, tail, (q, k, v))
-    _launch_gates(proj, A_log, dt_bias, beta_max, g, beta)
+    _launch_gates(proj, 4 * y.shape[-1], A_log, dt_bias, beta_max, g, beta)
     same = dict(q=q, k=k, v=v, g=g, beta=beta, scale=q.shape[-1] ** -0.5, initial_state=state,
                 output_final_state=True)
     if kernel == "flashqla":
@@ -3817,7 +3827,7 @@ def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, no
     Sums over tokens are taken in a fixed order: each program adds one row.
     """
     proj, taps, tail, state, dy = [x.contiguous() for x in (proj, taps, tail, state, dy)]
-    B, T, _ = dy.shape
+    B, T, W = dy.shape
     dproj = torch.empty_like(proj)
     do = torch.empty_like(o)
     dnorm = norm.new_empty(-(-o.shape[:3].numel() // (NORM_ROWS * NORM_TILES)), len(norm))
@@ -3832,7 +3842,7 @@ def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, no
     dtaps = taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps))
     _launch_conv(proj, taps, tail, (dq, dk, dv), dproj, dtaps)
     sums = A_log.new_empty(-(-B * T // GATE_ROWS), 2, len(A_log))
-    _launch_gates(proj, A_log, dt_bias, beta_max, dg, dbeta, dproj, sums)
+    _launch_gates(proj, 4 * W, A_log, dt_bias, beta_max, dg, dbeta, dproj, sums)
     dA_log, ddt_bias = sums.sum(0)
     return (dproj, dtaps.sum(0).mT.contiguous(), dA_log, ddt_bias.clone(), dnorm.sum(0), dstate)
 

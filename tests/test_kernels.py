@@ -21,10 +21,10 @@ import train_gpt as t
 TOLERANCE = 0.02  # relative, of bfloat16 kernels; each product rounds to 0.4 %
 
 
-def gdn_inputs(T, H, K, device="cpu", dtype=torch.float32, decay=0.0):
+def gdn_inputs(T, H, K, device="cpu", dtype=torch.float32, decay=0.0, spare=0):
     """Inputs of `gdn`: projections and tail in `dtype`, the others float32 as in the model."""
     W = H * K
-    x = dict(proj=normal(2, T, 4 * W + 2 * H).to(dtype), taps=normal(3 * W, 4, seed=1) / 2,
+    x = dict(proj=normal(2, T, 4 * W + 2 * H + spare).to(dtype), taps=normal(3 * W, 4, seed=1) / 2,
              A_log=normal(H, seed=2) + decay, dt_bias=normal(H, seed=3) - 2.0 + decay,
              norm=normal(K, seed=4), tail=normal(2, 3, 3 * W, seed=5).to(dtype),
              state=normal(2, H, K, K, seed=6))
@@ -93,17 +93,17 @@ def norm_by_reference(o, proj, norm, y, do=None, dproj=None, dnorm=None):
     dnorm.zero_()[0] = dw
 
 
-def gates_by_reference(proj, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
+def gates_by_reference(proj, first, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
     H = len(A_log)
 
     def forward(x, A_log, dt_bias):
-        a, b = x[..., -2 * H:].float().chunk(2, -1)
+        a, b = x[..., first:first + 2 * H].float().chunk(2, -1)
         return -A_log.exp() * F.softplus(a + dt_bias), beta_max * b.sigmoid()
     if sums is None:
         t.copy_all([g, beta], forward(proj, A_log, dt_bias))
         return
     dx, dA, ddt = gradients(forward, (proj, A_log, dt_bias), (g, beta))
-    dproj[..., -2 * H:] = dx[..., -2 * H:]
+    dproj[..., first:] = dx[..., first:]
     sums.zero_()[0] = torch.stack([dA, ddt])
 
 
@@ -145,7 +145,7 @@ def stand_in(request, monkeypatch):
 
 @pytest.mark.parametrize("beta_max", [1.0, 2.0])
 def test_operator_hands_every_gradient_to_its_input(stand_in, beta_max):
-    x = gdn_inputs(70, 2, 8)
+    x = gdn_inputs(70, 2, 8, spare=3)
     got, want = [gdn_results(kernel, x, beta_max) for kernel in (stand_in, None)]
     assert_all_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -256,7 +256,7 @@ def test_cuda_gdn_equals_the_reference(kernel, H, K, T):
 
     With triton 3.6, FLA's narrow heads are where its own backward kernel would be wrong.
     """
-    x = gdn_inputs(T, H, K, "cuda", torch.bfloat16)
+    x = gdn_inputs(T, H, K, "cuda", torch.bfloat16, spare=5)
     assert_near(gdn_results(kernel, x, 2.0), gdn_results(None, in_double(x), 2.0))
 
 
@@ -291,7 +291,7 @@ def test_cuda_gdn_repeats_bit_for_bit(kernel, H, K):
 
 def launch_results(function, name, T, H, K):
     """What the launch of a kernel of `fast_gdn` writes, forward then backward, in float32."""
-    x = gdn_inputs(T, H, K, "cuda")
+    x = gdn_inputs(T, H, K, "cuda", spare=T % 3)
     heads = [normal(2, T, H, K, seed=seed).cuda() for seed in (7, 8, 9)]
     gates = [normal(2, T, H, seed=seed).cuda() for seed in (7, 8)]
     dproj = torch.zeros_like(x["proj"])
@@ -309,7 +309,7 @@ def launch_results(function, name, T, H, K):
         function(*same, outputs[0])
         function(*same, heads[1].flatten(2), outputs[1], dproj, sums)
     else:
-        same = x["proj"], x["A_log"], x["dt_bias"], 2.0
+        same = x["proj"], 4 * H * K, x["A_log"], x["dt_bias"], 2.0
         outputs = [torch.empty_like(y) for y in gates]
         sums = torch.empty(-(-M // t.GATE_ROWS), 2, H, device="cuda")
         function(*same, *outputs)
