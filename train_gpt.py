@@ -3545,7 +3545,7 @@ def _flash_qla():
 
 # ---- convolution, SiLU and l2 norm in one pass
 
-CONV_ROWS = 256  # tokens that one program takes
+CONV_ROWS = 128  # tokens that one program takes
 # 1 / (1 + exp(-x)) in four instructions; Triton's exp and division take three times as many
 SIGMOID = ("{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # -log2(e)
            "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }")
@@ -3573,6 +3573,7 @@ def _conv_kernel():
         h = tl.program_id(2) % HEADS
         first = tl.program_id(0) * ROWS
         left = T - first  # rows from here to the end of the text
+        rows = left.to(tl.uint32)  # as unsigned numbers, i < rows is 0 <= i < left
         c = tl.arange(0, BLOCK)
         real = c < K
         at = tl.program_id(2) * K
@@ -3603,13 +3604,13 @@ def _conv_kernel():
             dy1 = tl.zeros([BLOCK], y.dtype.element_ty)
             dy2 = tl.zeros([BLOCK], y.dtype.element_ty)
         # The first two iterations only read ahead.
-        for i in tl.range(-5, ROWS + 3 * BACKWARD, loop_unroll_factor=3):
+        for i in tl.range(-5, ROWS + 3 * BACKWARD, loop_unroll_factor=5):
             x0, ahead = ahead.to(tl.float32), beyond
             n = i + 2
             row = x + tl.minimum(n, left - 1) * STRIDE  # beyond the end: read, never used
             if (n < 0) & (first == 0):
                 row = tail + n * C
-            beyond = tl.load(row + c, real & (n >= -3), 0.0)
+            beyond = tl.load(row + c, real, 0.0)
             u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
             gate = tl.inline_asm_elementwise(SIGMOID, "=f,f", [u], tl.float32, True, 1)
             z = u * gate
@@ -3618,13 +3619,13 @@ def _conv_kernel():
             z *= unit
             if BACKWARD:
                 d, dy1 = dy1.to(tl.float32), dy2
-                dy2 = tl.load(y + n * HEADS * K + c, real & (n >= 0) & (n < left), 0.0)
+                dy2 = tl.load(y + n * HEADS * K + c, real & (n.to(tl.uint32) < rows), 0.0)
                 along = tl.where((role < 2) & (square > 1e-12), tl.sum(d * z, 0), 0.0)
                 d = (d - along * z) * unit
                 d *= gate * (1.0 + u * (1.0 - gate))
                 dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
                 tl.store(dx + (i - 3) * STRIDE + c, dx_row.to(dx.dtype.element_ty),
-                         real & (i >= 3) & (i - 3 < left))
+                         real & ((i - 3).to(tl.uint32) < rows))
                 own = tl.where(i < ROWS, d, 0.0)
                 s0, s1 = s0 + own * x3, s1 + own * x2
                 s2, s3 = s2 + own * x1, s3 + own * x0
@@ -3632,7 +3633,7 @@ def _conv_kernel():
                 d1 = d
             else:
                 tl.store(y + i * HEADS * K + c, z.to(y.dtype.element_ty),
-                         real & (i >= 0) & (i < left))
+                         real & (i.to(tl.uint32) < rows))
             x3, x2 = x2, x1
             x1 = x0
         if BACKWARD:
@@ -3656,7 +3657,7 @@ def _launch_conv(proj, taps, tail, heads, dproj=None, dtaps=None):
 
 # ---- gated norm in one pass
 
-NORM_ROWS = 4  # heads of tokens that one program takes at once
+NORM_ROWS = 8  # heads of tokens that one program takes at once
 NORM_TILES = 8  # how often: each program adds one row to the weight's gradient
 
 @cache
@@ -3714,7 +3715,7 @@ def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
 
 # ---- gates: log-decay and beta from their logits
 
-GATE_ROWS = 32  # tokens that one program takes
+GATE_ROWS = 64  # tokens that one program takes
 
 @cache
 def _gates_kernel():
