@@ -627,15 +627,6 @@ def load_tensors(path):
                         f"{' '.join(str(error).split())[:200]})") from None
 
 @torch.no_grad()
-def copy_saved(target, tensors, name):
-    """Copy tensors[name] into `target`; raises GolfError if it is missing or of another shape."""
-    found = tensors.get(name)
-    if found is None or found.shape != target.shape:
-        shape = "missing" if found is None else tuple(found.shape)
-        raise GolfError(f"checkpoint: tensor {name} is {shape}, expected {tuple(target.shape)}")
-    target.copy_(found)
-
-@torch.no_grad()
 def copy_all(targets, values):
     """Copy values into targets, one for one."""
     if targets:
@@ -1049,35 +1040,18 @@ def attention(q, k, v, window):
 
     q: (B, T, H, d).   k, v: (B, S, Hk, d), S >= T; the last T belong to the queries, those before
     were carried over.   Returns (B, T, H, d).
-    Long texts are cut into blocks of `window` queries, each against two blocks of keys.
+    Queries go in blocks of `window`, each against the keys that it can see.
     """
-    B, T, H, d = q.shape
     S = k.shape[1]
+    place = torch.arange(S, device=q.device)
     q, k, v = [x.transpose(1, 2) for x in (q, k, v)]
-    if T <= window:
-        k_pos = torch.arange(S, device=q.device)
-        q_pos = k_pos[S - T:, None]
-        mask = (k_pos <= q_pos) & (k_pos > q_pos - window)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return o.transpose(1, 2)
-    past = S - T
-    pad = -T % window
-    blocks = (T + pad) // window
-
-    def two_blocks(x):  # keys of block b: the `window` before its first query, and its own
-        x = F.pad(x, (0, 0, window - past, pad)).unfold(2, 2 * window, window)
-        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B blocks, Hk, 2 window, d)
-
-    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
-    k_pos = torch.arange(2 * window, device=q.device)
-    q_pos = k_pos[window:, None]
-    mask = (k_pos <= q_pos) & (k_pos > q_pos - window)
-    later = torch.arange(blocks, device=q.device)[:, None] > 0
-    real = later | (k_pos >= window - past)  # (blocks, 2 window): the first block's left is padding
-    mask = (mask & real[:, None]).unsqueeze(1).repeat(B, 1, 1, 1)
-    o = F.scaled_dot_product_attention(q, two_blocks(k), two_blocks(v), attn_mask=mask,
-                                       enable_gqa=True)
-    return o.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
+    out = []
+    for start, block in zip(range(S - q.shape[2], S, window), q.split(window, 2)):
+        seen = slice(max(0, start - window + 1), start + window)
+        back = place[start:start + window, None] - place[seen]
+        out.append(F.scaled_dot_product_attention(block, k[:, :, seen], v[:, :, seen],
+                                                  (back >= 0) & (back < window), enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2)
 
 class Ops(NamedTuple):
     """The five operations of a model, and the dtype of its activations (None: the weights')."""
@@ -1391,17 +1365,15 @@ class LM(nn.Module):
         attends = [i for i, layer in enumerate(layers) if layer.kind != "gdn"]
         exclusive = attends[::-1][:cfg.xsa_layers]
         mixers, mlps = {}, {}  # by Layer.mixer and Layer.mlp
-        made = dict.fromkeys(MIXERS, 0)  # mixers so far, by kind
-        pairs = {}  # key/value projections by (kind, number of the group that shares them)
+        made = {kind: [] for kind in MIXERS}
         blocks = []
         for i, layer in enumerate(layers):
             if layer.mixer not in mixers:
-                group = (layer.kind, made[layer.kind] // cfg.kv_share)
-                made[layer.kind] += 1
+                alike = made[layer.kind]
+                kv = alike[-1].kv if len(alike) % cfg.kv_share else None
                 window = cfg.swa_window if layer.kind == "swa" else cfg.train_seq_len
-                mixer = MIXERS[layer.kind](cfg, ops, window, pairs.get(group))
-                pairs[group] = mixer.kv
-                mixers[layer.mixer] = mixer
+                alike.append(MIXERS[layer.kind](cfg, ops, window, kv))
+                mixers[layer.mixer] = alike[-1]
             if layer.mlp not in mlps:
                 mlps[layer.mlp] = MLP(cfg, ops)
             blocks.append(Block(cfg, mixers[layer.mixer], mlps[layer.mlp], i in exclusive))
@@ -1442,14 +1414,14 @@ class LM(nn.Module):
         after = [embed_state]
         skips = []
         half = len(self.blocks) // 2
+        second = len(self.blocks) - half
         for i, block in enumerate(self.blocks):
             skip = ()
-            if self.skip_scale is not None and i >= len(self.blocks) - half:
-                # last meets first
-                skip = skips.pop(), self.skip_scale[i - len(self.blocks) + half]
+            if self.cfg.unet and i >= second:  # the last block meets the first
+                skip = skips.pop(), self.skip_scale[i - second]
             x, layer_state = block(x, x0, state[1 + i], *skip)
             after.append(layer_state)
-            if self.skip_scale is not None and i < half:
+            if self.cfg.unet and i < half:
                 skips.append(x)
         return x, tuple(after)
 
@@ -1460,22 +1432,11 @@ def summed_nll(model, ids, targets, wanted):
     return (nats * wanted).sum()
 
 def init_weights(model, seed):
-    """Set the initial values, drawn on the CPU so that every device and rank starts equal.
-
-    | parameter                          | value                                                 |
-    |------------------------------------|-------------------------------------------------------|
-    | embed.weight                       | normal, std TIED_EMBED_INIT_STD                       |
-    | *.o_proj, *.down_proj, ngram_table | 0: every block starts as the identity                 |
-    | other matrices (R, C)              | uniform, std 1 / sqrt(3 C)                            |
-    | q_conv, k_conv, v_conv             | uniform in +-1 / sqrt(taps)                           |
-    | A_log, dt_bias                     | log U(0, 16); softplus^-1 of log-uniform [0.001, 0.1] |
-    | resid_mix                          | (1, 0)                                                |
-    | *_scale, o_norm; ngram_scale       | 1; 0.05                                               |
-    | qk_gain, smear_gate                | QK_GAIN_INIT; -2                                      |
-    """
+    """Set the initial values, drawn on the CPU so that every device and rank starts equal."""
     cfg = model.cfg
     constants = {"qk_gain": cfg.qk_gain_init, "smear_gate": -2.0, "ngram_scale": 0.05}
     constants |= dict.fromkeys(("mixer_scale", "mlp_scale", "skip_scale", "o_norm"), 1.0)
+    # Every block starts as the identity.
     constants |= dict.fromkeys(("o_proj", "down_proj", "ngram_table"), 0.0)
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -1488,11 +1449,11 @@ def init_weights(model, seed):
             value = torch.tensor([1.0, 0.0])[:, None].expand(p.shape)
         elif kind == "A_log":
             value = (torch.rand(p.shape, generator=rng) * 16).clamp_min(1e-3).log()
-        elif kind == "dt_bias":
+        elif kind == "dt_bias":  # softplus^-1 of a step that is log-uniform in [0.001, 0.1]
             spread = math.log(0.1 / 0.001)
             dt = torch.exp(torch.rand(p.shape, generator=rng) * spread + math.log(0.001))
             value = dt + torch.log(-torch.expm1(-dt))
-        else:  # uniform in +-1 / sqrt(C) has std 1 / sqrt(3 C); a convolution's C is its taps
+        else:  # uniform in +-1 / sqrt(C); a convolution's C is its taps
             value = (torch.rand(p.shape, generator=rng) * 2 - 1) * p.shape[1] ** -0.5
         with torch.no_grad():
             p.copy_(value)
@@ -2212,55 +2173,31 @@ class Optimizer:
         spread = (v / (1 - beta2 ** count)).sqrt_().add_(1e-10)
         return (m / (1 - beta1 ** count)).div_(spread)
 
-    def state(self):
-        """{name: Tensor} of all that is not in the weights, the same for any number of ranks."""
-        moments = dict(m=self.views(self.m), v=self.views(self.v))
-        out = dict(bad_steps=self.bad_steps, count=self.count)
-        return out | {f"{key}.{name}": x for key, views in moments.items()
-                      for name, x in zip(self.names, views)}
-
-    def load(self, tensors):
-        """Take over what `state` returned; raises GolfError."""
-        for name, x in self.state().items():
-            copy_saved(x, tensors, name)
-
 class Average:
-    """Averaged weights: exponential (EMA_DECAY), or the warm-down's mean (AVERAGE_EVERY)."""
+    """Averaged weights: exponential (EMA_DECAY), or the warm-down's mean (AVERAGE_EVERY).
 
-    def __init__(self, model, cfg):
-        self.cfg, self.count = cfg, 0
-        self.names = [name for name, _ in model.named_parameters()]
-        self.params = list(model.parameters())
-        wanted = cfg.ema_decay or cfg.average_every
-        self.mean = [p.detach().clone() for p in self.params] if wanted else []
+    weights: the Optimizer's, flat.   mean: as flat.   count: updates so far.
+    """
 
-    @torch.no_grad()
+    def __init__(self, weights, cfg, count=0):
+        self.weights, self.cfg = weights, cfg
+        self.mean = weights.clone()
+        self.count = count
+
     def update(self, step, rate):
         """Take in the weights after `step`; an EMA's decay is warmed up, to forget the start."""
-        if not self.mean:
-            return
         weight = 1 - min(self.cfg.ema_decay, (2 + self.count) / (11 + self.count))
         if self.cfg.average_every:
             if rate >= 1.0 or step % self.cfg.average_every:
                 return
             weight = 1 / (1 + self.count)
         self.count += 1
-        torch._foreach_lerp_(self.mean, self.params, weight)
+        self.mean.lerp_(self.weights, weight)
 
     def copy_to_model(self):
         """Replace the model's weights by their average, if there is one."""
         if self.count:
-            copy_all(self.params, self.mean)
-
-    def state(self):
-        """{name: Tensor} of the averages."""
-        return {f"average.{name}": mean for name, mean in zip(self.names, self.mean)}
-
-    def load(self, tensors, count):
-        """Take over what `state` returned after `count` updates; raises GolfError."""
-        self.count = count
-        for name, mean in zip(self.names, self.mean):
-            copy_saved(mean, tensors, f"average.{name}")
+            self.weights.copy_(self.mean)
 
 # --------------------------------------------------------------------------------------------------
 # 8. Training
@@ -2412,10 +2349,8 @@ def warm_up(model, cfg, run, micro_rows):
     if compiles_training(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
-    average = Average(model, cfg)
     for step in range(cfg.warmup_steps):
         train_step(model, optimizer, batch, micro_rows, 1.0, step)
-        average.update(0, 0.0)
     if cfg.gptq_enabled:
         collect_hessians(model, [batch[:CALIBRATION_ROWS]], run)
     copy_all(list(model.parameters()), saved)
@@ -2455,15 +2390,28 @@ class Training:
         tensors, facts = saved or ({}, {})
         self.step = facts.get("step", 0)
         self.trained = facts.get("trained", False)
-        for name, p in model.named_parameters() if saved else ():
-            copy_saved(p, tensors, f"model.{name}")
         self.optimizer = training_optimizer(model, cfg, run)
-        self.average = Average(model, cfg)
-        if saved and not self.trained:
-            self.optimizer.load(tensors)
-            self.average.load(tensors, facts["averaged"])
+        self.average = Average(self.optimizer.weights, cfg, facts.get("averaged", 0))
+        for name, x in self.tensors(self.trained).items() if saved else ():
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            if found != x.shape:
+                raise GolfError(f"checkpoint: tensor {name} is {found}, expected {tuple(x.shape)}")
+            x.copy_(tensors[name])
         self.clock = Clock(run, facts.get("elapsed_s", 0.0))
         self.loader = Loader(data.train, cfg, run, facts.get("loader", (0, 0)))
+
+    def tensors(self, trained):
+        """{name: Tensor} that a checkpoint holds, by parameter; once trained, the weights alone."""
+        optimizer = self.optimizer
+        out = {}
+        vectors = dict(model=optimizer.weights)
+        if not trained:
+            out = dict(bad_steps=optimizer.bad_steps, count=optimizer.count)
+            vectors |= dict(m=optimizer.m, v=optimizer.v, average=self.average.mean)
+        for kind, flat in vectors.items():
+            named = zip(optimizer.names, optimizer.views(flat))
+            out |= {f"{kind}.{name}": x for name, x in named}
+        return out
 
     def facts(self, trained=False):
         """What a checkpoint says beside its tensors."""
@@ -2476,13 +2424,11 @@ class Training:
 
         A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
-        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        if facts is None:
-            tensors |= self.optimizer.state() | self.average.state()
         name = "trained" if facts else f"step_{self.step:08d}"
         how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
+            tensors = self.tensors(trained=facts is not None)
             try:
                 if not all(bool(x.isfinite().all()) for x in tensors.values()):
                     raise OSError("weights or moments are not finite")
@@ -2570,7 +2516,6 @@ def train(model, data, cfg, run, saved):
             micro_batch_tokens=micro_rows * cfg.train_seq_len,
             start_up=f"{time.perf_counter() - run.began:.0f}s")
     facts = None
-    how_to_go_on = f"RUN_ID={cfg.run_id} RESUME=auto goes on"
     run.gather(None)  # do not measure the wait for slower ranks
     job.clock.resume()
     STOP.deferred = True
@@ -2583,8 +2528,7 @@ def train(model, data, cfg, run, saved):
         train_s = run.broadcast(job.clock.pause())
     finally:
         job.loader.close()
-        if facts and not job.trained:  # also if the calibration failed
-            how_to_go_on = job.save(facts)
+        how_to_go_on = job.save(facts) if facts else ""  # also if the calibration failed
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
     if stop:
@@ -2688,10 +2632,9 @@ def calibrate(model, loader, cfg, run, clock):
     run.synchronize()
     loop_end_s = clock.elapsed()
     rows = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size)
-    done = 0
 
     def batches():
-        nonlocal done
+        done = 0
         while done < rows:
             for part in next(loader)[:rows - done].split(CALIBRATION_ROWS):
                 run.synchronize()
@@ -2706,9 +2649,8 @@ def calibrate(model, loader, cfg, run, clock):
 
     calibration = collect_hessians(model, batches(), run)
     run.synchronize()
-    tokens = run.world_size * cfg.train_seq_len
-    run.log("hessians", matrices=len(calibration.H), tokens=done * tokens,
-            wanted_tokens=rows * tokens, loop_end_s=f"{loop_end_s:.1f}",
+    run.log("hessians", matrices=len(calibration.H), tokens=int(calibration.counts.sum()),
+            wanted_tokens=rows * run.world_size * cfg.train_seq_len, loop_end_s=f"{loop_end_s:.1f}",
             hessian_end_s=f"{clock.elapsed():.1f}", peak_mem_mib=run.peak_memory_mib())
     return calibration
 

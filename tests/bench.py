@@ -142,7 +142,7 @@ class Subject:
         self.model = t.init_weights(model, cfg.seed).to(run.device)
         self.micro_rows = t.micro_batch_rows(cfg, run, self.model.ops)
         self.optimizer = t.training_optimizer(self.model, cfg, run)
-        self.average = t.Average(self.model, cfg)
+        self.average = t.Average(self.optimizer.weights, cfg)
         shape = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len + 1
         self.batch = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=run.device)
 
