@@ -2255,10 +2255,10 @@ def on_export_grid(model, enabled):
     bits = stored_bits(model, model.cfg) if enabled else {}
     params = [model.get_parameter(name).detach() for name in bits]
     saved = [p.clone() for p in params]
-    usual = expected_clip(model, model.cfg) if enabled else 0.0
+    usual = strengths(model, model.cfg)[1] if enabled else 0.0
     for name, p in zip(bits, params):
         clip = getattr(model.cfg, route(name).clip) or usual
-        step = full_step(sdclip_step(p, bits[name], clip), None)
+        step = sdclip_step(p, bits[name], clip).float().unsqueeze(-1)
         qmax = 2 ** (bits[name] - 1) - 1
         p.copy_((p / step).round().clamp(-qmax, qmax) * step)
     try:
@@ -2657,22 +2657,22 @@ def calibrate(model, loader, cfg, run, clock):
 # --------------------------------------------------------------------------------------------------
 # 9. Export
 # --------------------------------------------------------------------------------------------------
-# Matrices become integers times a float16 scale per row, and with GRID=rate one per column too;
-# small tensors stay float16 or float32; a shared tensor is stored once.  One search finds the
-# finest steps whose file fits the cap.
+# Matrices become integers times float16 scales of row and column (of the column 1 unless
+# GRID=rate); small tensors stay float16 or float32; a shared tensor is stored once.  One search
+# finds the finest steps whose file fits the cap.
 #
-# The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header packed and unpacked, bytes of
-# the payload, SHA-256 of all that follows.  Header: zlib'd JSON with "config" (the model's
-# settings), "tensors" in named_parameters() order [name, shape, coding, bits] and "streams" [name,
-# codec, raw bytes, packed bytes].  Payload: the streams.  Coding "rows": int8 (R, C) in stream
-# "integers" and R scales in "f16"; "grid": C more scales, the weight is Q * row * column; "f16" and
-# "f32": floats in the stream of that name.  Each stream holds its tensors in table order; streams
-# of floats are byte planes: all low bytes first.  Codec "rans": see rans_encode.  Nothing is
-# executed, and every length is checked before anything is allocated.
+# The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header and of the payload, SHA-256 of
+# all that follows.  Header: zlib'd JSON with "config" (the model's settings), "tensors" in
+# named_parameters() order [name, shape, coding, bits] and "streams" [name, codec, raw bytes, packed
+# bytes].  Payload: the streams.  Coding "int8": Q (R, C) in stream "integers", R row scales and C
+# column scales in "f16", the weight is Q * row * column; "f16" and "f32": floats in the stream of
+# that name.  Each stream holds its tensors in table order; streams of floats are byte planes: all
+# low bytes first.  Codec "rans": see rans_encode.  Nothing is executed, and every length is checked
+# before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
-ARTIFACT_VERSION = 3
-ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")
+ARTIFACT_VERSION = 4
+ARTIFACT_HEAD = struct.Struct("<8sIIQ32s")
 MAX_HEADER_BYTES = 1 << 22
 STREAM_BYTES = 1 << 22  # longer streams are cut into pieces, compressed on all cores
 PLANES = {"table": 2, "f16": 2, "f32": 4}  # streams stored as byte planes, with their item's width
@@ -2716,8 +2716,6 @@ def gptq(W, step, H, qmax, U=None, block=128):
     """
     C = W.shape[-1]
     if U is None:
-        if H.shape != (C, C):
-            raise ValueError(f"H is {tuple(H.shape)}, expected {C} x {C} for W {tuple(W.shape)}")
         U, _ = error_factor(H)
     # Transposed, so that one column of W lies together.
     steps = step.expand(W.shape).mT.contiguous()
@@ -2791,14 +2789,14 @@ def collect_hessians(model, batches, run):
     return Calibration({name: H for key, H in sums.items() for name in key}, rows, counts)
 
 class Quantized(NamedTuple):
-    """One stored matrix: Q int8 (R, C), float16 scales of rows (R,) and columns (C,) or None, bits.
+    """One stored matrix: Q int8 (R, C), float16 scales of its rows (R,) and columns (C,), bits.
 
     For the log: rel_error ||dW H dW^T|| / ||W H W^T||, expected rise of the loss [nats, summed over
     calibration], damping (0: no Hessian).
     """
     Q: Tensor
-    scale: Tensor
-    columns: Tensor | None
+    rows: Tensor
+    columns: Tensor
     bits: int
     rel_error: float = 0.0
     nats: float = 0.0
@@ -2806,7 +2804,11 @@ class Quantized(NamedTuple):
 
     def weight(self):
         """The float32 matrix that this stands for."""
-        return self.Q.float() * full_step(self.scale, self.columns)
+        return self.Q.float() * full_step(self.rows, self.columns)
+
+def full_step(rows, columns):
+    """The step of each weight (R, C) of row and column scales, float32."""
+    return rows.float().unsqueeze(-1) * columns.float()
 
 def octave_grid(x):
     """x rounded to eighths of an octave, float16: few different values, which compress well."""
@@ -2831,26 +2833,25 @@ class Matrix:
     def __init__(self, name, W, bits, cfg, calibration):
         self.name, self.cfg = name, cfg
         self.bits = bits  # (R,) tensor
-        self.rate = cfg.grid == "rate" and bool(calibration.rows)
         W = W.detach().float()
         R, C = W.shape
-        H = calibration.H.get(name)
         self.order = torch.arange(C, device=W.device)
-        self.U, self.damp = None, 0.0
-        if H is not None:
+        self.H = torch.eye(C, device=W.device)
+        self.U, self.damp = self.H, 0.0  # with these GPTQ rounds to nearest
+        if name in calibration.H:
+            H = calibration.H[name]
             self.order = H.diagonal().argsort(descending=True)
-            H = H[self.order][:, self.order]
-            self.U, self.damp = error_factor(H)
+            self.H = H[self.order][:, self.order]
+            self.U, self.damp = error_factor(self.H)
         self.W = W[:, self.order]
-        self.H = torch.eye(C, device=W.device) if H is None else H
         # times H this is the expected second derivative of the loss
-        sensitivity = calibration.rows.get(name, W.new_zeros(R)).to(W.device)
+        sensitivity = calibration.rows.get(name, W.new_zeros(R))
         self.rows = sensitivity / self.H.diagonal().sum().clamp_min(1e-30)
         self.log_step = 0.0
-        if self.rate:
+        if cfg.grid == "rate":
             mean = self.rows.mean().clamp_min(1e-30)
             g = (self.rows / mean).clamp_min(LEAST_SENSITIVITY) ** SENSITIVITY_POWER
-            u = W.new_ones(C) if self.U is None else self.U.diagonal()
+            u = self.U.diagonal()
             middle = u.log().mean().exp()
             self.row_step = (mean * g / g.mean()).rsqrt() * middle
             self.column_step = u / middle
@@ -2858,14 +2859,15 @@ class Matrix:
             self.log_step = C * float((self.row_step / spread).log().sum())
 
     def steps(self, strength, unit):
-        """Row steps (R,) and column steps (C,) or None, float16, at a strength.
+        """Scales of rows (R,) and columns (C,), float16, at a strength: a weight's step by product.
 
         unit: with GRID=rate the geometric mean of step / std(row) of the whole model at strength 1.
         """
         r = route(self.name)
-        if not self.rate:
+        if self.cfg.grid == "sdclip":
             clip = strength if r.clip == "matrix_clip_sigmas" else getattr(self.cfg, r.clip)
-            return sdclip_step(self.W, self.bits, clip), None
+            rows = sdclip_step(self.W, self.bits, clip)
+            return rows, rows.new_ones(self.W.shape[1])
         spread = (self.W / self.column_step).square().mean(-1).sqrt()
         scale = strength / unit * self.row_step
         if r.role == "gate":  # a saturated gate has no gradient, and opening it does much harm
@@ -2875,14 +2877,13 @@ class Matrix:
         largest = (self.W / scale.float().unsqueeze(-1)).abs().amax(0)
         return scale, octave_grid(torch.maximum(self.column_step, largest / MOST_STEPS))
 
-    def quantized(self, Q, scale, columns):
+    def quantized(self, Q, rows, columns):
         """The Quantized of integers Q (R, C) in the order of rounding, on the CPU."""
-        dW = self.W - Q.float() * full_step(scale, columns)
+        dW = self.W - Q.float() * full_step(rows, columns)
         errors = ((dW @ self.H) * dW).sum(-1)  # (R,)
         whole = ((self.W @ self.H) * self.W).sum().clamp_min(1e-30)
         back = self.order.argsort()
-        columns = columns if columns is None else columns[back].cpu()
-        return Quantized(Q[:, back].cpu(), scale.cpu(), columns, int(self.bits.min()),
+        return Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(), int(self.bits.min()),
                          float(errors.sum() / whole), float(0.5 * (errors * self.rows).sum()),
                          float(self.damp))
 
@@ -2894,31 +2895,22 @@ def stored_bits(model, cfg):
         if route(name).bits:
             own = getattr(cfg, route(name).bits) or cfg.matrix_bits
             bits[name] = max(own, cfg.sandwich_bits) if id(p) in last else own
-    return bits
-
-def full_step(scale, columns):
-    """The step of each weight (R, C) or (R, 1) of row and column steps, float32."""
-    step = scale.float().unsqueeze(-1)
-    return step if columns is None else step * columns.float()
+    return dict.fromkeys(bits, 8) if cfg.grid == "rate" else bits
 
 @torch.no_grad()
 def quantize(matrices, strength, unit):
     """{name: Quantized} of a list of Matrix at a strength; equal shapes are rounded at once."""
     groups, out = {}, {}
     for m in matrices:
-        groups.setdefault((m.U is None, m.W.shape), []).append(m)
-    for (nearest, _), members in groups.items():
-        steps = [m.steps(strength, unit) for m in members]
-        step = torch.stack([full_step(*pair) for pair in steps])
+        groups.setdefault(m.W.shape, []).append(m)
+    for members in groups.values():
+        scales = [m.steps(strength, unit) for m in members]
         W = torch.stack([m.W for m in members])
+        U = torch.stack([m.U for m in members])
+        step = torch.stack([full_step(*pair) for pair in scales])
         qmax = torch.stack([2 ** (m.bits - 1) - 1 for m in members])
-        if nearest:
-            limit = qmax.unsqueeze(-1)
-            Q = (W / step).round().clamp(-limit, limit).to(torch.int8)
-        else:
-            Q = gptq(W, step, None, qmax, torch.stack([m.U for m in members]))
-        for m, one, pair in zip(members, Q, steps):
-            out[m.name] = m.quantized(one, *pair)
+        for m, Q, pair in zip(members, gptq(W, step, None, qmax, U), scales):
+            out[m.name] = m.quantized(Q, *pair)
     return out
 
 def prepare_matrices(model, cfg, calibration, run):
@@ -2929,18 +2921,11 @@ def prepare_matrices(model, cfg, calibration, run):
     mine = []
     for name in by_work[run.rank::run.world_size]:
         row_bits = torch.full((len(params[name]),), bits[name], device=run.device)
-        if cfg.grid == "rate" and calibration.rows:
-            row_bits.fill_(8)
-        elif name == "embed.weight" and cfg.frequent_rows:
+        if name == "embed.weight" and cfg.frequent_rows:
             count = min(cfg.frequent_rows, cfg.vocab_size)
             row_bits[calibration.counts.topk(count).indices] = 8
         mine.append(Matrix(name, params[name], row_bits, cfg, calibration))
     return mine
-
-def entropy_bytes(Q):
-    """Order-0 entropy of the symbols of Q int8 [bytes]: what a coder without context would need."""
-    counts = torch.bincount(Q.flatten().int() + 128, minlength=256).double()
-    return -float((counts * (counts / counts.sum()).clamp_min(1e-12).log2()).sum()) / 8
 
 # ---- lossless coding
 
@@ -2964,13 +2949,7 @@ def decompress(data, codec, size):
     try:
         if codec == "brotli":
             import brotli
-            decoder = brotli.Decompressor()
-            out = b""
-            more = data
-            while len(out) <= size and (part := decoder.process(
-                    more, output_buffer_limit=size + 1 - len(out))):
-                out += part
-                more = b""
+            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
         elif codec == "zstd":
             import zstandard
             out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
@@ -3078,9 +3057,9 @@ def byte_planes(data, width):
 def int8_rows(p):
     """A control tensor (..., C) as a Quantized of 8 bits: CONTROL_BITS."""
     W = p.reshape(-1, p.shape[-1])
-    scale = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
-    Q = (W / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    return Quantized(Q, scale, None, 8)
+    rows = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
+    Q = (W / rows.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return Quantized(Q, rows, rows.new_ones(W.shape[1]), 8)
 
 def pack_artifact(model, cfg, quantized):
     """The artifact's bytes."""
@@ -3096,10 +3075,9 @@ def pack_artifact(model, cfg, quantized):
             coding, bits = ("f32", 32) if small else ("f16", 16)
             raw[coding] += p.numpy().astype("<f4" if small else "<f2").tobytes()
         else:
-            coding, bits = "rows" if q.columns is None else "grid", q.bits
+            coding, bits = "int8", q.bits
             integers.append(q.Q.numpy())
-            raw["f16"] += q.scale.numpy().tobytes()
-            raw["f16"] += b"" if q.columns is None else q.columns.numpy().tobytes()
+            raw["f16"] += q.rows.numpy().tobytes() + q.columns.numpy().tobytes()
         table.append([name, list(p.shape), coding, bits])
     codec = side_codec(cfg.compressor)
     coded = []
@@ -3118,12 +3096,11 @@ def pack_artifact(model, cfg, quantized):
     header = dict(config={name: getattr(cfg, name) for name in MODEL_FIELDS},
                   compressor=cfg.compressor, tensors=table,
                   streams=[[*stream[:3], len(stream[3])] for stream in streams])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    head = zlib.compress(text, 9)
+    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     payload = b"".join(out for *_, out in streams)
-    digest = hashlib.sha256(head + payload).digest()
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(text), len(payload),
-                              digest) + head + payload
+    digest = hashlib.sha256(packed + payload).digest()
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), len(payload),
+                              digest) + packed + payload
 
 def rans_pack(integers):
     """Code a list of Q (R, C) int8: bytes of the classes, the table of frequencies, the words."""
@@ -3150,7 +3127,7 @@ def read_header(blob):
     """Check an artifact's head and checksum: its header (dict) and payload, or ArtifactError."""
     if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
-    _, version, packed, unpacked, payload, digest = ARTIFACT_HEAD.unpack_from(blob)
+    _, version, packed, payload, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = blob[ARTIFACT_HEAD.size:]
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}: use "
@@ -3162,12 +3139,9 @@ def read_header(blob):
         raise ArtifactError("the checksum differs: altered")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
-        header = dict(json.loads(text))
+        return dict(json.loads(text)), body[packed:]
     except (zlib.error, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({type(error).__name__})") from None
-    if len(text) != unpacked:
-        raise ArtifactError(f"its header has {len(text)} bytes, the head promises {unpacked}")
-    return header, body[packed:]
 
 def read_streams(header, payload, most):
     """An artifact's streams {name: bytes}; ArtifactError before more than `most` are allocated."""
@@ -3196,16 +3170,9 @@ def read_streams(header, payload, most):
 
 def read_classes(tensors, data):
     """The class of each integer, uint8 (n,), from stream "class"."""
-    data = np.frombuffer(data, np.int8)
-    maps = []
-    at = 0
-    for _, shape, coding, _ in tensors:
-        if coding in ("rows", "grid"):
-            rows, columns = matrix_shape(shape)
-            part = data[at:at + rows + columns]
-            at += rows + columns
-            maps.append(class_map(part[:rows], part[rows:]))
-    return np.concatenate(maps)
+    shapes = [matrix_shape(shape) for _, shape, coding, _ in tensors if coding == "int8"]
+    sides = np.split(np.frombuffer(data, np.int8), np.cumsum(shapes))  # rows, columns, rows, ...
+    return np.concatenate([class_map(*pair) for pair in zip(sides[::2], sides[1::2])])
 
 def matrix_shape(shape):
     """(rows, columns) of a stored tensor: a vector is one row."""
@@ -3270,11 +3237,10 @@ def unpack_tensors(table, streams):
     weights = []
     for _, shape, coding, _ in table:
         rows, columns = matrix_shape(shape)
-        if coding in ("rows", "grid"):
+        if coding == "int8":
             Q = take("integers", np.int8, rows * columns).view(rows, columns)
-            scale = take("f16", "<f2", rows)
-            more = take("f16", "<f2", columns) if coding == "grid" else None
-            weights.append(Quantized(Q, scale, more, 8).weight().view(shape))
+            step = full_step(take("f16", "<f2", rows), take("f16", "<f2", columns))
+            weights.append((Q.float() * step).view(shape))
         elif coding in ("f16", "f32"):
             dtype = "<f2" if coding == "f16" else "<f4"
             weights.append(take(coding, dtype, rows * columns).float().view(shape))
@@ -3291,16 +3257,19 @@ COARSEST_STEP = 64 / 31
 FILL_SLACK = 16_000  # bytes under the cap that end the search
 FILL_ROUNDS = 7
 
-def expected_step(model, cfg):
-    """step / std at which Gaussian weights would have the entropy that the cap leaves them."""
+def strengths(model, cfg):
+    """The finest strength, the one at which Gaussian weights would fill the cap, the coarsest."""
     weights = sum(p.numel() for name, p in model.named_parameters() if route(name).bits)
     bits = 8 * (cfg.cap_bytes - len(code_bytes())) / max(1, weights)
-    return math.sqrt(2 * math.pi * math.e) * 2 ** min(0.0, -bits)
-
-def expected_clip(model, cfg):
-    """The clip of matrices: MATRIX_CLIP_SIGMAS, or the one that the search should end at."""
-    step = min(max(expected_step(model, cfg), FINEST_STEP), COARSEST_STEP)
-    return cfg.matrix_clip_sigmas or 31 * step
+    step = math.sqrt(2 * math.pi * math.e) * 2 ** min(0.0, -bits)  # over std; has that entropy
+    if cfg.grid == "rate":
+        low, high = FINEST_STEP / 16, 2 * COARSEST_STEP
+    elif cfg.matrix_clip_sigmas:
+        low = high = cfg.matrix_clip_sigmas
+    else:
+        step *= 31
+        low, high = 31 * FINEST_STEP, 31 * COARSEST_STEP
+    return low, min(max(step, low), high), high
 
 def fill_cap(model, cfg, calibration, run):
     """Find the finest steps whose total fits CAP_BYTES: (strength, {name: Quantized}, artifact).
@@ -3309,33 +3278,30 @@ def fill_cap(model, cfg, calibration, run):
     of the last two.  A model that does not fit comes at its smallest.  The artifact is rank 0's.
     """
     began = time.perf_counter()
+    if not calibration.rows:
+        cfg = replace(cfg, grid="sdclip")
     matrices = prepare_matrices(model, cfg, calibration, run)
     sums = run.gather((sum(m.log_step for m in matrices), sum(m.W.numel() for m in matrices)))
     weights = sum(count for _, count in sums)
     unit = math.exp(sum(log_step for log_step, _ in sums) / max(1, weights))
     most = cfg.cap_bytes - len(code_bytes())
-    rate = cfg.grid == "rate" and bool(calibration.rows)
-    low, high = FINEST_STEP / 16, 2 * COARSEST_STEP
-    strength = min(max(expected_step(model, cfg), low), high)
-    if not rate:
-        low, high = 31 * FINEST_STEP, 31 * COARSEST_STEP
-        strength = expected_clip(model, cfg)
+    low, strength, high = strengths(model, cfg)
     tokens = 1 if calibration.counts is None else float(calibration.counts.sum())
     slope = -weights / 8  # bytes for an octave of strength
     sizes = {}
     best = None
-    floats = None
     for _ in range(FILL_ROUNDS):
         mine = quantize(matrices, strength, unit)
         quantized = {name: q for part in run.gather(mine) for name, q in part.items()}
-        if floats is None:
+        if not sizes:
             error = {name: q.rel_error / q.Q.numel() for name, q in quantized.items()}
-            floats = set(sorted(error, key=error.get, reverse=True)[:cfg.float_matrices])
-        quantized = {name: q for name, q in quantized.items() if name not in floats}
+            floats = sorted(error, key=error.get, reverse=True)[:cfg.float_matrices]
+        for name in floats:
+            del quantized[name]
         blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
         size = run.broadcast(len(blob) if blob else 0)
         nats = sum(q.nats for q in quantized.values()) / tokens
-        run.log("fill_cap", grid="rate" if rate else "sdclip", strength=strength, model_bytes=size,
+        run.log("fill_cap", grid=cfg.grid, strength=strength, model_bytes=size,
                 most_bytes=most, expected_nats=f"{nats:.5f}",
                 search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
         merit = (size <= most, -strength if size <= most else -size)
@@ -3348,7 +3314,7 @@ def fill_cap(model, cfg, calibration, run):
         filled = size <= most and (most - size <= FILL_SLACK or strength <= low)
         octaves = (most - FILL_SLACK / 2 - size) / slope
         strength = min(max(strength * 2 ** min(max(octaves, -8.0), 8.0), low), high)
-        if filled or strength in sizes or cfg.matrix_clip_sigmas and not rate:
+        if filled or strength in sizes:
             break
     if not best[0][0]:
         run.log("over_cap", over_bytes=min(sizes.values()) - most, cap_bytes=cfg.cap_bytes)
@@ -3357,17 +3323,13 @@ def fill_cap(model, cfg, calibration, run):
 def export(model, cfg, calibration, run):
     """Quantize and pack the model, log what became of it; the artifact's bytes, on every rank."""
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
-    total = 0.0
     for name, q in quantized.items():
-        entropy = entropy_bytes(q.Q)
-        total += entropy
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
                 strength=f"{strength:.3f}", rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}",
-                nats=f"{q.nats:.3e}", bits_per_weight=f"{8 * entropy / q.Q.numel():.3f}")
+                nats=f"{q.nats:.3e}")
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
-            order0_bits_per_weight=f"{8 * total / stored:.4f}",
             side_codec=side_codec(cfg.compressor),  # LZMA if Brotli is not installed
             no_hessian=sum(q.damp == 0 for q in quantized.values()),
             fell_back=sum(math.isinf(q.damp) for q in quantized.values()))

@@ -93,11 +93,6 @@ def test_a_hessian_that_is_not_finite_means_rounding_to_nearest():
     assert torch.equal(U, torch.eye(40)) and damp == float("inf")
 
 
-def test_a_hessian_of_the_wrong_size_is_refused():
-    with pytest.raises(ValueError, match="expected 40 x 40"):
-        t.gptq(torch.zeros(4, 40), torch.ones(4, 1), torch.eye(39), 31)
-
-
 # ---- calibration
 
 
@@ -195,7 +190,7 @@ def test_sdclip_step_is_the_clip_over_the_largest_integer(calibrated, name, bits
     step, columns = matrix.steps(9.0, 1.0)
     want = clip * model.get_parameter(name).detach().std(1, correction=0) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(step.float(), want, rtol=2**-10, atol=0)
-    assert columns is None and step.dtype == torch.float16
+    assert torch.equal(columns, torch.ones(len(columns))) and step.dtype == torch.float16
 
 
 def test_sdclip_step_is_a_positive_number_for_rows_of_any_size():
@@ -230,11 +225,6 @@ def test_quantized_matrix_stands_for_the_weight_in_its_own_order(calibrated, gri
     for name, q in quantized(model, calibration, strength, grid=grid, matrix_bits=8).items():
         W = model.get_parameter(name).detach()
         assert (q.weight() - W).norm() < 0.1 * W.norm(), name
-
-
-def test_entropy_is_that_of_the_symbols():
-    Q = torch.tensor([[0] * 4 + [1] * 2 + [-127] * 2], dtype=torch.int8)
-    assert t.entropy_bytes(Q) == pytest.approx((4 * 1 + 4 * 2) / 8)
 
 
 def test_ranks_share_the_matrices_and_agree_with_one(calibrated):
