@@ -405,7 +405,7 @@ def fields_of(*titles):
     return [f.name for f, group in zip(fields(Config), groups) if group in titles]
 
 # What an artifact stores of the Config, so that it can be evaluated from its file alone.
-MODEL_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len"]
+STORED_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len", "matrix_bits", "compressor"]
 
 def help_text():
     """The text of --help: every setting by group, with default and meaning."""
@@ -2217,10 +2217,10 @@ def activation_bytes_per_token(cfg, ops=REFERENCE):
         total += 4 * D + mlp_copies * cfg.mlp_mult * D  # residual twice, each normalized; MLP
     return 2 * total + 12 * cfg.vocab_size
 
-def settle_batch(cfg, run, before=0):
-    """cfg with TRAIN_BATCH_TOKENS=0 replaced: by `before`, a checkpoint's, or by whole rows."""
-    if cfg.train_batch_tokens or before:
-        return replace(cfg, train_batch_tokens=cfg.train_batch_tokens or before)
+def settle_batch(cfg, run):
+    """cfg with TRAIN_BATCH_TOKENS=0 replaced by whole rows for the run's ranks."""
+    if cfg.train_batch_tokens:
+        return cfg
     rows = max(1, min(131072, 786432 // run.world_size) // cfg.train_seq_len)
     rows -= rows % 8 if rows > 8 else 0  # so that micro-batches divide them
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
@@ -2392,20 +2392,20 @@ class Training:
         self.trained = facts.get("trained", False)
         self.optimizer = training_optimizer(model, cfg, run)
         self.average = Average(self.optimizer.weights, cfg, facts.get("averaged", 0))
-        for name, x in self.tensors(self.trained).items() if saved else ():
+        for name, x in self.tensors().items() if saved else ():
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != x.shape:
                 raise GolfError(f"checkpoint: tensor {name} is {found}, expected {tuple(x.shape)}")
             x.copy_(tensors[name])
         self.clock = Clock(run, facts.get("elapsed_s", 0.0))
-        self.loader = Loader(data.train, cfg, run, facts.get("loader", (0, 0)))
+        self.loader = Loader(data.train, cfg, run, (facts.get("epoch", 0), facts.get("row", 0)))
 
-    def tensors(self, trained):
+    def tensors(self):
         """{name: Tensor} that a checkpoint holds, by parameter; once trained, the weights alone."""
         optimizer = self.optimizer
         out = {}
         vectors = dict(model=optimizer.weights)
-        if not trained:
+        if not self.trained:
             out = dict(bad_steps=optimizer.bad_steps, count=optimizer.count)
             vectors |= dict(m=optimizer.m, v=optimizer.v, average=self.average.mean)
         for kind, flat in vectors.items():
@@ -2413,29 +2413,30 @@ class Training:
             out |= {f"{kind}.{name}": x for name, x in named}
         return out
 
-    def facts(self, trained=False):
+    def facts(self):
         """What a checkpoint says beside its tensors."""
-        return dict(step=self.step, elapsed_s=self.clock.elapsed(), loader=list(self.loader.place),
-                    averaged=self.average.count, trained=trained, shards=self.shards,
-                    config=identity(self.cfg, trained))
+        epoch, row = self.loader.place
+        return dict(step=self.step, elapsed_s=self.clock.elapsed(), epoch=epoch, row=row,
+                    averaged=self.average.count, trained=self.trained, shards=self.shards,
+                    config=identity(self.cfg))
 
     def save(self, facts=None):
-        """Write step_N.npz, or given its facts trained.npz; every rank must call.
+        """Write step_N.npz, or once trained trained.npz, with `facts` of now or of an earlier time.
 
         A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
-        name = "trained" if facts else f"step_{self.step:08d}"
+        name = "trained" if self.trained else f"step_{self.step:08d}"
         how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
-            tensors = self.tensors(trained=facts is not None)
+            tensors = self.tensors()
             try:
                 if not all(bool(x.isfinite().all()) for x in tensors.values()):
                     raise OSError("weights or moments are not finite")
                 save_tensors(path, tensors, facts or self.facts())
                 # By step: a run that went back to an earlier step must not delete what it writes.
                 older = [p for p in path.parent.glob("step_*.npz") if p.stem <= path.stem]
-                for old in sorted(older)[:-2] if facts is None else ():
+                for old in sorted(older)[:-2] if not self.trained else ():
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
@@ -2443,8 +2444,8 @@ class Training:
         return how_to_go_on
 
 # Settings of the fixed groups that may change between a checkpoint and the run that goes on.
-FREE_FIELDS = ("data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps",
-               "val_loss_every", "train_log_every")
+FREE_FIELDS = {"data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps",
+               "val_loss_every", "train_log_every"}
 
 def shard_list(data):
     """Names and lengths of the training shards: what a checkpoint remembers of the data."""
@@ -2454,11 +2455,10 @@ def checkpoint_folder(cfg):
     """Where the run keeps its checkpoints."""
     return Path(cfg.out_dir) / f"{cfg.run_id}.ckpt"
 
-def identity(cfg, trained):
-    """The settings that a checkpoint fixes; once trained, those of the export are free."""
-    groups = ("data", "model", "training") if trained else ("data", "model", "training", "export")
-    names = ["seed", *(name for name in fields_of(*groups) if name not in FREE_FIELDS)]
-    return {name: plain(getattr(cfg, name)) for name in names}
+def identity(cfg):
+    """The settings that a checkpoint fixes; those of export and evaluation are free."""
+    fixed = {"seed", *fields_of("data", "model", "training")} - FREE_FIELDS
+    return {name: plain(getattr(cfg, name)) for name in sorted(fixed)}
 
 def find_checkpoint(cfg, run, data):
     """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
@@ -2477,11 +2477,9 @@ def find_checkpoint(cfg, run, data):
         except GolfError as error:
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        kinds = dict(step=int, elapsed_s=float, loader=list, averaged=int, trained=bool,
+        kinds = dict(step=int, elapsed_s=float, epoch=int, row=int, averaged=int, trained=bool,
                      config=dict, shards=list)
-        place = facts.get("loader")
-        if any(type(facts.get(key)) is not kind for key, kind in kinds.items()) or [
-                type(x) for x in place] != [int, int] or min(place) < 0:
+        if {key: type(x) for key, x in facts.items()} != kinds or facts["epoch"] < 0:
             raise GolfError(f"{file}: not a checkpoint of this script")
         check_identity(file, facts, cfg, data)
         return tensors, facts
@@ -2492,9 +2490,7 @@ def find_checkpoint(cfg, run, data):
 def check_identity(file, facts, cfg, data):
     """Raise SettingError if a checkpoint is of another configuration, naming what differs."""
     then = facts["config"]
-    now = identity(cfg, facts["trained"])
-    if not cfg.train_batch_tokens:  # by default it goes on as it was, under any number of ranks
-        now["train_batch_tokens"] = then.get("train_batch_tokens")
+    now = identity(cfg)
     differing = [f"{name.upper()} was {then.get(name)}, is {now.get(name)}"
                  for name in {**then, **now} if then.get(name) != now.get(name)]
     if facts["shards"] != shard_list(data):
@@ -2523,7 +2519,8 @@ def train(model, data, cfg, run, saved):
         if not job.trained:
             train_loop(job, data, micro_rows)
             job.average.copy_to_model()
-        facts = job.facts(trained=True)  # the place before calibration: it can be done again
+        job.trained = True
+        facts = job.facts()  # the place before calibration: it can be done again
         calibration = calibrate(model, job.loader, cfg, run, job.clock)
         train_s = run.broadcast(job.clock.pause())
     finally:
@@ -2661,20 +2658,20 @@ def calibrate(model, loader, cfg, run, clock):
 # GRID=rate); small tensors stay float16 or float32; a shared tensor is stored once.  One search
 # finds the finest steps whose file fits the cap.
 #
-# The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header and of the payload, SHA-256 of
-# all that follows.  Header: zlib'd JSON with "config" (the model's settings), "tensors" in
-# named_parameters() order [name, shape, coding, bits] and "streams" [name, codec, raw bytes, packed
+# The file:  head (ARTIFACT_HEAD): magic, version, bytes of header and payload, SHA-256 of what
+# follows.  Header: zlib'd JSON with "config" (the model's settings), "tensors" in
+# named_parameters() order [name, shape, coding] and "streams" [name, codec, raw bytes, packed
 # bytes].  Payload: the streams.  Coding "int8": Q (R, C) in stream "integers", R row scales and C
 # column scales in "f16", the weight is Q * row * column; "f16" and "f32": floats in the stream of
 # that name.  Each stream holds its tensors in table order; streams of floats are byte planes: all
-# low bytes first.  Codec "rans": see rans_encode.  Nothing is executed, and every length is checked
-# before anything is allocated.
+# low bytes first.  With COMPRESSOR=rans streams "class", "table" and "words" stand for "integers":
+# see rans_encode.  Nothing is executed, and every length is checked before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 4
 ARTIFACT_HEAD = struct.Struct("<8sIIQ32s")
 MAX_HEADER_BYTES = 1 << 22
-STREAM_BYTES = 1 << 22  # longer streams are cut into pieces, compressed on all cores
+PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
 PLANES = {"table": 2, "f16": 2, "f32": 4}  # streams stored as byte planes, with their item's width
 
 def sdclip_step(W, bits, clip_sigmas):
@@ -2753,7 +2750,7 @@ def collect_hessians(model, batches, run):
     names = {id(p): name for name, p in model.named_parameters()}
     stored = [(name, p) for name, p in model.named_parameters() if route(name).bits]
     sums = {}  # by the names of weights that share an input
-    rows = {}
+    rows = {name: p.new_zeros(len(p)) for name, p in stored if cfg.grid == "rate"}
     counts = torch.zeros(cfg.vocab_size, device=run.device)
     weight = None
 
@@ -2778,9 +2775,8 @@ def collect_hessians(model, batches, run):
                 nats, _ = model.nll(batch[:, :-1], batch[:, 1:])
             if cfg.grid == "rate":
                 found = torch.autograd.grad(nats.sum(), [p for _, p in stored])
-                for (name, _), grad in zip(stored, found):
-                    squares = grad.float().square().sum(-1)
-                    rows[name] = rows[name].add_(squares) if name in rows else squares
+                for total, grad in zip(rows.values(), found):
+                    total += grad.float().square().sum(-1)
     finally:
         OBSERVERS.remove(observe)
         torch.set_float32_matmul_precision(precision)
@@ -2929,23 +2925,26 @@ def prepare_matrices(model, cfg, calibration, run):
 
 # ---- lossless coding
 
-def side_codec(codec):
-    """The codec of everything but integers: itself; for rans brotli; LZMA without Brotli."""
-    codec = "brotli" if codec == "rans" else codec
+def side_codec(cfg):
+    """The codec of bytes: COMPRESSOR, for rans brotli; LZMA without Brotli."""
+    codec = "brotli" if cfg.compressor == "rans" else cfg.compressor
     return "lzma" if codec == "brotli" and importlib.util.find_spec("brotli") is None else codec
 
 def compress(data, codec):
-    """bytes -> bytes by brotli (quality 11, window 24), lzma or zstd (22)."""
+    """bytes -> bytes by brotli (quality 11, window 24), lzma, zstd (22) or none."""
     if codec == "brotli":
         import brotli
         return brotli.compress(data, quality=11, lgwin=24)
     if codec == "zstd":
         import zstandard
         return zstandard.ZstdCompressor(level=22).compress(data)
-    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    if codec == "lzma":
+        return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return data
 
 def decompress(data, codec, size):
     """The inverse of `compress`; ArtifactError unless the data makes exactly `size` bytes."""
+    out = data
     try:
         if codec == "brotli":
             import brotli
@@ -2953,7 +2952,7 @@ def decompress(data, codec, size):
         elif codec == "zstd":
             import zstandard
             out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
-        else:
+        elif codec == "lzma":
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
             out = decoder.decompress(data, max_length=size + 1)
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
@@ -3068,39 +3067,36 @@ def pack_artifact(model, cfg, quantized):
     for name, p in model.named_parameters():
         p = p.detach().float().cpu()
         small = p.numel() <= 64  # decay rates and gains keep every bit
+        coding = "f32" if small else "f16"
         q = quantized.get(name)
         if q is None and cfg.control_bits and not small and route(name).role == "control":
             q = int8_rows(p)
         if q is None:
-            coding, bits = ("f32", 32) if small else ("f16", 16)
             raw[coding] += p.numpy().astype("<f4" if small else "<f2").tobytes()
         else:
-            coding, bits = "int8", q.bits
+            coding = "int8"
             integers.append(q.Q.numpy())
             raw["f16"] += q.rows.numpy().tobytes() + q.columns.numpy().tobytes()
-        table.append([name, list(p.shape), coding, bits])
-    codec = side_codec(cfg.compressor)
-    coded = []
+        table.append([name, list(p.shape), coding])
     if cfg.compressor == "rans" and integers:
-        raw["class"], raw["table"], words = rans_pack(integers)
-        coded = [["integers", "rans", sum(Q.size for Q in integers), words]]
+        raw["class"], raw["table"], raw["words"] = rans_pack(integers)
     else:
         raw["integers"] = b"".join(Q.tobytes() for Q in integers)
     pieces = []
     for name, data in raw.items():
+        codec = "none" if name == "words" else side_codec(cfg)
         data = byte_planes(data, PLANES[name]) if name in PLANES else data
-        pieces += [(name, data[i:i + STREAM_BYTES]) for i in range(0, len(data), STREAM_BYTES)]
+        pieces += [(name, data[i:i + PIECE], codec) for i in range(0, len(data), PIECE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = list(pool.map(lambda piece: compress(piece[1], codec), pieces))
-    streams = [[name, codec, len(data), out] for (name, data), out in zip(pieces, packed)] + coded
-    header = dict(config={name: getattr(cfg, name) for name in MODEL_FIELDS},
-                  compressor=cfg.compressor, tensors=table,
-                  streams=[[*stream[:3], len(stream[3])] for stream in streams])
-    packed = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
-    payload = b"".join(out for *_, out in streams)
-    digest = hashlib.sha256(packed + payload).digest()
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(packed), len(payload),
-                              digest) + packed + payload
+        packed = list(pool.map(lambda piece: compress(*piece[1:]), pieces))
+    streams = [[name, codec, len(x), len(y)] for (name, x, codec), y in zip(pieces, packed)]
+    config = {name: getattr(cfg, name) for name in STORED_FIELDS}
+    header = dict(config=config, tensors=table, streams=streams)
+    head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    payload = b"".join(packed)
+    digest = hashlib.sha256(head + payload).digest()
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(payload),
+                              digest) + head + payload
 
 def rans_pack(integers):
     """Code a list of Q (R, C) int8: bytes of the classes, the table of frequencies, the words."""
@@ -3153,24 +3149,23 @@ def read_streams(header, payload, most):
     if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
             raw for _, _, raw, _ in parts):
         raise ArtifactError(f"its streams do not fill its payload, or claim more than {most} bytes")
-    plain_parts = [part for part in parts if part[1] != "rans"]
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), plain_parts)
-        for (name, *_), data in zip(plain_parts, out):
+        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
+        for (name, *_), data in zip(parts, out):
             streams[name] = streams.get(name, b"") + data
     for name in streams.keys() & PLANES.keys():
         streams[name] = byte_planes(streams[name], len(streams[name]) // PLANES[name])
-    for name, codec, _, data in parts:
-        if codec == "rans":
-            freq = np.frombuffer(streams.pop("table"), "<u2").reshape(RANS_CLASSES, 256)
-            classes = read_classes(header["tensors"], streams.pop("class"))
-            streams[name] = (rans_decode(data, classes, freq) ^ 128).tobytes()
+    if "words" in streams:
+        freq = np.frombuffer(streams.pop("table"), "<u2").reshape(RANS_CLASSES, 256)
+        classes = read_classes(header["tensors"], streams.pop("class"))
+        symbols = rans_decode(streams.pop("words"), classes, freq)
+        streams["integers"] = (symbols ^ 128).tobytes()
     return streams
 
 def read_classes(tensors, data):
     """The class of each integer, uint8 (n,), from stream "class"."""
-    shapes = [matrix_shape(shape) for _, shape, coding, _ in tensors if coding == "int8"]
+    shapes = [matrix_shape(shape) for _, shape, coding in tensors if coding == "int8"]
     sides = np.split(np.frombuffer(data, np.int8), np.cumsum(shapes))  # rows, columns, rows, ...
     return np.concatenate([class_map(*pair) for pair in zip(sides[::2], sides[1::2])])
 
@@ -3192,7 +3187,7 @@ def load_artifact(path, ops=None, device="cpu", base=None):
         with torch.device("meta"):
             model = LM(cfg)
         count = sum(p.numel() for p in model.parameters())
-        listed = [(name, tuple(shape)) for name, shape, _, _ in header["tensors"]]
+        listed = [(name, tuple(shape)) for name, shape, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
             raise ArtifactError("its tensors are not those of the model that it describes")
         if count > 64 * len(blob) + 1_000_000:  # an eighth of a bit a weight: nothing honest
@@ -3214,16 +3209,12 @@ def load_artifact(path, ops=None, device="cpu", base=None):
 
 def stored_config(header, base):
     """The Config of an artifact: its own model settings, the rest from `base`; ArtifactError."""
-    stored = header["config"]
-    if not isinstance(stored, dict) or set(stored) != set(MODEL_FIELDS):
-        raise ArtifactError("its model settings are not those that this script knows")
-    for key, value in stored.items():
-        kind = type(getattr(base, key))
+    own = {name: header["config"][name] for name in STORED_FIELDS}
+    for name, value in own.items():
+        kind = type(getattr(base, name))
         if type(value) is not kind:
-            raise ArtifactError(f"its setting {key} is not of type {kind.__name__}")
-    bits = [bits for name, _, _, bits in header["tensors"] if route(name).clip[:6] == "matrix"]
-    return replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0,
-                   compressor=header["compressor"], matrix_bits=max(bits or [8], key=bits.count))
+            raise ArtifactError(f"its setting {name} is not of type {kind.__name__}")
+    return replace(base, **own, train_batch_tokens=0, micro_batch_tokens=0)
 
 def unpack_tensors(table, streams):
     """The float32 weights of the header's table of tensors; ArtifactError if streams do not fit."""
@@ -3235,7 +3226,7 @@ def unpack_tensors(table, streams):
         return torch.from_numpy(np.frombuffer(streams[name], dtype, n, first).copy())
 
     weights = []
-    for _, shape, coding, _ in table:
+    for _, shape, coding in table:
         rows, columns = matrix_shape(shape)
         if coding == "int8":
             Q = take("integers", np.int8, rows * columns).view(rows, columns)
@@ -3278,8 +3269,8 @@ def fill_cap(model, cfg, calibration, run):
     of the last two.  A model that does not fit comes at its smallest.  The artifact is rank 0's.
     """
     began = time.perf_counter()
-    if not calibration.rows:
-        cfg = replace(cfg, grid="sdclip")
+    if cfg.grid == "rate":
+        cfg = replace(cfg, matrix_bits=8) if calibration.rows else replace(cfg, grid="sdclip")
     matrices = prepare_matrices(model, cfg, calibration, run)
     sums = run.gather((sum(m.log_step for m in matrices), sum(m.W.numel() for m in matrices)))
     weights = sum(count for _, count in sums)
@@ -3330,7 +3321,7 @@ def export(model, cfg, calibration, run):
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
-            side_codec=side_codec(cfg.compressor),  # LZMA if Brotli is not installed
+            side_codec=side_codec(cfg),  # LZMA if Brotli is not installed
             no_hessian=sum(q.damp == 0 for q in quantized.values()),
             fell_back=sum(math.isinf(q.damp) for q in quantized.values()))
     return blob
@@ -3899,9 +3890,8 @@ def start_log(cfg, run):
 
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks: (train_s, artifact)."""
+    cfg = settle_batch(cfg, run)
     saved = run.from_rank_0(lambda: find_checkpoint(cfg, run, data)) if cfg.resume else None
-    before = int(saved[1]["config"]["train_batch_tokens"]) if saved else 0
-    cfg = settle_batch(cfg, run, before)
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
     if cfg.compressor == "zstd" and importlib.util.find_spec("zstandard") is None:
@@ -3980,7 +3970,7 @@ def evaluate_artifact(blob, data, cfg, run):
     reload_s = time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms")
     if cfg.artifact:
-        own = {name: plain(getattr(model.cfg, name)) for name in MODEL_FIELDS}
+        own = {name: plain(getattr(model.cfg, name)) for name in STORED_FIELDS}
         run.log("artifact_config", **own)
     cfg = model.cfg
     methods = [m for m in FINAL_EVENTS if m == cfg.final_score or cfg.eval_diagnostics]

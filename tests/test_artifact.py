@@ -200,7 +200,7 @@ def test_any_model_and_bits_come_back(tmp_path, changes):
     t.save_artifact(tmp_path / "a", model, cfg)
     loaded = t.load_artifact(tmp_path / "a")
     assert_holds(loaded, stored(model))
-    fields = [{name: getattr(c, name) for name in t.MODEL_FIELDS} for c in (loaded.cfg, cfg)]
+    fields = [{name: getattr(c, name) for name in t.STORED_FIELDS} for c in (loaded.cfg, cfg)]
     assert fields[0] == fields[1]
 
 
@@ -247,7 +247,7 @@ def test_same_model_gives_the_same_bytes_of_the_size_returned(model, files, code
 
 @pytest.mark.parametrize("codec", CODERS)
 def test_long_streams_are_cut_and_joined_again(model, monkeypatch, codec):
-    monkeypatch.setattr(t, "STREAM_BYTES", 1000)
+    monkeypatch.setattr(t, "PIECE", 1000)
     cfg = replace(model.cfg, compressor=codec)
     blob = t.pack_artifact(model, cfg, quantized(model))
     assert len(opened(blob)[0]["streams"]) > 8
@@ -307,7 +307,6 @@ FORGERIES = {
     "nested too deep": lambda h: b"[" * 10**6,
     "no settings": lambda h: h.pop("config") and None,
     "setting missing": lambda h: h["config"].pop("smear") and None,
-    "setting too many": lambda h: h["config"].update(seed=1),
     "setting of another type": lambda h: h["config"].update(smear=1),
     "setting outside its rule": lambda h: h["config"].update(model_dim=-8),
     "setting not finite": lambda h: h["config"].update(rope_base=float("nan")),
@@ -330,8 +329,9 @@ FORGERIES = {
     "stream length infinite": lambda h: h["streams"][0].__setitem__(2, float("inf")),
     "packed length longer": lambda h: h["streams"][0].__setitem__(3, h["streams"][0][3] + 1),
     "other codec": lambda h: h["streams"][0].__setitem__(1, "lzma"),
-    "rans without tables": lambda h: h["streams"][0].__setitem__(1, "rans"),
-    "unknown compressor": lambda h: h.update(compressor="rar"),
+    "words without tables": lambda h: h["streams"][0].__setitem__(0, "words"),
+    "codec unknown": lambda h: h["streams"][0].__setitem__(1, "rar"),
+    "unknown compressor": lambda h: h["config"].update(compressor="rar"),
     "50000 empty streams": lambda h: h["streams"].extend([["x", "lzma", 0, 0]] * 50_000)}
 
 
