@@ -14,8 +14,8 @@ FIELDS = {f.name.upper(): f for f in fields(t.Config)}
 
 # Values that are refused by themselves.
 REFUSED = """SEED=-1 CHECKPOINT_EVERY_SECONDS=-1 MAX_BAD_STEPS=-1 DEVICE=mps VOCAB_SIZE=1
-VOCAB_SIZE=65537 HOLDOUT_TOKENS=-1 MODEL_DIM=0 MODEL_DIM=-8 MODEL_DIM=500 NUM_HEADS=0 NUM_KV_HEADS=0
-SWA_WINDOW=0 ROPE_BASE=1 GDN_HEADS=0 GDN_HEAD_DIM=100 KV_SHARE=0 MLP_MULT=0.2 MLP_ACT=gelu
+VOCAB_SIZE=65537 HOLDOUT_TOKENS=-1 MODEL_DIM=0 MODEL_DIM=-8 MODEL_DIM=500 MODEL_DIM=65544 NUM_HEADS=0 NUM_KV_HEADS=0
+SWA_WINDOW=0 ROPE_BASE=1 GDN_HEADS=0 GDN_HEADS=1025 GDN_HEAD_DIM=100 KV_SHARE=0 MLP_MULT=0.2 MLP_MULT=65 MLP_ACT=gelu
 XSA_LAYERS=-1 NGRAM_BUCKETS=-1 NGRAM_BUCKETS=16777217 NGRAM_DIM=0 NGRAM_ORDER=1 NGRAM_ORDER=4
 BOS_ID=-2 LOGIT_SOFTCAP=0 TIED_EMBED_INIT_STD=-1 TRAIN_SEQ_LEN=0 TRAIN_SEQ_LEN=1000
 TRAIN_BATCH_TOKENS=-64 MICRO_BATCH_TOKENS=-1 ITERATIONS=-1 MAX_WALLCLOCK_SECONDS=-1 WARMUP_STEPS=-1
@@ -98,10 +98,6 @@ def test_boolean_setting_is_0_or_1_alone(name):
         assert getattr(cfg, name.lower()) is (text == "1")
 
 
-def test_text_that_is_not_utf8_is_refused():
-    assert fault(OUT_DIR="a\udcff") == "OUT_DIR='a\\udcff': must be UTF-8"
-
-
 def test_values_of_all_types_arrive():
     cfg = t.Config.from_env(dict(SEED="7", MATRIX_LR="2e-3", SMEAR="0", OUT_DIR="here"))
     assert (cfg.seed, cfg.matrix_lr, cfg.smear, cfg.out_dir) == (7, 0.002, False, "here")
@@ -116,9 +112,7 @@ def test_values_of_all_types_arrive():
     ("GPTQ_RESERVE_SECONDS=9 MAX_WALLCLOCK_SECONDS=9", "MAX_WALLCLOCK_SECONDS=9"),
     ("MAX_WALLCLOCK_SECONDS=600 DETERMINISTIC=1", "DETERMINISTIC=1"), ("RESUME=auto", "RUN_ID"),
     ("RESUME=x ARTIFACT=a", "ARTIFACT"), ("QAT_FRAC=0.1", "GRID=sdclip"),
-    ("FREQUENT_ROWS=9 GPTQ_ENABLED=0", "GPTQ_ENABLED=1"), ("AVERAGE_EVERY=2 MIN_LR=1", "MIN_LR"),
-    ("AVERAGE_EVERY=2 WARMDOWN_FRAC=0", "WARMDOWN_FRAC"), ("BOS_ID=1024", "VOCAB_SIZE=1024"),
-    ("MODEL_DIM=2000000", "1048576"), ("MODEL_DIM=512 MLP_MULT=1e6", "MLP_MULT"),
+    ("FREQUENT_ROWS=9 GPTQ_ENABLED=0", "GPTQ_ENABLED=1"), ("BOS_ID=1024", "VOCAB_SIZE=1024"),
     ("EVAL_ONLY=1", "ARTIFACT")])
 def test_contradicting_settings_are_refused(text, other):
     message = fault(**dict(pair.split("=") for pair in text.split()))
