@@ -155,7 +155,7 @@ class Config:
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
     qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
     val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", 0)
-    train_log_every: int = knob(50, "steps between log lines (at least one every 8 s)", 1)
+    train_log_every: int = knob(50, "steps between log lines", 1)
 
     kernel: str = knob("auto", "auto = the fastest installed kernels; reference = section 4",
                        "auto flashqla fla reference", group="speed")
@@ -322,29 +322,25 @@ MAX_LAYERS = 256
 def parse_stack(text):
     """The list of Layer that a STACK such as 'gdn*5 swa:a' or '(gdn::a swa::b)*3' names."""
     fault = f"STACK={text[:200]!r}"
-    flat = text.replace(",", " ")
+    flat = re.sub(r"(\w[\w:]*)(?=\*)", r"(\1)", text.replace(",", " "))  # gdn*5 is (gdn)*5
     while group := re.search(r"\(([^()]*)\)(?:\*([1-9]\d{0,2}))?", flat):
-        repeats = int(group[2] or 1)
-        if len(flat) + repeats * len(group[1]) > 10_000:
+        flat = flat[:group.start()] + f" {group[1]} " * int(group[2] or 1) + flat[group.end():]
+        if len(flat) > 10_000:
             raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
-        flat = flat[:group.start()] + f" {group[1]} " * repeats + flat[group.end():]
     layers = []
     kinds = {}
     for part in flat.split():
-        m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?(?:\*([1-9]\d{0,2}))?", part)
+        m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?", part)
         if not m:
             raise SettingError(f"{fault}: {part[:40]!r} must be gdn, swa or attn, then optionally "
                                ":tag or ::tag, then optionally *count")
-        kind, colons, tag, count = m.groups()
+        kind, colons, tag = m.groups()
         if tag and kinds.setdefault(tag, kind) != kind:
             raise SettingError(f"{fault}: tag {tag!r} names both {kinds[tag]} and {kind}")
-        for _ in range(int(count or 1)):
-            own = f"#{len(layers)}"
-            layers.append(Layer(kind, tag or own, tag if colons == "::" else own))
-        if len(layers) > MAX_LAYERS:
-            raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
-    if not layers:
-        raise SettingError(f"{fault}: must name at least one layer, such as 'gdn*5 swa:a'")
+        own = f"#{len(layers)}"
+        layers.append(Layer(kind, tag or own, tag if colons == "::" else own))
+    if not 1 <= len(layers) <= MAX_LAYERS:
+        raise SettingError(f"{fault}: names {len(layers)} layers, must be 1 to {MAX_LAYERS}")
     return layers
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
@@ -2177,11 +2173,6 @@ class Average:
         self.count += 1
         self.mean.lerp_(self.weights, weight)
 
-    def copy_to_model(self):
-        """Replace the model's weights by their average, if there is one."""
-        if self.count:
-            self.weights.copy_(self.mean)
-
 # --------------------------------------------------------------------------------------------------
 # 8. Training
 # --------------------------------------------------------------------------------------------------
@@ -2501,7 +2492,8 @@ def train(model, data, cfg, run, saved):
     try:
         if not job.trained:
             train_loop(job, data, micro_rows)
-            job.average.copy_to_model()
+            if job.average.count:
+                job.optimizer.weights.copy_(job.average.mean)
         job.trained = True
         facts = job.facts()  # the place before calibration: it can be done again
         calibration = calibrate(model, job.loader, cfg, run, job.clock)
@@ -2524,7 +2516,7 @@ def train_loop(job, data, micro_rows):
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     durations = deque(maxlen=20)
     saved_step = job.step
-    saved_s = last_tick = last_line = clock.elapsed()
+    saved_s = last_tick = clock.elapsed()
     bad_steps = int(job.optimizer.bad_steps)
     wait = run.to_host(job.optimizer.bad_steps)
     while True:
@@ -2565,11 +2557,8 @@ def train_loop(job, data, micro_rows):
         now = clock.elapsed()
         durations.append(now - last_tick)
         last_tick = now
-        late = now - last_line > 8.0 and not cfg.deterministic
-        due = job.step <= 3 or job.step % cfg.train_log_every == 0 or late
-        if run.broadcast(due):
+        if job.step <= 3 or job.step % cfg.train_log_every == 0:
             log_step(job, loss, rate, float(np.median(durations)))
-            last_line = now
     if out_of_time:
         run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
                 step=f"{job.step}/{cfg.iterations}")
@@ -2770,15 +2759,13 @@ def collect_hessians(model, batches, run):
 class Quantized(NamedTuple):
     """One stored matrix: Q int8 (R, C), float16 scales of its rows (R,) and columns (C,), bits.
 
-    For the log: rel_error ||dW H dW^T|| / ||W H W^T||, expected rise of the loss [nats, summed over
-    calibration], damping (0: no Hessian).
+    For the log: rel_error ||dW H dW^T|| / ||W H W^T||, and the damping (0: no Hessian).
     """
     Q: Tensor
     rows: Tensor
     columns: Tensor
     bits: int
     rel_error: float = 0.0
-    nats: float = 0.0
     damp: float = 0.0
 
     def weight(self):
@@ -2811,9 +2798,11 @@ class Matrix:
 
     def __init__(self, name, W, bits, cfg, calibration):
         self.name, self.cfg = name, cfg
-        self.bits = bits  # (R,) tensor
         W = W.detach().float()
         R, C = W.shape
+        self.bits = torch.full((R,), bits, device=W.device)
+        if name == "embed.weight" and cfg.frequent_rows:
+            self.bits[calibration.counts.topk(min(cfg.frequent_rows, R)).indices] = 8
         self.order = torch.arange(C, device=W.device)
         self.H = torch.eye(C, device=W.device)
         self.U, self.damp = self.H, 0.0  # with these GPTQ rounds to nearest
@@ -2823,13 +2812,12 @@ class Matrix:
             self.H = H[self.order][:, self.order]
             self.U, self.damp = error_factor(self.H)
         self.W = W[:, self.order]
-        # times H this is the expected second derivative of the loss
-        sensitivity = calibration.rows.get(name, W.new_zeros(R))
-        self.rows = sensitivity / self.H.diagonal().sum().clamp_min(1e-30)
         self.log_step = 0.0
         if cfg.grid == "rate":
-            mean = self.rows.mean().clamp_min(1e-30)
-            g = (self.rows / mean).clamp_min(LEAST_SENSITIVITY) ** SENSITIVITY_POWER
+            # times H this is the expected second derivative of the loss
+            sensitivity = calibration.rows[name] / self.H.diagonal().sum().clamp_min(1e-30)
+            mean = sensitivity.mean().clamp_min(1e-30)
+            g = (sensitivity / mean).clamp_min(LEAST_SENSITIVITY) ** SENSITIVITY_POWER
             u = self.U.diagonal()
             middle = u.log().mean().exp()
             self.row_step = (mean * g / g.mean()).rsqrt() * middle
@@ -2859,12 +2847,11 @@ class Matrix:
     def quantized(self, Q, rows, columns):
         """The Quantized of integers Q (R, C) in the order of rounding, on the CPU."""
         dW = self.W - Q.float() * full_step(rows, columns)
-        errors = ((dW @ self.H) * dW).sum(-1)  # (R,)
         whole = ((self.W @ self.H) * self.W).sum().clamp_min(1e-30)
+        rel_error = float(((dW @ self.H) * dW).sum() / whole)
         back = self.order.argsort()
         return Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(), int(self.bits.min()),
-                         float(errors.sum() / whole), float(0.5 * (errors * self.rows).sum()),
-                         float(self.damp))
+                         rel_error, float(self.damp))
 
 def stored_bits(model, cfg):
     """{name: bits} of the matrices that become integers, by their Routes and SANDWICH_BITS."""
@@ -2897,14 +2884,8 @@ def prepare_matrices(model, cfg, calibration, run):
     bits = stored_bits(model, cfg)
     params = {name: model.get_parameter(name) for name in bits}
     by_work = sorted(params, key=lambda n: -params[n].numel() * params[n].shape[1])
-    mine = []
-    for name in by_work[run.rank::run.world_size]:
-        row_bits = torch.full((len(params[name]),), bits[name], device=run.device)
-        if name == "embed.weight" and cfg.frequent_rows:
-            count = min(cfg.frequent_rows, cfg.vocab_size)
-            row_bits[calibration.counts.topk(count).indices] = 8
-        mine.append(Matrix(name, params[name], row_bits, cfg, calibration))
-    return mine
+    return [Matrix(name, params[name], bits[name], cfg, calibration)
+            for name in by_work[run.rank::run.world_size]]
 
 # ---- lossless coding
 
@@ -2951,11 +2932,8 @@ def decompress(data, codec, size):
 
 RANS_BITS = 14  # a table's frequencies sum to 2^14
 RANS_LOW = 1 << 16  # states stay in [2^16, 2^32)
+RANS_LANES = 4096  # most states side by side; few for few symbols, as each takes 4 bytes
 RANS_CLASSES = 96  # quarters of an octave of the symbols' root mean square; class 24 is 1
-
-def rans_lanes(count):
-    """States that code `count` symbols side by side: few, so that their 4 bytes do not matter."""
-    return max(1, min(4096, count >> 12))
 
 def symbol_classes(Q):
     """Parts (R,) of rows and (C,) of columns, int8: the class of a symbol of Q (R, C) is a sum."""
@@ -2979,7 +2957,7 @@ def rans_frequencies(counts):
 
 def rans_encode(symbols, classes, freq):
     """Code symbols uint8 (n,) of classes uint8 (n,) by freq (K, 256): the states, then words."""
-    lanes = rans_lanes(len(symbols))
+    lanes = max(1, min(RANS_LANES, len(symbols) >> 12))
     start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel().astype(np.uint64)
     freq = freq.ravel().astype(np.uint64)
     keys = classes.astype(np.int32) << 8 | symbols
@@ -2999,7 +2977,7 @@ def rans_encode(symbols, classes, freq):
 def rans_decode(data, classes, freq):
     """The inverse of `rans_encode`: symbols uint8 (n,).  Raises ArtifactError."""
     count = len(classes)
-    lanes = rans_lanes(count)
+    lanes = max(1, min(RANS_LANES, count >> 12))
     used = freq.any(1)
     if (freq.sum(1, dtype=np.int64)[used] != 1 << RANS_BITS).any() or not used[classes].all():
         raise ArtifactError("its table of frequencies is not one that this script writes")
@@ -3157,12 +3135,11 @@ def matrix_shape(shape):
     """(rows, columns) of a stored tensor: a vector is one row."""
     return math.prod(shape[:-1]), shape[-1]
 
-def load_artifact(path, ops=None, device="cpu", base=None):
+def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
 
-    path: file name, or the file's bytes.   ops: None for REFERENCE, Ops, or a function that picks
-    them for the model's Config.   base: Config of what the file does not fix (evaluation).
-    Raises ArtifactError naming the fault.
+    path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
+    base: Config of what the file does not fix (evaluation).   Raises ArtifactError.
     """
     blob = path if isinstance(path, bytes) else read_artifact(path)
     try:
@@ -3184,10 +3161,9 @@ def load_artifact(path, ops=None, device="cpu", base=None):
             StopIteration) as error:
         raise ArtifactError(f"the artifact's header is malformed ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:200]})") from None
-    picked = ops(cfg) if callable(ops) else ops or REFERENCE
+    ops = ops(cfg)
     with torch.device("meta"):
-        model = LM(cfg, picked)
-    model = model.to_empty(device=device)
+        model = LM(cfg, ops).to_empty(device=device)
     copy_all(list(model.parameters()), weights)
     return model
 
@@ -3252,7 +3228,6 @@ def fill_cap(model, cfg, calibration, run):
     The size falls almost linearly with the logarithm of the strength: each round follows the line
     of the last two.  A model that does not fit comes at its smallest.  The artifact is rank 0's.
     """
-    began = time.perf_counter()
     if cfg.grid == "rate":
         cfg = replace(cfg, matrix_bits=8) if calibration.rows else replace(cfg, grid="sdclip")
     matrices = prepare_matrices(model, cfg, calibration, run)
@@ -3261,7 +3236,6 @@ def fill_cap(model, cfg, calibration, run):
     unit = math.exp(sum(log_step for log_step, _ in sums) / max(1, weights))
     most = cfg.cap_bytes - len(code_bytes())
     low, strength, high = strengths(model, cfg)
-    tokens = 1 if calibration.counts is None else float(calibration.counts.sum())
     slope = -weights / 8  # bytes for an octave of strength
     sizes = {}
     best = None
@@ -3275,10 +3249,7 @@ def fill_cap(model, cfg, calibration, run):
             del quantized[name]
         blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
         size = run.broadcast(len(blob) if blob else 0)
-        nats = sum(q.nats for q in quantized.values()) / tokens
-        run.log("fill_cap", grid=cfg.grid, strength=strength, model_bytes=size,
-                most_bytes=most, expected_nats=f"{nats:.5f}",
-                search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+        run.log("fill_cap", grid=cfg.grid, strength=strength, model_bytes=size, most_bytes=most)
         merit = (size <= most, -strength if size <= most else -size)
         if best is None or merit > best[0]:
             best = merit, strength, quantized, blob
@@ -3291,8 +3262,6 @@ def fill_cap(model, cfg, calibration, run):
         strength = min(max(strength * 2 ** min(max(octaves, -8.0), 8.0), low), high)
         if filled or strength in sizes:
             break
-    if not best[0][0]:
-        run.log("over_cap", over_bytes=min(sizes.values()) - most, cap_bytes=cfg.cap_bytes)
     return best[1:]
 
 def export(model, cfg, calibration, run):
@@ -3300,12 +3269,11 @@ def export(model, cfg, calibration, run):
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
-                strength=f"{strength:.3f}", rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}",
-                nats=f"{q.nats:.3e}")
+                rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}")
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
-            side_codec=side_codec(cfg),  # LZMA if Brotli is not installed
+            strength=strength, side_codec=side_codec(cfg),  # LZMA if Brotli is not installed
             no_hessian=sum(q.damp == 0 for q in quantized.values()),
             fell_back=sum(math.isinf(q.damp) for q in quantized.values()))
     return blob

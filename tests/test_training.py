@@ -238,14 +238,15 @@ def test_average_is_this_mix_of_the_weights(case):
     overrides, rates, shares = AVERAGES[case]
     model = tiny_model(tiny_config(stack="gdn"))
     cfg = tiny_config(**overrides)
-    average = t.Average(t.training_optimizer(model, cfg, t.Run()).weights, cfg)
+    flat = t.training_optimizer(model, cfg, t.Run()).weights
+    average = t.Average(flat, cfg)
     path = [weights_of(model)]
     for step, rate in enumerate(rates, 1):
         for p, move in zip(model.parameters(), gradients(model, step).values()):
             p.data.add_(move)
         average.update(step, rate)
         path.append(weights_of(model))
-    average.copy_to_model()
+    flat.copy_(average.mean)
     want = {name: sum(share * weights[name] for share, weights in zip(shares, path))
             for name in path[0]}
     assert_same_weights(weights_of(model), want, rtol=1e-5, atol=1e-5)
