@@ -2152,27 +2152,6 @@ class Optimizer:
         spread = (v / (1 - beta2 ** count)).sqrt_().add_(1e-10)
         return (m / (1 - beta1 ** count)).div_(spread)
 
-class Average:
-    """Averaged weights: exponential (EMA_DECAY), or the warm-down's mean (AVERAGE_EVERY).
-
-    weights: the Optimizer's, flat.   mean: as flat.   count: updates so far.
-    """
-
-    def __init__(self, weights, cfg, count=0):
-        self.weights, self.cfg = weights, cfg
-        self.mean = weights.clone()
-        self.count = count
-
-    def update(self, step, rate):
-        """Take in the weights after `step`; an EMA's decay is warmed up, to forget the start."""
-        weight = 1 - min(self.cfg.ema_decay, (2 + self.count) / (11 + self.count))
-        if self.cfg.average_every:
-            if rate >= 1.0 or step % self.cfg.average_every:
-                return
-            weight = 1 / (1 + self.count)
-        self.count += 1
-        self.mean.lerp_(self.weights, weight)
-
 # --------------------------------------------------------------------------------------------------
 # 8. Training
 # --------------------------------------------------------------------------------------------------
@@ -2351,6 +2330,9 @@ class StopRequest:
 
 STOP = StopRequest()
 
+# What a checkpoint of no step would say beside its tensors.
+BEGINNING = dict(step=0, elapsed_s=0.0, epoch=0, row=0, averaged=0, trained=False, config={})
+
 class Training:
     """What a run has reached: weights, optimizer, average, place in the data, steps and seconds.
 
@@ -2360,19 +2342,30 @@ class Training:
     def __init__(self, model, data, cfg, run, saved):
         self.model, self.cfg = model, cfg
         self.run = run
-        self.shards = shard_list(data)
-        tensors, facts = saved or ({}, {})
-        self.step = facts.get("step", 0)
-        self.trained = facts.get("trained", False)
+        self.identity = identity(cfg, data)
+        tensors, facts = saved or ({}, BEGINNING)
+        self.step, self.trained = facts["step"], facts["trained"]
         self.optimizer = training_optimizer(model, cfg, run)
-        self.average = Average(self.optimizer.weights, cfg, facts.get("averaged", 0))
+        self.mean = self.optimizer.weights.clone()
+        self.averaged = facts["averaged"]  # weights in the mean
         for name, x in self.tensors().items() if saved else ():
             found = tuple(tensors[name].shape) if name in tensors else "missing"
             if found != x.shape:
                 raise GolfError(f"checkpoint: tensor {name} is {found}, expected {tuple(x.shape)}")
             x.copy_(tensors[name])
-        self.clock = Clock(run, facts.get("elapsed_s", 0.0))
-        self.loader = Loader(data.train, cfg, run, (facts.get("epoch", 0), facts.get("row", 0)))
+        self.clock = Clock(run, facts["elapsed_s"])
+        self.loader = Loader(data.train, cfg, run, (facts["epoch"], facts["row"]))
+
+    def average(self, rate):
+        """Take the weights into their mean: exponential, or of the warm-down (AVERAGE_EVERY)."""
+        # The decay is warmed up, to forget the start.
+        weight = 1 - min(self.cfg.ema_decay, (2 + self.averaged) / (11 + self.averaged))
+        if self.cfg.average_every:
+            if rate >= 1.0 or self.step % self.cfg.average_every:
+                return
+            weight = 1 / (1 + self.averaged)
+        self.averaged += 1
+        self.mean.lerp_(self.optimizer.weights, weight)
 
     def tensors(self):
         """{name: Tensor} that a checkpoint holds, by parameter; once trained, the weights alone."""
@@ -2381,7 +2374,7 @@ class Training:
         vectors = dict(model=optimizer.weights)
         if not self.trained:
             out = dict(bad_steps=optimizer.bad_steps, count=optimizer.count)
-            vectors |= dict(m=optimizer.m, v=optimizer.v, average=self.average.mean)
+            vectors |= dict(m=optimizer.m, v=optimizer.v, average=self.mean)
         for kind, flat in vectors.items():
             named = zip(optimizer.names, optimizer.views(flat))
             out |= {f"{kind}.{name}": x for name, x in named}
@@ -2391,8 +2384,7 @@ class Training:
         """What a checkpoint says beside its tensors."""
         epoch, row = self.loader.place
         return dict(step=self.step, elapsed_s=self.clock.elapsed(), epoch=epoch, row=row,
-                    averaged=self.average.count, trained=self.trained, shards=self.shards,
-                    config=identity(self.cfg))
+                    averaged=self.averaged, trained=self.trained, config=self.identity)
 
     def save(self, facts=None):
         """Write step_N.npz, or once trained trained.npz, with `facts` of now or of an earlier time.
@@ -2418,21 +2410,19 @@ class Training:
         return how_to_go_on
 
 # Settings of the fixed groups that may change between a checkpoint and the run that goes on.
-FREE_FIELDS = {"data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps",
-               "val_loss_every", "train_log_every"}
-
-def shard_list(data):
-    """Names and lengths of the training shards: what a checkpoint remembers of the data."""
-    return [[shard.path.name, len(shard)] for shard in data.train]
+FREE_FIELDS = {"tokenizer_path", "micro_batch_tokens", "warmup_steps", "val_loss_every",
+               "train_log_every"}
 
 def checkpoint_folder(cfg):
     """Where the run keeps its checkpoints."""
     return Path(cfg.out_dir) / f"{cfg.run_id}.ckpt"
 
-def identity(cfg):
-    """The settings that a checkpoint fixes; those of export and evaluation are free."""
+def identity(cfg, data):
+    """What a checkpoint fixes: settings of data, model and training, and the shards' sizes."""
     fixed = {"seed", *fields_of("data", "model", "training")} - FREE_FIELDS
-    return {name: plain(getattr(cfg, name)) for name in sorted(fixed)}
+    out = {name: plain(getattr(cfg, name)) for name in sorted(fixed)}
+    tokens = sum(map(len, data.train))
+    return out | dict(data_path=f"{len(data.train)} shards of {tokens} tokens")
 
 def find_checkpoint(cfg, run, data):
     """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
@@ -2451,26 +2441,21 @@ def find_checkpoint(cfg, run, data):
         except GolfError as error:
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        kinds = dict(step=int, elapsed_s=float, epoch=int, row=int, averaged=int, trained=bool,
-                     config=dict, shards=list)
-        if {key: type(x) for key, x in facts.items()} != kinds or facts["epoch"] < 0:
+        kinds, expected = [{name: type(x) for name, x in said.items()}
+                           for said in (facts, BEGINNING)]
+        if kinds != expected or facts["epoch"] < 0:
             raise GolfError(f"{file}: not a checkpoint of this script")
-        check_identity(file, facts, cfg, data)
+        now = identity(cfg, data)
+        then = dict.fromkeys(now, "none") | facts["config"]
+        differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
+                     for name in then if then[name] != now.get(name)]
+        if differing:
+            raise SettingError(f"RESUME: {file} is of another configuration: "
+                               f"{'; '.join(differing)}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
     return None
-
-def check_identity(file, facts, cfg, data):
-    """Raise SettingError if a checkpoint is of another configuration, naming what differs."""
-    then = facts["config"]
-    now = identity(cfg)
-    differing = [f"{name.upper()} was {then.get(name)}, is {now.get(name)}"
-                 for name in {**then, **now} if then.get(name) != now.get(name)]
-    if facts["shards"] != shard_list(data):
-        differing.append("the training shards of DATA_PATH have other names or lengths")
-    if differing:
-        raise SettingError(f"RESUME: {file} is of another configuration: {'; '.join(differing)}")
 
 def train(model, data, cfg, run, saved):
     """Train until ITERATIONS or the clock ends it, from `saved` on; then calibrate.
@@ -2492,8 +2477,8 @@ def train(model, data, cfg, run, saved):
     try:
         if not job.trained:
             train_loop(job, data, micro_rows)
-            if job.average.count:
-                job.optimizer.weights.copy_(job.average.mean)
+            if job.averaged:
+                job.optimizer.weights.copy_(job.mean)
         job.trained = True
         facts = job.facts()  # the place before calibration: it can be done again
         calibration = calibrate(model, job.loader, cfg, run, job.clock)
@@ -2547,7 +2532,7 @@ def train_loop(job, data, micro_rows):
         loss = train_step(model, job.optimizer, next(job.loader), micro_rows, rate, job.step,
                           qat=progress > 1 - cfg.qat_frac)
         job.step += 1
-        job.average.update(job.step, rate)
+        job.average(rate)
         # Wait for the step before: the host stays one step ahead, the clock true.
         newest = int(wait())
         wait = run.to_host(job.optimizer.bad_steps)
@@ -2635,16 +2620,17 @@ def calibrate(model, loader, cfg, run, clock):
 # named_parameters() order [name, shape, coding] and "streams" [name, codec, raw bytes, packed
 # bytes].  Payload: the streams.  Coding "int8": Q (R, C) in stream "integers", R scales of rows in
 # "f16" and C of columns in "column"; the weight is Q * row * column.  "f16", "f32": floats in that
-# stream.  Each stream holds its tensors in table order; streams of floats are byte planes: all low
-# bytes first.  With COMPRESSOR=rans streams "class", "table" and "words" stand for "integers": see
-# rans_encode.  Nothing is executed, and every length is checked before anything is allocated.
+# stream.  Each stream holds its tensors in table order, in byte planes: all low bytes first.  With
+# COMPRESSOR=rans streams "class", "table" and "words" stand for "integers": see rans_encode.
+# Nothing is executed, and every length is checked before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 4
 ARTIFACT_HEAD = struct.Struct("<8sIIQ32s")
 MAX_HEADER_BYTES = 1 << 22
 PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
-PLANES = {"table": 2, "f16": 2, "f32": 4, "column": 2}  # bytes an item of a stream of byte planes
+ITEMS = {"integers": np.dtype("i1"), "f16": np.dtype("<f2"), "column": np.dtype("<f2"),
+         "f32": np.dtype("<f4"), "table": np.dtype("<u2")}  # what streams hold
 
 def sdclip_step(W, bits, clip_sigmas):
     """SDClip's step of each row of W (R, C): clip_sigmas * std(row) / qmax; float16, 1 for zeros.
@@ -3047,7 +3033,7 @@ def pack_artifact(model, cfg, quantized):
     pieces = []
     for name, data in raw.items():
         codec = "none" if name == "words" else side_codec(cfg)
-        data = byte_planes(data, PLANES[name]) if name in PLANES else data
+        data = byte_planes(data, ITEMS[name].itemsize) if name in ITEMS else data
         pieces += [(name, data[i:i + PIECE], codec) for i in range(0, len(data), PIECE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         packed = list(pool.map(lambda piece: compress(*piece[1:]), pieces))
@@ -3102,7 +3088,7 @@ def read_header(blob):
         raise ArtifactError(f"its header cannot be read ({type(error).__name__})") from None
 
 def read_streams(header, payload, most):
-    """An artifact's streams {name: bytes}; ArtifactError before more than `most` are allocated."""
+    """An artifact's streams {name: array}; ArtifactError before more than `most` bytes are made."""
     parts = []
     at = 0
     for name, codec, raw, packed in header["streams"]:
@@ -3116,13 +3102,14 @@ def read_streams(header, payload, most):
         out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
         for (name, *_), data in zip(parts, out):
             streams[name] = streams.get(name, b"") + data
-    for name in streams.keys() & PLANES.keys():
-        streams[name] = byte_planes(streams[name], len(streams[name]) // PLANES[name])
+    for name in streams.keys() & ITEMS.keys():
+        count = len(streams[name]) // ITEMS[name].itemsize
+        streams[name] = np.frombuffer(byte_planes(streams[name], count), ITEMS[name])
     if "words" in streams:
-        freq = np.frombuffer(streams.pop("table"), "<u2").reshape(RANS_CLASSES, 256)
+        freq = streams.pop("table").reshape(RANS_CLASSES, 256)
         classes = read_classes(header["tensors"], streams.pop("class"))
         symbols = rans_decode(streams.pop("words"), classes, freq)
-        streams["integers"] = (symbols ^ 128).tobytes()
+        streams["integers"] = (symbols ^ 128).view(np.int8)
     return streams
 
 def read_classes(tensors, data):
@@ -3178,26 +3165,19 @@ def stored_config(header, base):
 
 def unpack_tensors(table, streams):
     """The float32 weights of the header's table of tensors; ArtifactError if streams do not fit."""
-    cursor = dict.fromkeys(streams, 0)
-
-    def take(name, dtype, n):
-        first = cursor[name]
-        cursor[name] += n * np.dtype(dtype).itemsize
-        return torch.from_numpy(np.frombuffer(streams[name], dtype, n, first).copy())
+    def take(name, n):
+        taken, streams[name] = np.split(streams[name], [n])
+        return torch.from_numpy(taken.copy())
 
     weights = []
     for _, shape, coding in table:
         rows, columns = matrix_shape(shape)
         if coding == "int8":
-            Q = take("integers", np.int8, rows * columns).view(rows, columns)
-            step = full_step(take("f16", "<f2", rows), take("column", "<f2", columns))
-            weights.append((Q.float() * step).view(shape))
-        elif coding in ("f16", "f32"):
-            dtype = "<f2" if coding == "f16" else "<f4"
-            weights.append(take(coding, dtype, rows * columns).float().view(shape))
+            Q = take("integers", rows * columns).view(rows, columns)
+            weights.append((Q * full_step(take("f16", rows), take("column", columns))).view(shape))
         else:
-            raise ArtifactError(f"knows no coding {str(coding)[:20]!r}")
-    if any(cursor[name] != len(data) for name, data in streams.items()):
+            weights.append(take(coding, rows * columns).float().view(shape))
+    if any(map(len, streams.values())):
         raise ArtifactError("its streams hold more than its tensors")
     return weights
 

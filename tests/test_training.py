@@ -236,17 +236,17 @@ AVERAGES = {
 @pytest.mark.parametrize("case", AVERAGES)
 def test_average_is_this_mix_of_the_weights(case):
     overrides, rates, shares = AVERAGES[case]
-    model = tiny_model(tiny_config(stack="gdn"))
-    cfg = tiny_config(**overrides)
-    flat = t.training_optimizer(model, cfg, t.Run()).weights
-    average = t.Average(flat, cfg)
+    cfg = tiny_config(stack="gdn", **overrides)
+    model = tiny_model(cfg)
+    job = t.Training(model, fixed_data(cfg), cfg, t.Run(), None)
     path = [weights_of(model)]
-    for step, rate in enumerate(rates, 1):
-        for p, move in zip(model.parameters(), gradients(model, step).values()):
+    for job.step, rate in enumerate(rates, 1):
+        for p, move in zip(model.parameters(), gradients(model, job.step).values()):
             p.data.add_(move)
-        average.update(step, rate)
+        job.average(rate)
         path.append(weights_of(model))
-    flat.copy_(average.mean)
+    job.optimizer.weights.copy_(job.mean)
+    job.loader.close()
     want = {name: sum(share * weights[name] for share, weights in zip(shares, path))
             for name in path[0]}
     assert_same_weights(weights_of(model), want, rtol=1e-5, atol=1e-5)
