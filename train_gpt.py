@@ -276,14 +276,10 @@ class Config:
 
 def parse_value(name, text, kind):
     """The value of type `kind` (bool, int, float or str) that `text` spells."""
-    if kind is bool:
-        if text not in ("0", "1"):
-            raise SettingError(f"{name}={text!r}: must be 0 or 1")
-        return text == "1"
     try:
-        return kind(text)
-    except ValueError:
-        expected = {int: "a whole number", float: "a number"}[kind]
+        return {"0": False, "1": True}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise SettingError(f"{name}={text[:80]!r}: must be {expected}") from None
 
 def plain(value):
@@ -2615,18 +2611,18 @@ def calibrate(model, loader, cfg, run, clock):
 # GRID=rate); small tensors stay float16 or float32; a shared tensor is stored once.  One search
 # finds the finest steps whose file fits the cap.
 #
-# The file:  head (ARTIFACT_HEAD): magic, version, bytes of header and payload, SHA-256 of what
-# follows.  Header: zlib'd JSON with "config" (the model's settings), "tensors" in
-# named_parameters() order [name, shape, coding] and "streams" [name, codec, raw bytes, packed
-# bytes].  Payload: the streams.  Coding "int8": Q (R, C) in stream "integers", R scales of rows in
-# "f16" and C of columns in "column"; the weight is Q * row * column.  "f16", "f32": floats in that
-# stream.  Each stream holds its tensors in table order, in byte planes: all low bytes first.  With
-# COMPRESSOR=rans streams "class", "table" and "words" stand for "integers": see rans_encode.
-# Nothing is executed, and every length is checked before anything is allocated.
+# The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header, SHA-256 of what follows.
+# Header: zlib'd JSON with "config" (STORED_FIELDS), "tensors" in named_parameters() order [name,
+# shape, coding] and "streams" [name, codec, raw bytes, packed bytes].  Then the streams.  Coding
+# "int8": Q (R, C) in stream "integers", R scales of rows in "f16" and C of columns in "column"; the
+# weight is Q * row * column.  "f16", "f32": floats in that stream.  Each stream holds its tensors
+# in table order, in byte planes: all low bytes first.  With COMPRESSOR=rans streams "class",
+# "table" and "words" stand for "integers": see rans_encode.  Nothing is executed, and every length
+# is checked before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 4
-ARTIFACT_HEAD = struct.Struct("<8sIIQ32s")
+ARTIFACT_HEAD = struct.Struct("<8sII32s")
 MAX_HEADER_BYTES = 1 << 22
 PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
 ITEMS = {"integers": np.dtype("i1"), "f16": np.dtype("<f2"), "column": np.dtype("<f2"),
@@ -2753,10 +2749,6 @@ class Quantized(NamedTuple):
     bits: int
     rel_error: float = 0.0
     damp: float = 0.0
-
-    def weight(self):
-        """The float32 matrix that this stands for."""
-        return self.Q.float() * full_step(self.rows, self.columns)
 
 def full_step(rows, columns):
     """The step of each weight (R, C) of row and column scales, float32."""
@@ -2964,13 +2956,13 @@ def rans_decode(data, classes, freq):
     """The inverse of `rans_encode`: symbols uint8 (n,).  Raises ArtifactError."""
     count = len(classes)
     lanes = max(1, min(RANS_LANES, count >> 12))
-    used = freq.any(1)
-    if (freq.sum(1, dtype=np.int64)[used] != 1 << RANS_BITS).any() or not used[classes].all():
+    total = freq.sum(1, dtype=np.int64)
+    if not np.isin(total, (0, 1 << RANS_BITS)).all() or not total[classes].all():
         raise ArtifactError("its table of frequencies is not one that this script writes")
     start = np.cumsum(freq, 1, dtype=np.uint32) - freq
-    # the symbol at each slot of each used class
+    # the symbol at each slot of each class, and where the class of each symbol begins
     symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())
-    slots = (np.cumsum(used) - 1).astype(np.int32)[classes] << RANS_BITS
+    slots = (np.cumsum(total) - total).astype(np.int32)[classes]
     keys = classes.astype(np.int32) << 8
     freq = freq.ravel().astype(np.uint32)
     start = start.ravel()
@@ -3043,8 +3035,7 @@ def pack_artifact(model, cfg, quantized):
     head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
     payload = b"".join(packed)
     digest = hashlib.sha256(head + payload).digest()
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(payload),
-                              digest) + head + payload
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), digest) + head + payload
 
 def rans_pack(integers):
     """Code a list of Q (R, C) int8: bytes of the classes, the table of frequencies, the words."""
@@ -3071,16 +3062,13 @@ def read_header(blob):
     """Check an artifact's head and checksum: its header (dict) and payload, or ArtifactError."""
     if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
-    _, version, packed, payload, digest = ARTIFACT_HEAD.unpack_from(blob)
+    _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = blob[ARTIFACT_HEAD.size:]
     if version != ARTIFACT_VERSION:
         raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}: use "
                             "the script that wrote it")
-    if len(body) != packed + payload:
-        raise ArtifactError(f"{len(body)} bytes follow the head, expected {packed + payload}: "
-                            "truncated")
     if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("the checksum differs: altered")
+        raise ArtifactError("the checksum differs: truncated or altered")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
         return dict(json.loads(text)), body[packed:]

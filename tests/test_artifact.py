@@ -15,7 +15,7 @@ import brotli
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from conftest import tiny_config, tiny_model, weight_of
 
 import train_gpt as t
 
@@ -36,7 +36,7 @@ def stored(model):
     """The weights that an artifact of the model stands for."""
     weights = {name: p.detach() if p.numel() <= 64 else p.detach().half().float()
                for name, p in model.named_parameters()}
-    return weights | {name: q.weight() for name, q in quantized(model).items()}
+    return weights | {name: weight_of(q) for name, q in quantized(model).items()}
 
 
 def assert_holds(loaded, weights):
@@ -69,8 +69,7 @@ def seal(text, payload):
     """An artifact's bytes with right lengths and checksum around any header and payload."""
     head = zlib.compress(text)
     digest = hashlib.sha256(head + payload).digest()
-    return HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head), len(payload),
-                     digest) + head + payload
+    return HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head), digest) + head + payload
 
 
 def opened(blob):
@@ -213,7 +212,7 @@ def test_row_and_column_scales_of_the_rate_grid_come_back(codec):
     assert all(len(q.columns.unique()) > 1 for n, q in parts.items() if n in calibration.H)
     loaded = t.load_artifact(t.pack_artifact(model, model.cfg, parts))
     for name, q in parts.items():
-        assert torch.equal(loaded.get_parameter(name), q.weight()), name
+        assert torch.equal(loaded.get_parameter(name), weight_of(q)), name
 
 
 def test_control_bits_store_long_vectors_as_int8_rows():
