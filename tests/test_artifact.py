@@ -29,7 +29,7 @@ BASE = dict(grid="sdclip", matrix_clip_sigmas=12.85, model_dim=32, num_heads=2, 
 def quantized(model, calibration=t.UNCALIBRATED, strength=12.85):
     """{name: Quantized} as the export makes them at a strength."""
     matrices = t.prepare_matrices(model, model.cfg, calibration, t.Run())
-    return t.quantize(matrices, strength, 1.0)
+    return t.quantize(matrices, strength)
 
 
 def stored(model):

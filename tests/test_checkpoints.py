@@ -395,16 +395,6 @@ def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capsys):
     assert capsys.readouterr().out == "step a:1\n"
 
 
-def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    cfg = job_config(tmp_path)
-    model = t.LM(cfg)
-    job = t.Training(model, fixed_data(cfg), cfg, t.Run(), None)
-    with torch.no_grad():
-        model.embed.weight[3, 3] = float("nan")
-    assert "could not be written" in job.save()
-    assert files_in(tmp_path) == []
-
-
 def test_shard_that_vanishes_under_way_leaves_a_checkpoint(tmp_path, monkeypatch):
     cfg = job_config(tmp_path, checkpoint_every_seconds=0.0)
     with before_step(4, lambda: monkeypatch.setattr(t.Loader, "fault", lambda loader: "gone")):

@@ -178,7 +178,8 @@ def quantized(model, calibration, strength, **settings):
     """{name: Quantized} of the whole model."""
     matrices = list(matrices_of(model, calibration, **settings).values())
     weights = sum(m.W.numel() for m in matrices)
-    return t.quantize(matrices, strength, math.exp(sum(m.log_step for m in matrices) / weights))
+    unit = math.exp(sum(m.log_step for m in matrices) / weights)
+    return t.quantize(matrices, strength / unit)
 
 
 @pytest.mark.parametrize("name, bits, clip", [
@@ -187,7 +188,7 @@ def quantized(model, calibration, strength, **settings):
 def test_sdclip_step_is_the_clip_over_the_largest_integer(calibrated, name, bits, clip):
     model, _, calibration = calibrated
     matrix = matrices_of(model, calibration, mlp_bits=5, **SDCLIP)[name]
-    step, columns = matrix.steps(9.0, 1.0)
+    step, columns = matrix.steps(9.0)
     want = clip * model.get_parameter(name).detach().std(1, correction=0) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(step.float(), want, rtol=2**-10, atol=0)
     assert torch.equal(columns, torch.ones(len(columns))) and step.dtype == torch.float16
@@ -205,7 +206,7 @@ def test_rate_step_is_inverse_to_a_rows_effect_on_the_loss(calibrated):
     name = "blocks.0.mlp.up_proj"
     even = torch.where(torch.arange(128) % 4 == 0, 100.0, 1.0)
     uneven = calibration._replace(rows=calibration.rows | {name: even})
-    step, columns = matrices_of(model, uneven, grid="rate")[name].steps(0.3, 1.0)
+    step, columns = matrices_of(model, uneven, grid="rate")[name].steps(0.3)
     ratio = float(step[1::4].float().median() / step[::4].float().median())
     assert ratio == pytest.approx(100 ** (t.SENSITIVITY_POWER / 2), rel=0.1)
     assert columns.shape == (64,)
@@ -229,7 +230,7 @@ def test_quantized_matrix_stands_for_the_weight_in_its_own_order(calibrated, gri
 
 def test_ranks_share_the_matrices_and_agree_with_one(calibrated):
     model, _, calibration = calibrated
-    alone, *ranks = [t.quantize(list(matrices_of(model, calibration, run).values()), 0.3, 1.0)
+    alone, *ranks = [t.quantize(list(matrices_of(model, calibration, run).values()), 0.3)
                      for run in (t.Run(), *[t.Run(rank, 3) for rank in range(3)])]
     assert all(ranks) and sorted(name for mine in ranks for name in mine) == sorted(alone)
     for mine in ranks:
