@@ -106,9 +106,9 @@ class Config:
     vocab_size: int = knob(1024, "vocabulary of tokenizer and model", 2, 65536)
     holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
 
-    stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "layers: gdn, swa (window SWA_WINDOW) or attn "
-                      "(window TRAIN_SEQ_LEN); *n repeats a layer or a (group); kind:tag shares "
-                      "the mixer of that tag, kind::tag mixer and MLP", group="model")
+    stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "gdn, swa (SWA_WINDOW) or attn (TRAIN_SEQ_LEN); "
+                      "*n repeats a layer or a (group); kind:tag shares the mixer of that tag, "
+                      "kind::tag mixer and MLP", group="model")
     model_dim: int = knob(512, "model width D", 8, 1 << 16)
     num_heads: int = knob(8, "attention query heads", 1)
     num_kv_heads: int = knob(4, "attention key/value heads", 1)
@@ -153,10 +153,8 @@ class Config:
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
     qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
 
-    kernel: str = knob("auto", "auto = the fastest installed kernels; reference = section 4",
-                       "auto flashqla fla reference", group="speed")
-    compile: str = knob("auto", "torch.compile; auto = training on CUDA, evaluation if it is long",
-                        "auto 0 1")
+    kernel: str = knob("auto", "auto: the fastest", "auto flashqla fla reference", group="speed")
+    compile: str = knob("auto", "torch.compile; auto: on CUDA, evaluation if long", "auto 0 1")
     micro_batch_tokens: int = knob(0, "most tokens of one forward on one rank; 0 = by memory", 0)
     warmup_steps: int = knob(3, "throw-away steps on synthetic tokens before the clock", 0)
 
@@ -262,7 +260,7 @@ class Config:
                 raise SettingError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
             values |= PRESETS[preset]
         for preset in presets if "sample" in presets else ():
-            values |= WITH_SAMPLE.get(preset, {})
+            values |= WITH_SAMPLE.get(f"{preset},sample", {})
         for name in known.keys() & env.keys():
             values[known[name].name] = parse_value(name, env[name], type(known[name].default))
         return cls(**values)
@@ -316,8 +314,7 @@ def parse_stack(text):
         flat = flat[:group.start()] + f" {group[1]} " * int(group[2] or 1) + flat[group.end():]
         if len(flat) > 10_000:
             raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
-    layers = []
-    kinds = {}
+    layers, kinds = [], {}
     for part in flat.split():
         m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?", part)
         if not m:
@@ -363,9 +360,9 @@ PRESETS = {
 
 # PRESET=NAME,sample differs from sample alone in this: fewer layers and steps, one score.
 _QUICK = dict(iterations=80, eval_diagnostics=False)
-WITH_SAMPLE = {"pr1749": _QUICK | dict(model_dim=64, gdn_head_dim=16),
-               "pr1698": _QUICK | dict(stack="gdn*4"),
-               "pr456": _QUICK | dict(stack="attn*6")}
+WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
+               "pr1698,sample": _QUICK | dict(stack="gdn*4"),
+               "pr456,sample": _QUICK | dict(stack="attn*6")}
 
 def fields_of(*titles):
     """Names of the Config fields in the groups of --help with these titles."""
@@ -382,8 +379,7 @@ def help_text():
         if f.metadata["group"]:
             lines += ["", f.metadata["group"] + ":"]
         lines.append(f"  {f.name.upper() + '=' + plain(f.default):<44} {f.metadata['help']}")
-    with_sample = {f"{name},sample": values for name, values in WITH_SAMPLE.items()}
-    for name, values in (PRESETS | with_sample).items():
+    for name, values in (PRESETS | WITH_SAMPLE).items():
         settings = " ".join(f"{k.upper()}={plain(v)}" for k, v in values.items())
         lines += ["", f"PRESET={name}: {settings or 'the defaults'}"]
     return "\n".join(lines)
@@ -952,8 +948,7 @@ def delta_rule(q, k, v, g, beta, state=None):
 
     out_dtype = v.dtype
     q = chunked(q * K**-0.5)
-    k = chunked(k)
-    v = chunked(v)
+    k, v = chunked(k), chunked(v)
     beta = chunked(beta).unsqueeze(-1)
     G = chunked(g).cumsum(-1)
     lower = torch.ones(GDN_CHUNK, GDN_CHUNK, dtype=torch.bool, device=q.device).tril()
@@ -981,13 +976,12 @@ def conv_heads(x, weight, tail, heads):
     x: (B, T, 3 H K), the stacked projections.   weight: (3 H K, taps).
     tail: (B, taps - 1, 3 H K), the rows of x before.   Returns three (B, T, H, K) in x's dtype.
     """
-    T = x.shape[1]
     taps = weight.shape[1]
     w = weight.to(x.dtype)
     text = torch.cat([tail, x], 1)
     y = x * w[:, taps - 1]
     for back in range(1, taps):
-        y = y + text[:, taps - 1 - back:taps - 1 - back + T] * w[:, taps - 1 - back]
+        y = y + text[:, taps - 1 - back:text.shape[1] - back] * w[:, taps - 1 - back]
     q, k, v = [part.unflatten(-1, (heads, -1)) for part in F.silu(y).chunk(3, -1)]
     q, k = [F.normalize(part.float(), dim=-1, eps=1e-6).to(x.dtype) for part in (q, k)]
     return q, k, v
@@ -1255,8 +1249,7 @@ class Attention(nn.Module):
         qkv = linear(x, self.q_proj, self.kv.k_proj, self.kv.v_proj)
         kv_rows = (qkv.shape[-1] - D) // 2
         q, k, v = [y.unflatten(-1, (-1, d)) for y in qkv.split([D, kv_rows, kv_rows], -1)]
-        q = rms_norm(q)
-        k = rms_norm(k)
+        q, k = rms_norm(q), rms_norm(k)
         if state is not None:
             k = torch.cat([state[0].to(x.dtype), k], 1)
             v = torch.cat([state[1].to(x.dtype), v], 1)
@@ -1380,11 +1373,10 @@ class LM(nn.Module):
         after = [embed_state]
         skips = []
         half = len(self.blocks) // 2
-        second = len(self.blocks) - half
         for i, block in enumerate(self.blocks):
             skip = ()
-            if self.cfg.unet and i >= second:  # the last block meets the first
-                skip = skips.pop(), self.skip_scale[i - second]
+            if self.cfg.unet and i >= len(self.blocks) - half:  # the last block meets the first
+                skip = skips.pop(), self.skip_scale[half - len(skips) - 1]
             x, layer_state = block(x, x0, state[1 + i], *skip)
             after.append(layer_state)
             if self.cfg.unet and i < half:
@@ -2031,6 +2023,7 @@ class Optimizer:
         self.run, self.clip = run, clip
         self.momentum, self.compiled = momentum, compiled
         self.graphs = {} if compiled and run.on_cuda else None
+        self.number = partial(torch.full, (), dtype=torch.float32, device=run.device)
         named = dict(model.named_parameters())
         # Groups, and in them runs of equal shapes, follow each other.
         self.names = sorted(treatment, key=lambda n: (treatment[n], tuple(named[n].shape)))
@@ -2071,10 +2064,6 @@ class Optimizer:
             found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
             torch._foreach_add_(self.grads, found)
             self.loss += loss.detach()
-
-    def number(self, x):
-        """The number x as a tensor on the device; does not wait for it."""
-        return torch.full((), x, dtype=torch.float32, device=self.run.device)
 
     def step(self, rate):
         """Reduce, clip and apply the gradient at `rate` times the learning rates; then zero it."""
@@ -2234,7 +2223,7 @@ def compiles_training(model):
 
 # Relative to the reference in float32.  bfloat16 rounds every product to 0.4 %; a wrong kernel or
 # wrong compiled code is off by much more.
-FAST_PATH_TOLERANCE = dict(loss=0.005, gradient=0.15)
+TOLERANCE = dict(loss=0.005, gradient=0.15)
 
 def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
@@ -2269,12 +2258,11 @@ def check_fast_path(model, run, micro_rows):
     worst = max(errors, key=errors.get)
     run.log("fast_path", loss_error=f"{loss_error:.6f}", worst_gradient=f"{errors[worst]:.4f}",
             parameter=worst)
-    most = FAST_PATH_TOLERANCE
-    if loss_error > most["loss"] or errors[worst] > most["gradient"]:
+    if loss_error > TOLERANCE["loss"] or errors[worst] > TOLERANCE["gradient"]:
         raise GolfError(f"KERNEL={cfg.kernel} COMPILE={cfg.compile}: the fast path's loss differs "
                         f"by {loss_error:.4f} and the gradient of {worst} by {errors[worst]:.4f} "
-                        f"from the reference (at most {most}); pytest -m gpu tells which kernel is "
-                        "wrong; set KERNEL or COMPILE=0, or another torch")
+                        f"from the reference (at most {TOLERANCE}); pytest -m gpu tells which "
+                        "kernel is wrong; set KERNEL or COMPILE=0, or another torch")
 
 def warm_up(model, cfg, run, micro_rows):
     """Compile and tune all that training runs, on synthetic tokens; the weights are put back."""
@@ -2324,8 +2312,7 @@ class Training:
 
     def __init__(self, model, data, cfg, run, saved):
         self.model, self.cfg = model, cfg
-        self.run = run
-        self.identity = identity(cfg, data)
+        self.run, self.identity = run, identity(cfg, data)
         tensors, facts = saved or ({}, BEGINNING)
         self.step, self.trained = facts["step"], facts["trained"]
         self.optimizer = training_optimizer(model, cfg, run)
@@ -2380,9 +2367,7 @@ class Training:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
                 save_tensors(path, self.tensors(), facts or self.facts())
-                # By step: a run that went back to an earlier step must not delete what it writes.
-                older = [p for p in path.parent.glob("step_*.npz") if p.stem <= path.stem]
-                for old in sorted(older)[:-2] if not self.trained else ():
+                for old in sorted(path.parent.glob("step_*.npz"))[:-2]:
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
@@ -2416,17 +2401,15 @@ def find_checkpoint(cfg, run, data):
         except GolfError as error:
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        kinds, expected = [{name: type(x) for name, x in said.items()}
-                           for said in (facts, BEGINNING)]
-        if kinds != expected or facts["epoch"] < 0:
+        kinds = {name: type(x) for name, x in facts.items()}
+        if kinds != {name: type(x) for name, x in BEGINNING.items()} or facts["epoch"] < 0:
             raise GolfError(f"{file}: not a checkpoint of this script")
         now = identity(cfg, data)
         then = dict.fromkeys(now, "none") | facts["config"]
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
                      for name in then if then[name] != now.get(name)]
         if differing:
-            raise SettingError(f"RESUME: {file} is of another configuration: "
-                               f"{'; '.join(differing)}")
+            raise SettingError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
@@ -2872,8 +2855,7 @@ def decompress(data, codec, size):
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
             out = decoder.decompress(data, max_length=size + 1)
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        codec = str(codec)[:20]
-        raise ArtifactError(f"a stream cannot be decompressed ({codec}: {error})") from None
+        raise ArtifactError(f"a stream of {str(codec)[:20]} is damaged ({error})") from None
     if len(out) != size:
         raise ArtifactError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
     return out
@@ -2933,13 +2915,12 @@ def rans_decode(data, classes, freq):
     total = freq.sum(1, dtype=np.int64)
     if not np.isin(total, (0, 1 << RANS_BITS)).all() or not total[classes].all():
         raise ArtifactError("its table of frequencies is not one that this script writes")
-    start = np.cumsum(freq, 1, dtype=np.uint32) - freq
+    start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel()
     # the symbol at each slot of each class, and where the class of each symbol begins
     symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())
     slots = (np.cumsum(total) - total).astype(np.int32)[classes]
     keys = classes.astype(np.int32) << 8
     freq = freq.ravel().astype(np.uint32)
-    start = start.ravel()
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
     words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
     mask = np.uint32((1 << RANS_BITS) - 1)
@@ -3039,8 +3020,7 @@ def read_header(blob):
     _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = blob[ARTIFACT_HEAD.size:]
     if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}: use "
-                            "the script that wrote it")
+        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
     if hashlib.sha256(body).digest() != digest:
         raise ArtifactError("the checksum differs: truncated or altered")
     try:
@@ -3206,14 +3186,10 @@ def export(model, cfg, calibration, run):
             fell_back=sum(math.isinf(q.damp) for q in quantized.values()))
     return blob
 
-def save_artifact(path, model, cfg, calibration=UNCALIBRATED, run=None):
-    """Export the model to a file, whole or not at all; returns the bytes written.
-
-    run: all its ranks must call, rank 0 writes.   Raises OSError if the file cannot be written.
-    """
-    run = run or Run(device=next(model.parameters()).device)
-    blob = export(model, cfg, calibration, run)
-    run.from_rank_0(lambda: write_whole(path, lambda f: f.write(blob)))
+def save_artifact(path, model, cfg, calibration=UNCALIBRATED):
+    """Export the model to a file, whole or not at all; returns the bytes written."""
+    blob = export(model, cfg, calibration, Run(device=next(model.parameters()).device))
+    write_whole(path, lambda f: f.write(blob))
     return len(blob)
 
 # --------------------------------------------------------------------------------------------------

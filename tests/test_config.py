@@ -243,7 +243,7 @@ def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, ke
     assert {name: getattr(cfg, name) for name in kept} == kept
 
 
-@pytest.mark.parametrize("preset", [*t.PRESETS, *(f"{name},sample" for name in t.WITH_SAMPLE)])
+@pytest.mark.parametrize("preset", [*t.PRESETS, *t.WITH_SAMPLE])
 def test_preset_builds_a_model(preset):
     cfg = t.Config.from_env({"PRESET": preset})
     with torch.device("meta"):
@@ -271,7 +271,7 @@ def test_help_lists_every_setting_with_default_and_meaning():
 def test_help_shows_a_preset_as_the_environment_takes_it(preset):
     [line] = re.findall(rf"^PRESET={preset}: (.*)", t.help_text(), re.MULTILINE)
     pairs = dict(word.split("=") for word in re.split(r" (?=[A-Z][A-Z0-9_]*=)", line))
-    shown = t.PRESETS.get(preset) or t.WITH_SAMPLE[preset.split(",")[0]]
+    shown = (t.PRESETS | t.WITH_SAMPLE)[preset]
     cfg = t.Config.from_env(pairs)
     assert {name: getattr(cfg, name) for name in shown} == shown
 
