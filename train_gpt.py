@@ -78,10 +78,11 @@ class ArtifactError(GolfError):
 # defaults are the record run; PRESET replaces some of them; what the user sets wins.  All values
 # are checked here, once, before any work.
 
-def knob(default, help, low=None, high=None, group=""):
+def knob(default, help, low=1 - 2**31, high=2**31 - 1, group=""):
     """A field of Config: default, help text (units in brackets), its limits, title of its group.
 
-    low, high: of a number, both included; for text, low lists the allowed words.
+    low, high: of a number, both included; for text, low may list the allowed words.  The default is
+    allowed besides.
     """
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
 
@@ -90,53 +91,51 @@ class Config:
     """Every setting of a run.  Build it with `Config.from_env`."""
     preset: str = knob("record", "comma list of presets (listed below), later wins", group="run")
     run_id: str = knob("", "name of the run's files under OUT_DIR; empty = time, preset, seed")
-    seed: int = knob(1337, "seed of the weights and of the data order", 0)
     out_dir: str = knob("logs", "folder for the run's log, artifact and checkpoints")
     resume: str = knob("", "auto: go on with run RUN_ID, or begin it; or a checkpoint's path")
     artifact: str = knob("", "score this artifact file instead of training")
     checkpoint_every_seconds: float = knob(0.0, "between checkpoints; 0 = after training [s]", 0)
+    val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", 0)
+    train_log_every: int = knob(50, "steps between log lines", 1)
     max_bad_steps: int = knob(10, "skipped steps, of non-finite gradient, that stop the run", 0)
     deterministic: bool = knob(False, "1: equal runs; needs MAX_WALLCLOCK_SECONDS=0")
     device: str = knob("auto", "auto = CUDA if there is one", "auto cuda cpu")
 
-    data_path: str = knob("./data/datasets/fineweb10B_sp1024",
-                          "folder of fineweb_{train,val}_*.bin", group="data")
+    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of shards", group="data")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
     vocab_size: int = knob(1024, "vocabulary of tokenizer and model", 2, 65536)
     holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
 
-    stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "layers: gdn, swa (window SWA_WINDOW) or attn "
-                      "(window TRAIN_SEQ_LEN); *n repeats a layer or a (group); kind:tag shares "
-                      "the mixer of that tag, kind::tag mixer and MLP", group="model")
-    model_dim: int = knob(512, "model width D", 8)
+    stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "gdn, swa (SWA_WINDOW) or attn (TRAIN_SEQ_LEN); "
+                      "*n repeats a layer or a (group); kind:tag shares the mixer of that tag, "
+                      "kind::tag mixer and MLP", group="model")
+    model_dim: int = knob(512, "model width D", 8, 1 << 16)
     num_heads: int = knob(8, "attention query heads", 1)
     num_kv_heads: int = knob(4, "attention key/value heads", 1)
     swa_window: int = knob(512, "keys that a query sees, its own included [tokens]", 1)
     rope_base: float = knob(10000.0, "base of the rotary embedding", 2)
     qk_gain_init: float = knob(5.0, "initial gain of each query head after its norm")
-    gdn_heads: int = knob(4, "GDN heads", 1)
-    gdn_head_dim: int = knob(128, "width K = V of a GDN head", 8)
+    gdn_heads: int = knob(4, "GDN heads", 1, 1024)
+    gdn_head_dim: int = knob(128, "width K = V of a GDN head", 8, 1024)
     kv_share: int = knob(1, "successive mixers of a kind that share keys and values; 1 = none", 1)
     gdn_neg_eigval: bool = knob(False, "1: beta in (0, 2), so that the state may also reflect")
-    mlp_mult: float = knob(4.0, "MLP width over D", 0.25)
-    mlp_act: str = knob("relu2", "MLP activation; the leaky one has slope 0.5 below zero",
-                        "relu2 leaky_relu2")
+    mlp_mult: float = knob(4.0, "MLP width over D", 0.25, 64)
+    mlp_act: str = knob("relu2", "the leaky one has slope 0.5 below zero", "relu2 leaky_relu2")
     unet: bool = knob(False, "1: U-Net skips from the first half of the layers to the second")
     xsa_layers: int = knob(0, "last attention layers without the part along the own value", 0)
     ngram_buckets: int = knob(0, "rows of the hashed n-gram embedding; 0 = none", 0, 1 << 24)
-    ngram_dim: int = knob(112, "columns of that table", 1)
+    ngram_dim: int = knob(112, "columns of that table", 1, 1 << 16)
     ngram_order: int = knob(3, "2: bigrams; 3: trigrams too, in the same table", 2, 3)
     smear: bool = knob(True, "1: SmearGate, a learned mix of each embedding with the previous one")
     bos_id: int = knob(1, "begins a document, where n-grams and SmearGate stop; -1 = none", -1)
     logit_softcap: float = knob(30.0, "c of the logits c tanh(x / c)", 1)
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0)
 
-    train_seq_len: int = knob(2048, "length of a row and a window [tokens]", 64, group="training")
+    seed: int = knob(1337, "seed of the weights and of the data order", 0, group="training")
+    train_seq_len: int = knob(2048, "length of a row and a window [tokens]", 64)
     train_batch_tokens: int = knob(0, "tokens of a step; 0 = 131072 a rank, at most 786432", 0)
-    micro_batch_tokens: int = knob(0, "most tokens of one forward on one rank; 0 = by memory", 0)
     iterations: int = knob(20000, "most training steps", 0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", 0)
-    warmup_steps: int = knob(3, "throw-away steps on synthetic tokens before the clock", 0)
     warmdown_frac: float = knob(0.6, "last part of the run, in which the learning rate falls", 0, 1)
     min_lr: float = knob(0.1, "final learning rate as a fraction of the peak", 0, 1)
     matrix_lr: float = knob(0.025, "Muon learning rate", 0)
@@ -153,31 +152,28 @@ class Config:
     ema_decay: float = knob(0.997, "of the weights, at most (1+t)/(10+t); 0 = off", 0, 0.99999)
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
     qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
-    val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", 0)
-    train_log_every: int = knob(50, "steps between log lines (at least one every 8 s)", 1)
 
-    kernel: str = knob("auto", "auto = the fastest installed kernels; reference = section 4",
-                       "auto flashqla fla reference", group="speed")
-    compile: str = knob("auto", "torch.compile; auto = training on CUDA, evaluation if it is long",
-                        "auto 0 1")
+    kernel: str = knob("auto", "auto: the fastest", "auto flashqla fla reference", group="speed")
+    compile: str = knob("auto", "torch.compile; auto: on CUDA, evaluation if long", "auto 0 1")
+    micro_batch_tokens: int = knob(0, "most tokens of one forward on one rank; 0 = by memory", 0)
+    warmup_steps: int = knob(3, "throw-away steps on synthetic tokens before the clock", 0)
 
     grid: str = knob("rate", "quantization steps: rate = by each weight's effect on the loss; "
                      "sdclip = by the row's standard deviation", "rate sdclip", group="export")
     matrix_bits: int = knob(6, "bits of a matrix weight (bits, clips: for GRID=sdclip)", 2, 8)
-    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", 0, 8)
+    mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", 2, 8)
     embed_bits: int = knob(8, "bits of embedding, n-gram table and gate projections", 2, 8)
-    sandwich_bits: int = knob(0, "least bits of the last block's matrices; 0 = as others", 0, 8)
+    sandwich_bits: int = knob(0, "least bits of the last block's matrices; 0 = as others", 2, 8)
     frequent_rows: int = knob(0, "embedding rows of frequent tokens kept at 8 bits", 0)
     float_matrices: int = knob(0, "matrices of the largest relative error kept as float16", 0)
-    control_bits: int = knob(0, "8: vectors of more than 64 values as int8; 0: float16", 0, 8)
-    matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [std]; 0 = fit CAP_BYTES", 0)
+    control_bits: int = knob(0, "8: vectors of more than 64 values as int8; 0: float16", 8, 8)
+    matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [std]; 0 = fit CAP_BYTES", 1)
     embed_clip_sigmas: float = knob(20.0, "row clip of the tensors of EMBED_BITS", 1)
     gptq_enabled: bool = knob(True, "1: GPTQ with Hessians of training text; 0: round to nearest")
     gptq_calibration_batches: int = knob(64, "batches of 8 rows for the Hessians", 1)
     gptq_reserve_seconds: float = knob(4.0, "training clock kept for the Hessians [s]", 0)
     gptq_token_power: float = knob(0.0, "weight each token by its frequency ** -power", 0, 1)
-    compressor: str = knob("rans", "coder of the integers: rans (ours, the rest by brotli), ...",
-                           "rans brotli lzma zstd")
+    compressor: str = knob("rans", "of integers; rans: the rest by brotli", "rans brotli lzma zstd")
     cap_bytes: int = knob(16_000_000, "most bytes of script + artifact", 1)
 
     final_score: str = knob("ttt", "evaluation method that gives the reported score",
@@ -210,17 +206,13 @@ class Config:
         for f in fields(self):
             value = getattr(self, f.name)
             low, high = f.metadata["low"], f.metadata["high"]
-            if type(f.default) is float and type(value) is int:
-                object.__setattr__(self, f.name, float(value))
-            name = f"{f.name.upper()}={str(value)[:80]}"
-            if isinstance(value, str):
-                if low and value not in low.split():
-                    raise SettingError(f"{name}: must be one of {', '.join(low.split())}")
-                continue
-            low = -(2**31 - 1) if low is None else low
-            high = 2**31 - 1 if high is None else high
-            if not low <= value <= high:  # not `low > value`, so that NaN is refused too
-                raise SettingError(f"{name}: must be between {low} and {high}")
+            rule = ""
+            if isinstance(low, str) and value not in low.split():
+                rule = f"one of {', '.join(low.split())}"
+            elif not isinstance(value, str) and not low <= value <= high:  # NaN is refused too
+                rule = f"between {low} and {high}"
+            if rule and value != f.default:
+                raise SettingError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
         for name, holds, rule in self.cross_rules():
             if not holds:
                 raise SettingError(f"{name.upper()}={plain(getattr(self, name))}: must {rule}")
@@ -230,10 +222,6 @@ class Config:
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
-        widest = max(self.model_dim, self.ngram_dim, self.gdn_heads * self.gdn_head_dim,
-                     self.mlp_mult * self.model_dim)
-        reserve = self.gptq_reserve_seconds if self.gptq_enabled else 0
-        warms_down = self.min_lr < 1 and self.warmdown_frac > 0
         name = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
         return (
             ("run_id", name, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
@@ -242,32 +230,21 @@ class Config:
             ("train_seq_len", T % 64 == 0, "be a multiple of 64"),
             ("train_batch_tokens", self.train_batch_tokens % T == 0,
              f"be a multiple of TRAIN_SEQ_LEN={T}"),
-            ("micro_batch_tokens", self.micro_batch_tokens == 0 or self.micro_batch_tokens >= T,
-             f"be 0 or at least TRAIN_SEQ_LEN={T}"),
             ("eval_batch_tokens", self.eval_batch_tokens >= T, f"be at least TRAIN_SEQ_LEN={T}"),
             ("eval_stride", self.eval_stride <= T, f"be at most TRAIN_SEQ_LEN={T}"),
             ("num_heads", not attends or self.model_dim % (2 * self.num_heads) == 0,
              f"divide half of MODEL_DIM={self.model_dim}"),
             ("num_kv_heads", not attends or self.num_heads % self.num_kv_heads == 0,
              f"divide NUM_HEADS={self.num_heads}"),
-            ("mlp_bits", self.mlp_bits != 1, "be 0 or between 2 and 8"),
-            ("sandwich_bits", self.sandwich_bits != 1, "be 0 or between 2 and 8"),
-            ("control_bits", self.control_bits in (0, 8), "be 0 or 8"),
-            ("matrix_clip_sigmas", not 0 < self.matrix_clip_sigmas < 1, "be 0 or at least 1"),
-            ("gptq_reserve_seconds", clock == 0 or reserve < clock,
-             f"be below MAX_WALLCLOCK_SECONDS={clock:g}"),
+            ("gptq_reserve_seconds", not self.gptq_enabled or clock == 0
+             or self.gptq_reserve_seconds < clock, f"be below MAX_WALLCLOCK_SECONDS={clock:g}"),
             ("max_wallclock_seconds", not (self.deterministic and clock),
              "be 0 with DETERMINISTIC=1, which must not depend on the clock; use ITERATIONS"),
             ("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name"),
             ("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored"),
             ("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip"),
             ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
-             "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens"),
-            ("average_every", self.average_every == 0 or warms_down,
-             "be 0 without a warm-down: MIN_LR below 1 and WARMDOWN_FRAC above 0"),
-            ("bos_id", self.bos_id < self.vocab_size, f"be below VOCAB_SIZE={self.vocab_size}"),
-            ("model_dim", widest <= 1 << 20, f"be lower, or MLP_MULT, NGRAM_DIM or GDN_HEADS x "
-             f"GDN_HEAD_DIM: a matrix would be {widest:g} wide, at most {1 << 20} are allowed"))
+             "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens"))
 
     @classmethod
     def from_env(cls, env):
@@ -283,23 +260,17 @@ class Config:
                 raise SettingError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
             values |= PRESETS[preset]
         for preset in presets if "sample" in presets else ():
-            values |= WITH_SAMPLE.get(preset, {})
+            values |= WITH_SAMPLE.get(f"{preset},sample", {})
         for name in known.keys() & env.keys():
             values[known[name].name] = parse_value(name, env[name], type(known[name].default))
         return cls(**values)
 
 def parse_value(name, text, kind):
     """The value of type `kind` (bool, int, float or str) that `text` spells."""
-    if kind is bool:
-        if text not in ("0", "1"):
-            raise SettingError(f"{name}={text!r}: must be 0 or 1")
-        return text == "1"
-    if re.search("[\ud800-\udfff]", text):  # how bytes that are not UTF-8 reach Python
-        raise SettingError(f"{name}={text!r}: must be UTF-8")
     try:
-        return kind(text)
-    except ValueError:
-        expected = {int: "a whole number", float: "a number"}[kind]
+        return {"0": False, "1": True}[text] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise SettingError(f"{name}={text[:80]!r}: must be {expected}") from None
 
 def plain(value):
@@ -312,8 +283,7 @@ def plain(value):
 ELSEWHERE = {"NUM_LAYERS": "STACK", "WARMDOWN_ITERS": "WARMDOWN_FRAC", "EMBED_LR": "TIED_EMBED_LR",
              "HEAD_LR": "TIED_EMBED_LR", "GRAD_CLIP": "GRAD_CLIP_NORM",
              "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS", "BIGRAM_VOCAB_SIZE": "NGRAM_BUCKETS",
-             "BIGRAM_DIM": "NGRAM_DIM", "ROPE_THETA": "ROPE_BASE", "UNIQUE_LAYERS": "STACK",
-             "SHARE_MLP": "STACK", "ATTN_KERNEL": "KERNEL"}
+             "BIGRAM_DIM": "NGRAM_DIM", "ROPE_THETA": "ROPE_BASE", "UNIQUE_LAYERS": "STACK"}
 
 def reject_strays(env, known):
     """Raise SettingError for an unknown variable that resembles a setting or uses our words."""
@@ -339,29 +309,24 @@ MAX_LAYERS = 256
 def parse_stack(text):
     """The list of Layer that a STACK such as 'gdn*5 swa:a' or '(gdn::a swa::b)*3' names."""
     fault = f"STACK={text[:200]!r}"
-    flat = text.replace(",", " ")
+    flat = re.sub(r"(\w[\w:]*)(?=\*)", r"(\1)", text.replace(",", " "))  # gdn*5 is (gdn)*5
     while group := re.search(r"\(([^()]*)\)(?:\*([1-9]\d{0,2}))?", flat):
-        repeats = int(group[2] or 1)
-        if len(flat) + repeats * len(group[1]) > 10_000:
+        flat = flat[:group.start()] + f" {group[1]} " * int(group[2] or 1) + flat[group.end():]
+        if len(flat) > 10_000:
             raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
-        flat = flat[:group.start()] + f" {group[1]} " * repeats + flat[group.end():]
-    layers = []
-    kinds = {}
+    layers, kinds = [], {}
     for part in flat.split():
-        m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?(?:\*([1-9]\d{0,2}))?", part)
+        m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?", part)
         if not m:
             raise SettingError(f"{fault}: {part[:40]!r} must be gdn, swa or attn, then optionally "
                                ":tag or ::tag, then optionally *count")
-        kind, colons, tag, count = m.groups()
+        kind, colons, tag = m.groups()
         if tag and kinds.setdefault(tag, kind) != kind:
             raise SettingError(f"{fault}: tag {tag!r} names both {kinds[tag]} and {kind}")
-        for _ in range(int(count or 1)):
-            own = f"#{len(layers)}"
-            layers.append(Layer(kind, tag or own, tag if colons == "::" else own))
-        if len(layers) > MAX_LAYERS:
-            raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
-    if not layers:
-        raise SettingError(f"{fault}: must name at least one layer, such as 'gdn*5 swa:a'")
+        own = f"#{len(layers)}"
+        layers.append(Layer(kind, tag or own, tag if colons == "::" else own))
+    if not 1 <= len(layers) <= MAX_LAYERS:
+        raise SettingError(f"{fault}: names {len(layers)} layers, must be 1 to {MAX_LAYERS}")
     return layers
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
@@ -395,9 +360,9 @@ PRESETS = {
 
 # PRESET=NAME,sample differs from sample alone in this: fewer layers and steps, one score.
 _QUICK = dict(iterations=80, eval_diagnostics=False)
-WITH_SAMPLE = {"pr1749": _QUICK | dict(model_dim=64, gdn_head_dim=16),
-               "pr1698": _QUICK | dict(stack="gdn*4"),
-               "pr456": _QUICK | dict(stack="attn*6")}
+WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
+               "pr1698,sample": _QUICK | dict(stack="gdn*4"),
+               "pr456,sample": _QUICK | dict(stack="attn*6")}
 
 def fields_of(*titles):
     """Names of the Config fields in the groups of --help with these titles."""
@@ -405,7 +370,7 @@ def fields_of(*titles):
     return [f.name for f, group in zip(fields(Config), groups) if group in titles]
 
 # What an artifact stores of the Config, so that it can be evaluated from its file alone.
-MODEL_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len"]
+STORED_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len", "matrix_bits", "compressor"]
 
 def help_text():
     """The text of --help: every setting by group, with default and meaning."""
@@ -414,8 +379,7 @@ def help_text():
         if f.metadata["group"]:
             lines += ["", f.metadata["group"] + ":"]
         lines.append(f"  {f.name.upper() + '=' + plain(f.default):<44} {f.metadata['help']}")
-    with_sample = {f"{name},sample": values for name, values in WITH_SAMPLE.items()}
-    for name, values in (PRESETS | with_sample).items():
+    for name, values in (PRESETS | WITH_SAMPLE).items():
         settings = " ".join(f"{k.upper()}={plain(v)}" for k, v in values.items())
         lines += ["", f"PRESET={name}: {settings or 'the defaults'}"]
     return "\n".join(lines)
@@ -625,15 +589,6 @@ def load_tensors(path):
     except Exception as error:  # on foreign bytes numpy and zipfile raise a dozen kinds
         raise GolfError(f"{path}: not a whole checkpoint of this script ({type(error).__name__}: "
                         f"{' '.join(str(error).split())[:200]})") from None
-
-@torch.no_grad()
-def copy_saved(target, tensors, name):
-    """Copy tensors[name] into `target`; raises GolfError if it is missing or of another shape."""
-    found = tensors.get(name)
-    if found is None or found.shape != target.shape:
-        shape = "missing" if found is None else tuple(found.shape)
-        raise GolfError(f"checkpoint: tensor {name} is {shape}, expected {tuple(target.shape)}")
-    target.copy_(found)
 
 @torch.no_grad()
 def copy_all(targets, values):
@@ -995,8 +950,7 @@ def delta_rule(q, k, v, g, beta, state=None):
 
     out_dtype = v.dtype
     q = chunked(q * K**-0.5)
-    k = chunked(k)
-    v = chunked(v)
+    k, v = chunked(k), chunked(v)
     beta = chunked(beta).unsqueeze(-1)
     G = chunked(g).cumsum(-1)
     lower = torch.ones(GDN_CHUNK, GDN_CHUNK, dtype=torch.bool, device=q.device).tril()
@@ -1024,13 +978,12 @@ def conv_heads(x, weight, tail, heads):
     x: (B, T, 3 H K), the stacked projections.   weight: (3 H K, taps).
     tail: (B, taps - 1, 3 H K), the rows of x before.   Returns three (B, T, H, K) in x's dtype.
     """
-    T = x.shape[1]
     taps = weight.shape[1]
     w = weight.to(x.dtype)
     text = torch.cat([tail, x], 1)
     y = x * w[:, taps - 1]
     for back in range(1, taps):
-        y = y + text[:, taps - 1 - back:taps - 1 - back + T] * w[:, taps - 1 - back]
+        y = y + text[:, taps - 1 - back:text.shape[1] - back] * w[:, taps - 1 - back]
     q, k, v = [part.unflatten(-1, (heads, -1)) for part in F.silu(y).chunk(3, -1)]
     q, k = [F.normalize(part.float(), dim=-1, eps=1e-6).to(x.dtype) for part in (q, k)]
     return q, k, v
@@ -1067,36 +1020,18 @@ def attention(q, k, v, window):
     """Causal softmax attention in which a query sees the last `window` keys, its own included.
 
     q: (B, T, H, d).   k, v: (B, S, Hk, d), S >= T; the last T belong to the queries, those before
-    were carried over.   Returns (B, T, H, d).
-    Long texts are cut into blocks of `window` queries, each against two blocks of keys.
+    were carried over.   Returns (B, T, H, d).   A block of `window` queries meets its keys alone.
     """
-    B, T, H, d = q.shape
     S = k.shape[1]
+    place = torch.arange(S, device=q.device)
     q, k, v = [x.transpose(1, 2) for x in (q, k, v)]
-    if T <= window:
-        k_pos = torch.arange(S, device=q.device)
-        q_pos = k_pos[S - T:, None]
-        mask = (k_pos <= q_pos) & (k_pos > q_pos - window)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-        return o.transpose(1, 2)
-    past = S - T
-    pad = -T % window
-    blocks = (T + pad) // window
-
-    def two_blocks(x):  # keys of block b: the `window` before its first query, and its own
-        x = F.pad(x, (0, 0, window - past, pad)).unfold(2, 2 * window, window)
-        return x.permute(0, 2, 1, 4, 3).flatten(0, 1)  # (B blocks, Hk, 2 window, d)
-
-    q = F.pad(q, (0, 0, 0, pad)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
-    k_pos = torch.arange(2 * window, device=q.device)
-    q_pos = k_pos[window:, None]
-    mask = (k_pos <= q_pos) & (k_pos > q_pos - window)
-    later = torch.arange(blocks, device=q.device)[:, None] > 0
-    real = later | (k_pos >= window - past)  # (blocks, 2 window): the first block's left is padding
-    mask = (mask & real[:, None]).unsqueeze(1).repeat(B, 1, 1, 1)
-    o = F.scaled_dot_product_attention(q, two_blocks(k), two_blocks(v), attn_mask=mask,
-                                       enable_gqa=True)
-    return o.unflatten(0, (B, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :T].transpose(1, 2)
+    out = []
+    for start, block in zip(range(S - q.shape[2], S, window), q.split(window, 2)):
+        seen = slice(max(0, start - window + 1), start + window)
+        back = place[start:start + window, None] - place[seen]
+        out.append(F.scaled_dot_product_attention(block, k[:, :, seen], v[:, :, seen],
+                                                  (back >= 0) & (back < window), enable_gqa=True))
+    return torch.cat(out, 2).transpose(1, 2)
 
 class Ops(NamedTuple):
     """The three operations of a model, and the dtype of its activations (None: the weights')."""
@@ -1145,8 +1080,7 @@ def region(function):
 def token_nll(logits, targets):
     """Negative log-likelihood of each target [nats], float32: cross entropy over the vocabulary.
 
-    logits: (B, T, vocab) float32.   targets: (B, T), or (B, T, n) for n candidates at every
-    position.   Returns the shape of targets.
+    logits: (B, T, vocab) float32.   targets, and the result: (B, T), or (B, T, n) of n candidates.
     """
     if targets.dim() == 3:
         logits = logits.unsqueeze(2).expand(*targets.shape, -1)
@@ -1329,8 +1263,7 @@ class Attention(nn.Module):
         qkv = linear(x, self.q_proj, self.kv.k_proj, self.kv.v_proj)
         kv_rows = (qkv.shape[-1] - D) // 2
         q, k, v = [y.unflatten(-1, (-1, d)) for y in qkv.split([D, kv_rows, kv_rows], -1)]
-        q = rms_norm(q)
-        k = rms_norm(k)
+        q, k = rms_norm(q), rms_norm(k)
         if state is not None:
             k = torch.cat([state[0].to(x.dtype), k], 1)
             v = torch.cat([state[1].to(x.dtype), v], 1)
@@ -1405,17 +1338,15 @@ class LM(nn.Module):
         attends = [i for i, layer in enumerate(layers) if layer.kind != "gdn"]
         exclusive = attends[::-1][:cfg.xsa_layers]
         mixers, mlps = {}, {}  # by Layer.mixer and Layer.mlp
-        made = dict.fromkeys(MIXERS, 0)  # mixers so far, by kind
-        pairs = {}  # key/value projections by (kind, number of the group that shares them)
+        made = {kind: [] for kind in MIXERS}
         blocks = []
         for i, layer in enumerate(layers):
             if layer.mixer not in mixers:
-                group = (layer.kind, made[layer.kind] // cfg.kv_share)
-                made[layer.kind] += 1
+                alike = made[layer.kind]
+                kv = alike[-1].kv if len(alike) % cfg.kv_share else None
                 window = cfg.swa_window if layer.kind == "swa" else cfg.train_seq_len
-                mixer = MIXERS[layer.kind](cfg, ops, window, pairs.get(group))
-                pairs[group] = mixer.kv
-                mixers[layer.mixer] = mixer
+                alike.append(MIXERS[layer.kind](cfg, ops, window, kv))
+                mixers[layer.mixer] = alike[-1]
             if layer.mlp not in mlps:
                 mlps[layer.mlp] = MLP(cfg, ops)
             blocks.append(Block(cfg, mixers[layer.mixer], mlps[layer.mlp], i in exclusive))
@@ -1427,8 +1358,8 @@ class LM(nn.Module):
         """Logits of the token after each position, and the state behind the last.
 
         ids: (B, T) integer.   state: what an earlier forward returned for the text before, or None.
-        Returns logits (B, T, vocab) float32 after the softcap, and the state, detached: a tuple of
-        one pair of tensors for the embedding and one for each layer.
+        Returns logits (B, T, vocab) float32, and the state: a pair of tensors for the embedding and
+        one for each layer.
         """
         x, after = self.features(ids, state)
         return self.embed.logits(x), after
@@ -1458,12 +1389,11 @@ class LM(nn.Module):
         half = len(self.blocks) // 2
         for i, block in enumerate(self.blocks):
             skip = ()
-            if self.skip_scale is not None and i >= len(self.blocks) - half:
-                # last meets first
-                skip = skips.pop(), self.skip_scale[i - len(self.blocks) + half]
+            if self.cfg.unet and i >= len(self.blocks) - half:  # the last block meets the first
+                skip = skips.pop(), self.skip_scale[half - len(skips) - 1]
             x, layer_state = block(x, x0, state[1 + i], *skip)
             after.append(layer_state)
-            if self.skip_scale is not None and i < half:
+            if self.cfg.unet and i < half:
                 skips.append(x)
         return x, tuple(after)
 
@@ -1474,22 +1404,11 @@ def summed_nll(model, ids, targets, wanted):
     return (nats * wanted).sum()
 
 def init_weights(model, seed):
-    """Set the initial values, drawn on the CPU so that every device and rank starts equal.
-
-    | parameter                          | value                                                 |
-    |------------------------------------|-------------------------------------------------------|
-    | embed.weight                       | normal, std TIED_EMBED_INIT_STD                       |
-    | *.o_proj, *.down_proj, ngram_table | 0: every block starts as the identity                 |
-    | other matrices (R, C)              | uniform, std 1 / sqrt(3 C)                            |
-    | q_conv, k_conv, v_conv             | uniform in +-1 / sqrt(taps)                           |
-    | A_log, dt_bias                     | log U(0, 16); softplus^-1 of log-uniform [0.001, 0.1] |
-    | resid_mix                          | (1, 0)                                                |
-    | *_scale, o_norm; ngram_scale       | 1; 0.05                                               |
-    | qk_gain, smear_gate                | QK_GAIN_INIT; -2                                      |
-    """
+    """Set the initial values, drawn on the CPU so that every device and rank starts equal."""
     cfg = model.cfg
     constants = {"qk_gain": cfg.qk_gain_init, "smear_gate": -2.0, "ngram_scale": 0.05}
     constants |= dict.fromkeys(("mixer_scale", "mlp_scale", "skip_scale", "o_norm"), 1.0)
+    # Every block starts as the identity.
     constants |= dict.fromkeys(("o_proj", "down_proj", "ngram_table"), 0.0)
     rng = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
@@ -1502,11 +1421,11 @@ def init_weights(model, seed):
             value = torch.tensor([1.0, 0.0])[:, None].expand(p.shape)
         elif kind == "A_log":
             value = (torch.rand(p.shape, generator=rng) * 16).clamp_min(1e-3).log()
-        elif kind == "dt_bias":
+        elif kind == "dt_bias":  # softplus^-1 of a step that is log-uniform in [0.001, 0.1]
             spread = math.log(0.1 / 0.001)
             dt = torch.exp(torch.rand(p.shape, generator=rng) * spread + math.log(0.001))
             value = dt + torch.log(-torch.expm1(-dt))
-        else:  # uniform in +-1 / sqrt(C) has std 1 / sqrt(3 C); a convolution's C is its taps
+        else:  # uniform in +-1 / sqrt(C); a convolution's C is its taps
             value = (torch.rand(p.shape, generator=rng) * 2 - 1) * p.shape[1] ** -0.5
         with torch.no_grad():
             p.copy_(value)
@@ -2080,8 +1999,7 @@ def replayed(graphs, function, *args):
 def fresh_leaves(model):
     """Inside, each trained weight is a new leaf over the same memory: {weight: leaf}.
 
-    Autograd ties a leaf to the CUDA stream where it was first used.  A graph is recorded on a
-    stream of its own, which must not wait for another.
+    Autograd ties a leaf to the CUDA stream of its first use; a graph is recorded on its own one.
     """
     places = [(module, name, p) for module in model.modules()
               for name, p in module.named_parameters(recurse=False) if p.requires_grad]
@@ -2110,9 +2028,8 @@ class Optimizer:
 
     treatment: {name: (rule, learning rate, decoupled weight decay)} of the parameters to train,
     which become views of `weights`.   clip: global gradient norm, 0 = off.   momentum: of muon and
-    sgd.   weights, grad, m, v: (numel,), parameters by groups.   `bad_steps`, on the device: steps
-    without change, of a gradient that is not finite.   compiled: whether its work is, and on CUDA
-    recorded as graphs.   `loss`: sum since it was last zeroed, a tensor.
+    sgd.   weights, grad, m, v: (numel,), parameters by groups.   `bad_steps`: steps without change,
+    of a gradient not finite.   compiled: and on CUDA recorded as graphs.   `loss`: sum, a tensor.
     """
 
     def __init__(self, model, treatment, run, clip, momentum, compiled):
@@ -2120,6 +2037,7 @@ class Optimizer:
         self.run, self.clip = run, clip
         self.momentum, self.compiled = momentum, compiled
         self.graphs = {} if compiled and run.on_cuda else None
+        self.number = partial(torch.full, (), dtype=torch.float32, device=run.device)
         named = dict(model.named_parameters())
         # Groups, and in them runs of equal shapes, follow each other.
         self.names = sorted(treatment, key=lambda n: (treatment[n], tuple(named[n].shape)))
@@ -2161,10 +2079,6 @@ class Optimizer:
             torch._foreach_add_(self.grads, found)
             self.loss += loss.detach()
 
-    def number(self, x):
-        """The number x as a tensor on the device; does not wait for it."""
-        return torch.full((), x, dtype=torch.float32, device=self.run.device)
-
     def step(self, rate):
         """Reduce, clip and apply the gradient at `rate` times the learning rates; then zero it."""
         self.run.all_sum(self.grad)
@@ -2193,9 +2107,8 @@ class Optimizer:
     def muon(self, group, scale, momentum, taken):
         """Muon's update [2] (numel,): Nesterov momentum, then `newton_schulz`.
 
-        Each rank orthogonalizes its share of whole matrices.  An update has singular values of
-        about 1, so a learning rate is the spectral norm of a step; a tall matrix's is
-        sqrt(R / C) times larger.
+        Each rank orthogonalizes its share of whole matrices.  A learning rate is the spectral norm
+        of a step; a tall matrix's is sqrt(R / C) times larger.
         """
         grad, m = self.grad[group.part], self.m[group.part]
         direction = nesterov(grad, m, scale, momentum, taken)
@@ -2226,56 +2139,6 @@ class Optimizer:
         spread = (v / (1 - beta2 ** count)).sqrt_().add_(1e-10)
         return (m / (1 - beta1 ** count)).div_(spread)
 
-    def state(self):
-        """{name: Tensor} of all that is not in the weights, the same for any number of ranks."""
-        moments = dict(m=self.views(self.m), v=self.views(self.v))
-        out = dict(bad_steps=self.bad_steps, count=self.count)
-        return out | {f"{key}.{name}": x for key, views in moments.items()
-                      for name, x in zip(self.names, views)}
-
-    def load(self, tensors):
-        """Take over what `state` returned; raises GolfError."""
-        for name, x in self.state().items():
-            copy_saved(x, tensors, name)
-
-class Average:
-    """Averaged weights: exponential (EMA_DECAY), or the warm-down's mean (AVERAGE_EVERY)."""
-
-    def __init__(self, model, cfg):
-        self.cfg, self.count = cfg, 0
-        self.names = [name for name, _ in model.named_parameters()]
-        self.params = list(model.parameters())
-        wanted = cfg.ema_decay or cfg.average_every
-        self.mean = [p.detach().clone() for p in self.params] if wanted else []
-
-    @torch.no_grad()
-    def update(self, step, rate):
-        """Take in the weights after `step`; an EMA's decay is warmed up, to forget the start."""
-        if not self.mean:
-            return
-        weight = 1 - min(self.cfg.ema_decay, (2 + self.count) / (11 + self.count))
-        if self.cfg.average_every:
-            if rate >= 1.0 or step % self.cfg.average_every:
-                return
-            weight = 1 / (1 + self.count)
-        self.count += 1
-        torch._foreach_lerp_(self.mean, self.params, weight)
-
-    def copy_to_model(self):
-        """Replace the model's weights by their average, if there is one."""
-        if self.count:
-            copy_all(self.params, self.mean)
-
-    def state(self):
-        """{name: Tensor} of the averages."""
-        return {f"average.{name}": mean for name, mean in zip(self.names, self.mean)}
-
-    def load(self, tensors, count):
-        """Take over what `state` returned after `count` updates; raises GolfError."""
-        self.count = count
-        for name, mean in zip(self.names, self.mean):
-            copy_saved(mean, tensors, f"average.{name}")
-
 # --------------------------------------------------------------------------------------------------
 # 8. Training
 # --------------------------------------------------------------------------------------------------
@@ -2294,10 +2157,10 @@ def activation_bytes_per_token(cfg, ops=REFERENCE):
         total += 4 * D + mlp_copies * cfg.mlp_mult * D  # residual twice, each normalized; MLP
     return 2 * total + 12 * cfg.vocab_size
 
-def settle_batch(cfg, run, before=0):
-    """cfg with TRAIN_BATCH_TOKENS=0 replaced: by `before`, a checkpoint's, or by whole rows."""
-    if cfg.train_batch_tokens or before:
-        return replace(cfg, train_batch_tokens=cfg.train_batch_tokens or before)
+def settle_batch(cfg, run):
+    """cfg with TRAIN_BATCH_TOKENS=0 replaced by whole rows for the run's ranks."""
+    if cfg.train_batch_tokens:
+        return cfg
     rows = max(1, min(131072, 786432 // run.world_size) // cfg.train_seq_len)
     rows -= rows % 8 if rows > 8 else 0  # so that micro-batches divide them
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
@@ -2307,9 +2170,8 @@ def micro_batch_rows(cfg, run, ops=REFERENCE):
     rows = cfg.train_batch_tokens // cfg.train_seq_len
     if rows % run.world_size:
         near = max(1, round(rows / run.world_size)) * run.world_size * cfg.train_seq_len
-        raise SettingError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {rows} rows of "
-                           f"TRAIN_SEQ_LEN={cfg.train_seq_len} cannot be shared by "
-                           f"{run.world_size} ranks; set TRAIN_BATCH_TOKENS={near}")
+        raise SettingError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {run.world_size} ranks "
+                           f"cannot share {rows} rows of TRAIN_SEQ_LEN; set it to {near}")
     most = cfg.micro_batch_tokens or 2048  # larger ones fall out of a CPU's caches
     if run.on_cuda and not cfg.micro_batch_tokens:
         memory = torch.cuda.get_device_properties(run.device).total_memory
@@ -2332,10 +2194,10 @@ def on_export_grid(model, enabled):
     bits = stored_bits(model, model.cfg) if enabled else {}
     params = [model.get_parameter(name).detach() for name in bits]
     saved = [p.clone() for p in params]
-    usual = expected_clip(model, model.cfg) if enabled else 0.0
+    usual = strengths(model, model.cfg)[1] if enabled else 0.0
     for name, p in zip(bits, params):
         clip = getattr(model.cfg, route(name).clip) or usual
-        step = full_step(sdclip_step(p, bits[name], clip), None)
+        step = sdclip_step(p, bits[name], clip).float().unsqueeze(-1)
         qmax = 2 ** (bits[name] - 1) - 1
         p.copy_((p / step).round().clamp(-qmax, qmax) * step)
     try:
@@ -2375,7 +2237,7 @@ def compiles_training(model):
 
 # Relative to the reference in float32.  bfloat16 rounds every product to 0.4 %; a wrong kernel or
 # wrong compiled code is off by much more.
-FAST_PATH_TOLERANCE = dict(loss=0.005, gradient=0.15)
+TOLERANCE = dict(loss=0.005, gradient=0.15)
 
 def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
@@ -2385,7 +2247,7 @@ def check_fast_path(model, run, micro_rows):
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
-    names = [name for name, _ in model.named_parameters()]
+    names = ["loss", *(name for name, _ in model.named_parameters())]
     with torch.no_grad():  # a block whose last matrix is zero has no gradient to compare
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=rng).to(p.device))
@@ -2405,16 +2267,16 @@ def check_fast_path(model, run, micro_rows):
     plain_ones = loss_and_gradient(reference, rows)
     errors = [float((x - y).norm() / y.norm().clamp_min(1e-30)) if y.norm() else float(x.norm())
               for x, y in zip(fast, plain_ones)]
-    loss_error = errors.pop(0)
-    worst = max(range(len(names)), key=lambda i: math.inf if math.isnan(errors[i]) else errors[i])
+    errors = dict(zip(names, torch.tensor(errors).nan_to_num(nan=math.inf).tolist()))
+    loss_error = errors.pop("loss")
+    worst = max(errors, key=errors.get)
     run.log("fast_path", loss_error=f"{loss_error:.6f}", worst_gradient=f"{errors[worst]:.4f}",
-            parameter=names[worst])
-    most = FAST_PATH_TOLERANCE
-    if not (loss_error <= most["loss"] and errors[worst] <= most["gradient"]):
+            parameter=worst)
+    if loss_error > TOLERANCE["loss"] or errors[worst] > TOLERANCE["gradient"]:
         raise GolfError(f"KERNEL={cfg.kernel} COMPILE={cfg.compile}: the fast path's loss differs "
-                        f"by {loss_error:.4f} and the gradient of {names[worst]} by "
-                        f"{errors[worst]:.4f} from the reference (at most {most}); pytest -m gpu "
-                        "tells which kernel is wrong; set KERNEL or COMPILE=0, or another torch")
+                        f"by {loss_error:.4f} and the gradient of {worst} by {errors[worst]:.4f} "
+                        f"from the reference (at most {TOLERANCE}); pytest -m gpu tells which "
+                        "kernel is wrong; set KERNEL or COMPILE=0, or another torch")
 
 def warm_up(model, cfg, run, micro_rows):
     """Compile and tune all that training runs, on synthetic tokens; the weights are put back."""
@@ -2426,10 +2288,8 @@ def warm_up(model, cfg, run, micro_rows):
     if compiles_training(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
-    average = Average(model, cfg)
     for step in range(cfg.warmup_steps):
         train_step(model, optimizer, batch, micro_rows, 1.0, step)
-        average.update(0, 0.0)
     if cfg.gptq_enabled:
         collect_hessians(model, [batch[:CALIBRATION_ROWS]], run)
     copy_all(list(model.parameters()), saved)
@@ -2439,8 +2299,7 @@ def warm_up(model, cfg, run, micro_rows):
 class StopRequest:
     """A signal to stop; while `deferred`, `signal` keeps it, so that a checkpoint comes first.
 
-    A repeat within a second is torchrun passing the same signal on, and is ignored; a later one is
-    a person who does not want to wait.
+    A repeat within a second is torchrun passing the same signal on; a later one ends the run.
     """
     signal, deferred = 0, False
     came = -math.inf
@@ -2456,6 +2315,9 @@ class StopRequest:
 
 STOP = StopRequest()
 
+# What a checkpoint of no step would say beside its tensors.
+BEGINNING = dict(step=0, elapsed_s=0.0, epoch=0, row=0, averaged=0, trained=False, config={})
+
 class Training:
     """What a run has reached: weights, optimizer, average, place in the data, steps and seconds.
 
@@ -2464,69 +2326,77 @@ class Training:
 
     def __init__(self, model, data, cfg, run, saved):
         self.model, self.cfg = model, cfg
-        self.run = run
-        self.shards = shard_list(data)
-        tensors, facts = saved or ({}, {})
-        self.step = facts.get("step", 0)
-        self.trained = facts.get("trained", False)
-        for name, p in model.named_parameters() if saved else ():
-            copy_saved(p, tensors, f"model.{name}")
+        self.run, self.identity = run, identity(cfg, data)
+        tensors, facts = saved or ({}, BEGINNING)
+        self.step, self.trained = facts["step"], facts["trained"]
         self.optimizer = training_optimizer(model, cfg, run)
-        self.average = Average(model, cfg)
-        if saved and not self.trained:
-            self.optimizer.load(tensors)
-            self.average.load(tensors, facts["averaged"])
-        self.clock = Clock(run, facts.get("elapsed_s", 0.0))
-        self.loader = Loader(data.train, cfg, run, facts.get("loader", (0, 0)))
+        self.mean = self.optimizer.weights.clone()
+        self.averaged = facts["averaged"]  # weights in the mean
+        for name, x in self.tensors().items() if saved else ():
+            found = tuple(tensors[name].shape) if name in tensors else "missing"
+            if found != x.shape:
+                raise GolfError(f"checkpoint: tensor {name} is {found}, expected {tuple(x.shape)}")
+            x.copy_(tensors[name])
+        self.clock = Clock(run, facts["elapsed_s"])
+        self.loader = Loader(data.train, cfg, run, (facts["epoch"], facts["row"]))
 
-    def facts(self, trained=False):
+    def average(self, rate):
+        """Take the weights into their mean: exponential, or of the warm-down (AVERAGE_EVERY)."""
+        # The decay is warmed up, to forget the start.
+        weight = 1 - min(self.cfg.ema_decay, (2 + self.averaged) / (11 + self.averaged))
+        if self.cfg.average_every:
+            if rate >= 1.0 or self.step % self.cfg.average_every:
+                return
+            weight = 1 / (1 + self.averaged)
+        self.averaged += 1
+        self.mean.lerp_(self.optimizer.weights, weight)
+
+    def tensors(self):
+        """{name: Tensor} that a checkpoint holds, by parameter; once trained, the weights alone."""
+        optimizer = self.optimizer
+        out = {}
+        vectors = dict(model=optimizer.weights)
+        if not self.trained:
+            out = dict(bad_steps=optimizer.bad_steps, count=optimizer.count)
+            vectors |= dict(m=optimizer.m, v=optimizer.v, average=self.mean)
+        for kind, flat in vectors.items():
+            named = zip(optimizer.names, optimizer.views(flat))
+            out |= {f"{kind}.{name}": x for name, x in named}
+        return out
+
+    def facts(self):
         """What a checkpoint says beside its tensors."""
-        return dict(step=self.step, elapsed_s=self.clock.elapsed(), loader=list(self.loader.place),
-                    averaged=self.average.count, trained=trained, shards=self.shards,
-                    config=identity(self.cfg, trained))
+        epoch, row = self.loader.place
+        return dict(step=self.step, elapsed_s=self.clock.elapsed(), epoch=epoch, row=row,
+                    averaged=self.averaged, trained=self.trained, config=self.identity)
 
     def save(self, facts=None):
-        """Write step_N.npz, or given its facts trained.npz; every rank must call.
+        """Write step_N.npz, or once trained trained.npz, with `facts` of now or of an earlier time.
 
         A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
-        tensors = {f"model.{name}": p for name, p in self.model.named_parameters()}
-        if facts is None:
-            tensors |= self.optimizer.state() | self.average.state()
-        name = "trained" if facts else f"step_{self.step:08d}"
+        name = "trained" if self.trained else f"step_{self.step:08d}"
         how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
-                if not all(bool(x.isfinite().all()) for x in tensors.values()):
-                    raise OSError("weights or moments are not finite")
-                save_tensors(path, tensors, facts or self.facts())
-                # By step: a run that went back to an earlier step must not delete what it writes.
-                older = [p for p in path.parent.glob("step_*.npz") if p.stem <= path.stem]
-                for old in sorted(older)[:-2] if facts is None else ():
+                save_tensors(path, self.tensors(), facts or self.facts())
+                for old in sorted(path.parent.glob("step_*.npz"))[:-2]:
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
                 how_to_go_on = f"its checkpoint could not be written ({error})"
         return how_to_go_on
 
-# Settings of the fixed groups that may change between a checkpoint and the run that goes on.
-FREE_FIELDS = ("data_path", "tokenizer_path", "micro_batch_tokens", "warmup_steps",
-               "val_loss_every", "train_log_every")
-
-def shard_list(data):
-    """Names and lengths of the training shards: what a checkpoint remembers of the data."""
-    return [[shard.path.name, len(shard)] for shard in data.train]
-
 def checkpoint_folder(cfg):
     """Where the run keeps its checkpoints."""
     return Path(cfg.out_dir) / f"{cfg.run_id}.ckpt"
 
-def identity(cfg, trained):
-    """The settings that a checkpoint fixes; once trained, those of the export are free."""
-    groups = ("data", "model", "training") if trained else ("data", "model", "training", "export")
-    names = ["seed", *(name for name in fields_of(*groups) if name not in FREE_FIELDS)]
-    return {name: plain(getattr(cfg, name)) for name in names}
+def identity(cfg, data):
+    """What a checkpoint fixes: the settings of data, model and training, not where files lie."""
+    fixed = {name: plain(getattr(cfg, name)) for name in fields_of("data", "model", "training")}
+    shards = f"{len(data.train)} shards of {sum(map(len, data.train))} tokens"
+    return fixed | dict(data_path=shards, tokenizer_path=Path(cfg.tokenizer_path).name)
 
 def find_checkpoint(cfg, run, data):
     """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
@@ -2545,36 +2415,24 @@ def find_checkpoint(cfg, run, data):
         except GolfError as error:
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        kinds = dict(step=int, elapsed_s=float, loader=list, averaged=int, trained=bool,
-                     config=dict, shards=list)
-        place = facts.get("loader")
-        if any(type(facts.get(key)) is not kind for key, kind in kinds.items()) or [
-                type(x) for x in place] != [int, int] or min(place) < 0:
+        kinds = {name: type(x) for name, x in facts.items()}
+        if kinds != {name: type(x) for name, x in BEGINNING.items()} or facts["epoch"] < 0:
             raise GolfError(f"{file}: not a checkpoint of this script")
-        check_identity(file, facts, cfg, data)
+        now = identity(cfg, data)
+        then = dict.fromkeys(now, "none") | facts["config"]
+        differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
+                     for name in then if then[name] != now.get(name)]
+        if differing:
+            raise SettingError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
     return None
 
-def check_identity(file, facts, cfg, data):
-    """Raise SettingError if a checkpoint is of another configuration, naming what differs."""
-    then = facts["config"]
-    now = identity(cfg, facts["trained"])
-    if not cfg.train_batch_tokens:  # by default it goes on as it was, under any number of ranks
-        now["train_batch_tokens"] = then.get("train_batch_tokens")
-    differing = [f"{name.upper()} was {then.get(name)}, is {now.get(name)}"
-                 for name in {**then, **now} if then.get(name) != now.get(name)]
-    if facts["shards"] != shard_list(data):
-        differing.append("the training shards of DATA_PATH have other names or lengths")
-    if differing:
-        raise SettingError(f"RESUME: {file} is of another configuration: {'; '.join(differing)}")
-
 def train(model, data, cfg, run, saved):
-    """Train until ITERATIONS or the clock ends it, from `saved` on; then calibrate.
+    """Train from `saved` on until ITERATIONS or the clock ends it; (seconds, Calibration).
 
-    Leaves the averaged weights in the model and in trained.npz.   Returns the seconds on the
-    training clock and the Calibration.
+    Leaves the averaged weights in the model and in trained.npz.
     """
     micro_rows = micro_batch_rows(cfg, run, model.ops)
     if not (saved and saved[1]["trained"]):
@@ -2584,21 +2442,21 @@ def train(model, data, cfg, run, saved):
             micro_batch_tokens=micro_rows * cfg.train_seq_len,
             start_up=f"{time.perf_counter() - run.began:.0f}s")
     facts = None
-    how_to_go_on = f"RUN_ID={cfg.run_id} RESUME=auto goes on"
     run.gather(None)  # do not measure the wait for slower ranks
     job.clock.resume()
     STOP.deferred = True
     try:
         if not job.trained:
             train_loop(job, data, micro_rows)
-            job.average.copy_to_model()
-        facts = job.facts(trained=True)  # the place before calibration: it can be done again
+            if job.averaged:
+                job.optimizer.weights.copy_(job.mean)
+        job.trained = True
+        facts = job.facts()  # the place before calibration: it can be done again
         calibration = calibrate(model, job.loader, cfg, run, job.clock)
         train_s = run.broadcast(job.clock.pause())
     finally:
         job.loader.close()
-        if facts and not job.trained:  # also if the calibration failed
-            how_to_go_on = job.save(facts)
+        how_to_go_on = job.save(facts) if facts else ""  # also if the calibration failed
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
     if stop:
@@ -2614,7 +2472,7 @@ def train_loop(job, data, micro_rows):
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     durations = deque(maxlen=20)
     saved_step = job.step
-    saved_s = last_tick = last_line = clock.elapsed()
+    saved_s = last_tick = clock.elapsed()
     bad_steps = int(job.optimizer.bad_steps)
     wait = run.to_host(job.optimizer.bad_steps)
     while True:
@@ -2645,7 +2503,7 @@ def train_loop(job, data, micro_rows):
         loss = train_step(model, job.optimizer, next(job.loader), micro_rows, rate, job.step,
                           qat=progress > 1 - cfg.qat_frac)
         job.step += 1
-        job.average.update(job.step, rate)
+        job.average(rate)
         # Wait for the step before: the host stays one step ahead, the clock true.
         newest = int(wait())
         wait = run.to_host(job.optimizer.bad_steps)
@@ -2655,11 +2513,8 @@ def train_loop(job, data, micro_rows):
         now = clock.elapsed()
         durations.append(now - last_tick)
         last_tick = now
-        late = now - last_line > 8.0 and not cfg.deterministic
-        due = job.step <= 3 or job.step % cfg.train_log_every == 0 or late
-        if run.broadcast(due):
+        if job.step <= 3 or job.step % cfg.train_log_every == 0:
             log_step(job, loss, rate, float(np.median(durations)))
-            last_line = now
     if out_of_time:
         run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
                 step=f"{job.step}/{cfg.iterations}")
@@ -2702,10 +2557,9 @@ def calibrate(model, loader, cfg, run, clock):
     run.synchronize()
     loop_end_s = clock.elapsed()
     rows = -(-cfg.gptq_calibration_batches * CALIBRATION_ROWS // run.world_size)
-    done = 0
 
     def batches():
-        nonlocal done
+        done = 0
         while done < rows:
             for part in next(loader)[:rows - done].split(CALIBRATION_ROWS):
                 run.synchronize()
@@ -2720,34 +2574,35 @@ def calibrate(model, loader, cfg, run, clock):
 
     calibration = collect_hessians(model, batches(), run)
     run.synchronize()
-    tokens = run.world_size * cfg.train_seq_len
-    run.log("hessians", matrices=len(calibration.H), tokens=done * tokens,
-            wanted_tokens=rows * tokens, loop_end_s=f"{loop_end_s:.1f}",
+    run.log("hessians", matrices=len(calibration.H), tokens=int(calibration.counts.sum()),
+            wanted_tokens=rows * run.world_size * cfg.train_seq_len, loop_end_s=f"{loop_end_s:.1f}",
             hessian_end_s=f"{clock.elapsed():.1f}", peak_mem_mib=run.peak_memory_mib())
     return calibration
 
 # --------------------------------------------------------------------------------------------------
 # 9. Export
 # --------------------------------------------------------------------------------------------------
-# Matrices become integers times a float16 scale per row, and with GRID=rate one per column too;
-# small tensors stay float16 or float32; a shared tensor is stored once.  One search finds the
-# finest steps whose file fits the cap.
+# Matrices become integers times float16 scales of row and column (of the column 1 unless
+# GRID=rate); small tensors stay float16 or float32; a shared tensor is stored once.  One search
+# finds the finest steps whose file fits the cap.
 #
-# The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header packed and unpacked, bytes of
-# the payload, SHA-256 of all that follows.  Header: zlib'd JSON with "config" (the model's
-# settings), "tensors" in named_parameters() order [name, shape, coding, bits] and "streams" [name,
-# codec, raw bytes, packed bytes].  Payload: the streams.  Coding "rows": int8 (R, C) in stream
-# "integers" and R scales in "f16"; "grid": C more scales, the weight is Q * row * column; "f16" and
-# "f32": floats in the stream of that name.  Each stream holds its tensors in table order; streams
-# of floats are byte planes: all low bytes first.  Codec "rans": see rans_encode.  Nothing is
-# executed, and every length is checked before anything is allocated.
+# The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header, SHA-256 of what follows.
+# Header: zlib'd JSON with "config" (STORED_FIELDS), "tensors" in named_parameters() order [name,
+# shape, coding] and "streams" [name, codec, raw bytes, packed bytes].  Then the streams.  Coding
+# "int8": Q (R, C) in stream "integers", R scales of rows in "f16" and C of columns in "column"; the
+# weight is Q * row * column.  "f16", "f32": floats in that stream.  Each stream holds its tensors
+# in table order, in byte planes: all low bytes first.  With COMPRESSOR=rans streams "class",
+# "table" and "words" stand for "integers": see rans_encode.  Nothing is executed, and every length
+# is checked before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
-ARTIFACT_VERSION = 3
-ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")
+ARTIFACT_VERSION = 4
+ARTIFACT_HEAD = struct.Struct("<8sII32s")
 MAX_HEADER_BYTES = 1 << 22
-STREAM_BYTES = 1 << 22  # longer streams are cut into pieces, compressed on all cores
-PLANES = {"table": 2, "f16": 2, "f32": 4}  # streams stored as byte planes, with their item's width
+PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
+# What the streams hold, besides the bytes of "words".
+ITEMS = {"integers": np.dtype("i1"), "f16": np.dtype("<f2"), "column": np.dtype("<f2"),
+         "f32": np.dtype("<f4"), "table": np.dtype("<u2"), "class": np.dtype("i1")}
 
 def sdclip_step(W, bits, clip_sigmas):
     """SDClip's step of each row of W (R, C): clip_sigmas * std(row) / qmax; float16, 1 for zeros.
@@ -2763,9 +2618,8 @@ def error_factor(H, damp=0.01):
     """Upper Cholesky factor U of the damped H^-1 (C, C): row i holds the corrections to columns i
     and later for an error in column i.
 
-    damp: added to the diagonal as a part of its mean; raised tenfold until the matrix is positive
-    definite.  A column that no token reaches counts as independent.   Returns U and the damping;
-    if H is not finite, the identity, with which GPTQ rounds to nearest, and infinity.
+    damp: part of its mean that is added to the diagonal, raised tenfold until H is positive
+    definite.   Returns U and the damping; if H is not finite the identity (see Matrix), infinity.
     """
     diagonal = H.diagonal()
     mean = diagonal.mean().clamp_min(1e-12)
@@ -2783,13 +2637,10 @@ def gptq(W, step, H, qmax, U=None, block=128):
 
     W: (..., R, C) float, rows are outputs.   step: broadcasts to it.   H: (C, C), sum or mean of
     x x^T over calibration tokens.   qmax: a number, or a tensor (..., R).   U: (..., C, C)
-    `error_factor` of H, if known.   Returns Q int8 (..., R, C) in [-qmax, qmax], W ~ Q * step.
-    Source: [5], Algorithm 1.
+    `error_factor` of H, if known.   Returns Q int8 (..., R, C) in [-qmax, qmax], W ~ Q * step [5].
     """
     C = W.shape[-1]
     if U is None:
-        if H.shape != (C, C):
-            raise ValueError(f"H is {tuple(H.shape)}, expected {C} x {C} for W {tuple(W.shape)}")
         U, _ = error_factor(H)
     # Transposed, so that one column of W lies together.
     steps = step.expand(W.shape).mT.contiguous()
@@ -2827,7 +2678,7 @@ def collect_hessians(model, batches, run):
     names = {id(p): name for name, p in model.named_parameters()}
     stored = [(name, p) for name, p in model.named_parameters() if route(name).bits]
     sums = {}  # by the names of weights that share an input
-    rows = {}
+    rows = {name: p.new_zeros(len(p)) for name, p in stored if cfg.grid == "rate"}
     counts = torch.zeros(cfg.vocab_size, device=run.device)
     weight = None
 
@@ -2852,9 +2703,8 @@ def collect_hessians(model, batches, run):
                 nats, _ = model.nll(batch[:, :-1], batch[:, 1:])
             if cfg.grid == "rate":
                 found = torch.autograd.grad(nats.sum(), [p for _, p in stored])
-                for (name, _), grad in zip(stored, found):
-                    squares = grad.float().square().sum(-1)
-                    rows[name] = rows[name].add_(squares) if name in rows else squares
+                for total, grad in zip(rows.values(), found):
+                    total += grad.float().square().sum(-1)
     finally:
         OBSERVERS.remove(observe)
         torch.set_float32_matmul_precision(precision)
@@ -2863,22 +2713,20 @@ def collect_hessians(model, batches, run):
     return Calibration({name: H for key, H in sums.items() for name in key}, rows, counts)
 
 class Quantized(NamedTuple):
-    """One stored matrix: Q int8 (R, C), float16 scales of rows (R,) and columns (C,) or None, bits.
+    """One stored matrix: Q int8 (R, C), float16 scales of its rows (R,) and columns (C,), bits.
 
-    For the log: rel_error ||dW H dW^T|| / ||W H W^T||, expected rise of the loss [nats, summed over
-    calibration], damping (0: no Hessian).
+    For the log: rel_error ||dW H dW^T|| / ||W H W^T||, and the damping (0: no Hessian).
     """
     Q: Tensor
-    scale: Tensor
-    columns: Tensor | None
+    rows: Tensor
+    columns: Tensor
     bits: int
     rel_error: float = 0.0
-    nats: float = 0.0
     damp: float = 0.0
 
-    def weight(self):
-        """The float32 matrix that this stands for."""
-        return self.Q.float() * full_step(self.scale, self.columns)
+def full_step(rows, columns):
+    """The step of each weight (R, C) of row and column scales, float32."""
+    return rows.float().unsqueeze(-1) * columns.float()
 
 def octave_grid(x):
     """x rounded to eighths of an octave, float16: few different values, which compress well."""
@@ -2892,54 +2740,52 @@ MOST_STEPS = 108  # largest weight in steps; the rest of int8 takes up what GPTQ
 class Matrix:
     """One weight to be stored, and all that its quantization needs at any strength.
 
-    GRID=sdclip: `strength` is the clip of the Routes that use MATRIX_CLIP_SIGMAS.   GRID=rate: it
-    is the geometric mean of step / std(row) over the model.  A weight's step is inverse to the root
-    of its effect on the loss, sensitivity of its row times conditional variance of its input, so
-    that a byte buys as much wherever it is spent (reverse water-filling).
+    GRID=sdclip: `strength` is the clip of the Routes that use MATRIX_CLIP_SIGMAS.   GRID=rate: a
+    factor of all steps.  A weight's step is inverse to the root of its effect on the loss,
+    sensitivity of its row times conditional variance of its input, so that a byte buys as much
+    wherever it is spent (reverse water-filling).
     W (R, C), H and U have their columns in the order of rounding: largest inputs first.
     log_step: sum over weights of log(step / std(row)) at strength 1 (GRID=rate).
     """
 
     def __init__(self, name, W, bits, cfg, calibration):
         self.name, self.cfg = name, cfg
-        self.bits = bits  # (R,) tensor
-        self.rate = cfg.grid == "rate" and bool(calibration.rows)
         W = W.detach().float()
         R, C = W.shape
-        H = calibration.H.get(name)
+        self.bits = torch.full((R,), bits, device=W.device)
+        if name == "embed.weight" and cfg.frequent_rows:
+            self.bits[calibration.counts.topk(min(cfg.frequent_rows, R)).indices] = 8
         self.order = torch.arange(C, device=W.device)
-        self.U, self.damp = None, 0.0
-        if H is not None:
+        self.H = torch.eye(C, device=W.device)
+        self.U, self.damp = self.H, 0.0  # with these GPTQ rounds to nearest
+        if name in calibration.H:
+            H = calibration.H[name]
             self.order = H.diagonal().argsort(descending=True)
-            H = H[self.order][:, self.order]
-            self.U, self.damp = error_factor(H)
+            self.H = H[self.order][:, self.order]
+            self.U, self.damp = error_factor(self.H)
         self.W = W[:, self.order]
-        self.H = torch.eye(C, device=W.device) if H is None else H
-        # times H this is the expected second derivative of the loss
-        sensitivity = calibration.rows.get(name, W.new_zeros(R)).to(W.device)
-        self.rows = sensitivity / self.H.diagonal().sum().clamp_min(1e-30)
         self.log_step = 0.0
-        if self.rate:
-            mean = self.rows.mean().clamp_min(1e-30)
-            g = (self.rows / mean).clamp_min(LEAST_SENSITIVITY) ** SENSITIVITY_POWER
-            u = W.new_ones(C) if self.U is None else self.U.diagonal()
+        if cfg.grid == "rate":
+            # times H this is the expected second derivative of the loss
+            sensitivity = calibration.rows[name] / self.H.diagonal().sum().clamp_min(1e-30)
+            mean = sensitivity.mean().clamp_min(1e-30)
+            g = (sensitivity / mean).clamp_min(LEAST_SENSITIVITY) ** SENSITIVITY_POWER
+            u = self.U.diagonal()
             middle = u.log().mean().exp()
             self.row_step = (mean * g / g.mean()).rsqrt() * middle
             self.column_step = u / middle
             spread = self.W.std(-1, correction=0).clamp_min(1e-12)
             self.log_step = C * float((self.row_step / spread).log().sum())
 
-    def steps(self, strength, unit):
-        """Row steps (R,) and column steps (C,) or None, float16, at a strength.
-
-        unit: with GRID=rate the geometric mean of step / std(row) of the whole model at strength 1.
-        """
+    def steps(self, strength):
+        """Scales of rows (R,) and columns (C,), float16: a weight's step is their product."""
         r = route(self.name)
-        if not self.rate:
+        if self.cfg.grid == "sdclip":
             clip = strength if r.clip == "matrix_clip_sigmas" else getattr(self.cfg, r.clip)
-            return sdclip_step(self.W, self.bits, clip), None
+            rows = sdclip_step(self.W, self.bits, clip)
+            return rows, rows.new_ones(self.W.shape[1])
         spread = (self.W / self.column_step).square().mean(-1).sqrt()
-        scale = strength / unit * self.row_step
+        scale = strength * self.row_step
         if r.role == "gate":  # a saturated gate has no gradient, and opening it does much harm
             scale = torch.minimum(scale, self.cfg.embed_clip_sigmas / 127 * spread)
         # Rows, then columns, whose weights would leave the integers' range get a larger step.
@@ -2947,16 +2793,14 @@ class Matrix:
         largest = (self.W / scale.float().unsqueeze(-1)).abs().amax(0)
         return scale, octave_grid(torch.maximum(self.column_step, largest / MOST_STEPS))
 
-    def quantized(self, Q, scale, columns):
+    def quantized(self, Q, rows, columns):
         """The Quantized of integers Q (R, C) in the order of rounding, on the CPU."""
-        dW = self.W - Q.float() * full_step(scale, columns)
-        errors = ((dW @ self.H) * dW).sum(-1)  # (R,)
+        dW = self.W - Q.float() * full_step(rows, columns)
         whole = ((self.W @ self.H) * self.W).sum().clamp_min(1e-30)
+        rel_error = float(((dW @ self.H) * dW).sum() / whole)
         back = self.order.argsort()
-        columns = columns if columns is None else columns[back].cpu()
-        return Quantized(Q[:, back].cpu(), scale.cpu(), columns, int(self.bits.min()),
-                         float(errors.sum() / whole), float(0.5 * (errors * self.rows).sum()),
-                         float(self.damp))
+        return Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(), int(self.bits.min()),
+                         rel_error, float(self.damp))
 
 def stored_bits(model, cfg):
     """{name: bits} of the matrices that become integers, by their Routes and SANDWICH_BITS."""
@@ -2966,31 +2810,22 @@ def stored_bits(model, cfg):
         if route(name).bits:
             own = getattr(cfg, route(name).bits) or cfg.matrix_bits
             bits[name] = max(own, cfg.sandwich_bits) if id(p) in last else own
-    return bits
-
-def full_step(scale, columns):
-    """The step of each weight (R, C) or (R, 1) of row and column steps, float32."""
-    step = scale.float().unsqueeze(-1)
-    return step if columns is None else step * columns.float()
+    return dict.fromkeys(bits, 8) if cfg.grid == "rate" else bits
 
 @torch.no_grad()
-def quantize(matrices, strength, unit):
+def quantize(matrices, strength):
     """{name: Quantized} of a list of Matrix at a strength; equal shapes are rounded at once."""
     groups, out = {}, {}
     for m in matrices:
-        groups.setdefault((m.U is None, m.W.shape), []).append(m)
-    for (nearest, _), members in groups.items():
-        steps = [m.steps(strength, unit) for m in members]
-        step = torch.stack([full_step(*pair) for pair in steps])
+        groups.setdefault(m.W.shape, []).append(m)
+    for members in groups.values():
+        scales = [m.steps(strength) for m in members]
         W = torch.stack([m.W for m in members])
+        U = torch.stack([m.U for m in members])
+        step = torch.stack([full_step(*pair) for pair in scales])
         qmax = torch.stack([2 ** (m.bits - 1) - 1 for m in members])
-        if nearest:
-            limit = qmax.unsqueeze(-1)
-            Q = (W / step).round().clamp(-limit, limit).to(torch.int8)
-        else:
-            Q = gptq(W, step, None, qmax, torch.stack([m.U for m in members]))
-        for m, one, pair in zip(members, Q, steps):
-            out[m.name] = m.quantized(one, *pair)
+        for m, Q, pair in zip(members, gptq(W, step, None, qmax, U), scales):
+            out[m.name] = m.quantized(Q, *pair)
     return out
 
 def prepare_matrices(model, cfg, calibration, run):
@@ -2998,60 +2833,43 @@ def prepare_matrices(model, cfg, calibration, run):
     bits = stored_bits(model, cfg)
     params = {name: model.get_parameter(name) for name in bits}
     by_work = sorted(params, key=lambda n: -params[n].numel() * params[n].shape[1])
-    mine = []
-    for name in by_work[run.rank::run.world_size]:
-        row_bits = torch.full((len(params[name]),), bits[name], device=run.device)
-        if cfg.grid == "rate" and calibration.rows:
-            row_bits.fill_(8)
-        elif name == "embed.weight" and cfg.frequent_rows:
-            count = min(cfg.frequent_rows, cfg.vocab_size)
-            row_bits[calibration.counts.topk(count).indices] = 8
-        mine.append(Matrix(name, params[name], row_bits, cfg, calibration))
-    return mine
-
-def entropy_bytes(Q):
-    """Order-0 entropy of the symbols of Q int8 [bytes]: what a coder without context would need."""
-    counts = torch.bincount(Q.flatten().int() + 128, minlength=256).double()
-    return -float((counts * (counts / counts.sum()).clamp_min(1e-12).log2()).sum()) / 8
+    return [Matrix(name, params[name], bits[name], cfg, calibration)
+            for name in by_work[run.rank::run.world_size]]
 
 # ---- lossless coding
 
-def side_codec(codec):
-    """The codec of everything but integers: itself; for rans brotli; LZMA without Brotli."""
-    codec = "brotli" if codec == "rans" else codec
+def side_codec(cfg):
+    """The codec of bytes: COMPRESSOR, for rans brotli; LZMA without Brotli."""
+    codec = "brotli" if cfg.compressor == "rans" else cfg.compressor
     return "lzma" if codec == "brotli" and importlib.util.find_spec("brotli") is None else codec
 
 def compress(data, codec):
-    """bytes -> bytes by brotli (quality 11, window 24), lzma or zstd (22)."""
+    """bytes -> bytes by brotli (quality 11, window 24), lzma, zstd (22) or none."""
     if codec == "brotli":
         import brotli
         return brotli.compress(data, quality=11, lgwin=24)
     if codec == "zstd":
         import zstandard
         return zstandard.ZstdCompressor(level=22).compress(data)
-    return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    if codec == "lzma":
+        return lzma.compress(data, format=lzma.FORMAT_ALONE, preset=9 | lzma.PRESET_EXTREME)
+    return data
 
 def decompress(data, codec, size):
     """The inverse of `compress`; ArtifactError unless the data makes exactly `size` bytes."""
+    out = data
     try:
         if codec == "brotli":
             import brotli
-            decoder = brotli.Decompressor()
-            out = b""
-            more = data
-            while len(out) <= size and (part := decoder.process(
-                    more, output_buffer_limit=size + 1 - len(out))):
-                out += part
-                more = b""
+            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
         elif codec == "zstd":
             import zstandard
             out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
-        else:
+        elif codec == "lzma":
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
             out = decoder.decompress(data, max_length=size + 1)
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        codec = str(codec)[:20]
-        raise ArtifactError(f"a stream cannot be decompressed ({codec}: {error})") from None
+        raise ArtifactError(f"a stream of {str(codec)[:20]} is damaged ({error})") from None
     if len(out) != size:
         raise ArtifactError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
     return out
@@ -3062,11 +2880,8 @@ def decompress(data, codec, size):
 
 RANS_BITS = 14  # a table's frequencies sum to 2^14
 RANS_LOW = 1 << 16  # states stay in [2^16, 2^32)
+RANS_LANES = 4096  # most states side by side; few for few symbols, as each takes 4 bytes
 RANS_CLASSES = 96  # quarters of an octave of the symbols' root mean square; class 24 is 1
-
-def rans_lanes(count):
-    """States that code `count` symbols side by side: few, so that their 4 bytes do not matter."""
-    return max(1, min(4096, count >> 12))
 
 def symbol_classes(Q):
     """Parts (R,) of rows and (C,) of columns, int8: the class of a symbol of Q (R, C) is a sum."""
@@ -3090,7 +2905,7 @@ def rans_frequencies(counts):
 
 def rans_encode(symbols, classes, freq):
     """Code symbols uint8 (n,) of classes uint8 (n,) by freq (K, 256): the states, then words."""
-    lanes = rans_lanes(len(symbols))
+    lanes = max(1, min(RANS_LANES, len(symbols) >> 12))
     start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel().astype(np.uint64)
     freq = freq.ravel().astype(np.uint64)
     keys = classes.astype(np.int32) << 8 | symbols
@@ -3110,17 +2925,16 @@ def rans_encode(symbols, classes, freq):
 def rans_decode(data, classes, freq):
     """The inverse of `rans_encode`: symbols uint8 (n,).  Raises ArtifactError."""
     count = len(classes)
-    lanes = rans_lanes(count)
-    used = freq.any(1)
-    if (freq.sum(1, dtype=np.int64)[used] != 1 << RANS_BITS).any() or not used[classes].all():
+    lanes = max(1, min(RANS_LANES, count >> 12))
+    total = freq.sum(1, dtype=np.int64)
+    if not np.isin(total, (0, 1 << RANS_BITS)).all() or not total[classes].all():
         raise ArtifactError("its table of frequencies is not one that this script writes")
-    start = np.cumsum(freq, 1, dtype=np.uint32) - freq
-    # the symbol at each slot of each used class
+    start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel()
+    # the symbol at each slot of each class, and where the class of each symbol begins
     symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())
-    slots = (np.cumsum(used) - 1).astype(np.int32)[classes] << RANS_BITS
+    slots = (np.cumsum(total) - total).astype(np.int32)[classes]
     keys = classes.astype(np.int32) << 8
     freq = freq.ravel().astype(np.uint32)
-    start = start.ravel()
     states = np.frombuffer(data, "<u4", lanes).astype(np.uint32)
     words = np.frombuffer(data, "<u2", offset=4 * lanes).astype(np.uint32)
     mask = np.uint32((1 << RANS_BITS) - 1)
@@ -3150,52 +2964,47 @@ def byte_planes(data, width):
 def int8_rows(p):
     """A control tensor (..., C) as a Quantized of 8 bits: CONTROL_BITS."""
     W = p.reshape(-1, p.shape[-1])
-    scale = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
-    Q = (W / scale.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    return Quantized(Q, scale, None, 8)
+    rows = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
+    Q = (W / rows.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+    return Quantized(Q, rows, rows.new_ones(W.shape[1]), 8)
 
 def pack_artifact(model, cfg, quantized):
     """The artifact's bytes."""
     table, integers = [], []
-    raw = {"f16": b"", "f32": b""}
+    raw = {"f16": b"", "f32": b"", "column": b""}
     for name, p in model.named_parameters():
         p = p.detach().float().cpu()
         small = p.numel() <= 64  # decay rates and gains keep every bit
+        coding = "f32" if small else "f16"
         q = quantized.get(name)
         if q is None and cfg.control_bits and not small and route(name).role == "control":
             q = int8_rows(p)
         if q is None:
-            coding, bits = ("f32", 32) if small else ("f16", 16)
             raw[coding] += p.numpy().astype("<f4" if small else "<f2").tobytes()
         else:
-            coding, bits = "rows" if q.columns is None else "grid", q.bits
+            coding = "int8"
             integers.append(q.Q.numpy())
-            raw["f16"] += q.scale.numpy().tobytes()
-            raw["f16"] += b"" if q.columns is None else q.columns.numpy().tobytes()
-        table.append([name, list(p.shape), coding, bits])
-    codec = side_codec(cfg.compressor)
-    coded = []
+            raw["f16"] += q.rows.numpy().tobytes()
+            raw["column"] += q.columns.numpy().tobytes()
+        table.append([name, list(p.shape), coding])
     if cfg.compressor == "rans" and integers:
-        raw["class"], raw["table"], words = rans_pack(integers)
-        coded = [["integers", "rans", sum(Q.size for Q in integers), words]]
+        raw["class"], raw["table"], raw["words"] = rans_pack(integers)
     else:
         raw["integers"] = b"".join(Q.tobytes() for Q in integers)
     pieces = []
     for name, data in raw.items():
-        data = byte_planes(data, PLANES[name]) if name in PLANES else data
-        pieces += [(name, data[i:i + STREAM_BYTES]) for i in range(0, len(data), STREAM_BYTES)]
+        codec = "none" if name == "words" else side_codec(cfg)
+        data = byte_planes(data, ITEMS[name].itemsize) if name in ITEMS else data
+        pieces += [(name, data[i:i + PIECE], codec) for i in range(0, len(data), PIECE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        packed = list(pool.map(lambda piece: compress(piece[1], codec), pieces))
-    streams = [[name, codec, len(data), out] for (name, data), out in zip(pieces, packed)] + coded
-    header = dict(config={name: getattr(cfg, name) for name in MODEL_FIELDS},
-                  compressor=cfg.compressor, tensors=table,
-                  streams=[[*stream[:3], len(stream[3])] for stream in streams])
-    text = json.dumps(header, separators=(",", ":")).encode()
-    head = zlib.compress(text, 9)
-    payload = b"".join(out for *_, out in streams)
+        packed = list(pool.map(lambda piece: compress(*piece[1:]), pieces))
+    streams = [[name, codec, len(x), len(y)] for (name, x, codec), y in zip(pieces, packed)]
+    config = {name: getattr(cfg, name) for name in STORED_FIELDS}
+    header = dict(config=config, tensors=table, streams=streams)
+    head = zlib.compress(json.dumps(header, separators=(",", ":")).encode(), 9)
+    payload = b"".join(packed)
     digest = hashlib.sha256(head + payload).digest()
-    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), len(text), len(payload),
-                              digest) + head + payload
+    return ARTIFACT_HEAD.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(head), digest) + head + payload
 
 def rans_pack(integers):
     """Code a list of Q (R, C) int8: bytes of the classes, the table of frequencies, the words."""
@@ -3222,27 +3031,20 @@ def read_header(blob):
     """Check an artifact's head and checksum: its header (dict) and payload, or ArtifactError."""
     if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
         raise ArtifactError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
-    _, version, packed, unpacked, payload, digest = ARTIFACT_HEAD.unpack_from(blob)
+    _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = blob[ARTIFACT_HEAD.size:]
     if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}: use "
-                            "the script that wrote it")
-    if len(body) != packed + payload:
-        raise ArtifactError(f"{len(body)} bytes follow the head, expected {packed + payload}: "
-                            "truncated")
+        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
     if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("the checksum differs: altered")
+        raise ArtifactError("the checksum differs: truncated or altered")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
-        header = dict(json.loads(text))
+        return dict(json.loads(text)), body[packed:]
     except (zlib.error, ValueError, TypeError, RecursionError) as error:
         raise ArtifactError(f"its header cannot be read ({type(error).__name__})") from None
-    if len(text) != unpacked:
-        raise ArtifactError(f"its header has {len(text)} bytes, the head promises {unpacked}")
-    return header, body[packed:]
 
 def read_streams(header, payload, most):
-    """An artifact's streams {name: bytes}; ArtifactError before more than `most` are allocated."""
+    """An artifact's streams {name: array}; ArtifactError before more than `most` bytes are made."""
     parts = []
     at = 0
     for name, codec, raw, packed in header["streams"]:
@@ -3251,108 +3053,73 @@ def read_streams(header, payload, most):
     if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
             raw for _, _, raw, _ in parts):
         raise ArtifactError(f"its streams do not fill its payload, or claim more than {most} bytes")
-    plain_parts = [part for part in parts if part[1] != "rans"]
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), plain_parts)
-        for (name, *_), data in zip(plain_parts, out):
+        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
+        for (name, *_), data in zip(parts, out):
             streams[name] = streams.get(name, b"") + data
-    for name in streams.keys() & PLANES.keys():
-        streams[name] = byte_planes(streams[name], len(streams[name]) // PLANES[name])
-    for name, codec, _, data in parts:
-        if codec == "rans":
-            freq = np.frombuffer(streams.pop("table"), "<u2").reshape(RANS_CLASSES, 256)
-            classes = read_classes(header["tensors"], streams.pop("class"))
-            streams[name] = (rans_decode(data, classes, freq) ^ 128).tobytes()
+    for name in streams.keys() & ITEMS.keys():
+        count = len(streams[name]) // ITEMS[name].itemsize
+        streams[name] = np.frombuffer(byte_planes(streams[name], count), ITEMS[name])
+    if "words" in streams:
+        freq = streams.pop("table").reshape(RANS_CLASSES, 256)
+        shapes = [(math.prod(shape[:-1]), shape[-1])
+                  for _, shape, coding in header["tensors"] if coding == "int8"]
+        sides = np.split(streams.pop("class"), np.cumsum(shapes))  # of rows, columns, rows, ...
+        classes = np.concatenate([class_map(*pair) for pair in zip(sides[::2], sides[1::2])])
+        symbols = rans_decode(streams.pop("words"), classes, freq)
+        streams["integers"] = (symbols ^ 128).view(np.int8)
     return streams
 
-def read_classes(tensors, data):
-    """The class of each integer, uint8 (n,), from stream "class"."""
-    data = np.frombuffer(data, np.int8)
-    maps = []
-    at = 0
-    for _, shape, coding, _ in tensors:
-        if coding in ("rows", "grid"):
-            rows, columns = matrix_shape(shape)
-            part = data[at:at + rows + columns]
-            at += rows + columns
-            maps.append(class_map(part[:rows], part[rows:]))
-    return np.concatenate(maps)
-
-def matrix_shape(shape):
-    """(rows, columns) of a stored tensor: a vector is one row."""
-    return math.prod(shape[:-1]), shape[-1]
-
-def load_artifact(path, ops=None, device="cpu", base=None):
+def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
 
-    path: file name, or the file's bytes.   ops: None for REFERENCE, Ops, or a function that picks
-    them for the model's Config.   base: Config of what the file does not fix (evaluation).
-    Raises ArtifactError naming the fault.
+    path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
+    base: Config of what the file does not fix (evaluation).   Raises ArtifactError.
     """
     blob = path if isinstance(path, bytes) else read_artifact(path)
+    base = base or Config()
     try:
         header, payload = read_header(memoryview(blob))
-        cfg = stored_config(header, base or Config())
+        stored = {name: header["config"][name] for name in STORED_FIELDS}
+        for name, value in stored.items():
+            if type(value) is not type(getattr(base, name)):
+                raise ArtifactError(f"its setting {name} is {value!r}")
+        cfg = replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0)
         with torch.device("meta"):
             model = LM(cfg)
         count = sum(p.numel() for p in model.parameters())
-        listed = [(name, tuple(shape)) for name, shape, _, _ in header["tensors"]]
+        listed = [(name, tuple(shape)) for name, shape, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
             raise ArtifactError("its tensors are not those of the model that it describes")
         if count > 64 * len(blob) + 1_000_000:  # an eighth of a bit a weight: nothing honest
             raise ArtifactError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
-    except GolfError as error:
-        raise ArtifactError(f"the artifact: {error}") from None
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
-            StopIteration) as error:
-        raise ArtifactError(f"the artifact's header is malformed ({type(error).__name__}: "
+    except Exception as error:  # a forged header makes numpy and torch raise a dozen kinds
+        raise ArtifactError(f"the artifact is damaged ({type(error).__name__}: "
                             f"{' '.join(str(error).split())[:200]})") from None
-    picked = ops(cfg) if callable(ops) else ops or REFERENCE
+    ops = ops(cfg)
     with torch.device("meta"):
-        model = LM(cfg, picked)
-    model = model.to_empty(device=device)
+        model = LM(cfg, ops).to_empty(device=device)
     copy_all(list(model.parameters()), weights)
     return model
 
-def stored_config(header, base):
-    """The Config of an artifact: its own model settings, the rest from `base`; ArtifactError."""
-    stored = header["config"]
-    if not isinstance(stored, dict) or set(stored) != set(MODEL_FIELDS):
-        raise ArtifactError("its model settings are not those that this script knows")
-    for key, value in stored.items():
-        kind = type(getattr(base, key))
-        if type(value) is not kind:
-            raise ArtifactError(f"its setting {key} is not of type {kind.__name__}")
-    bits = [bits for name, _, _, bits in header["tensors"] if route(name).clip[:6] == "matrix"]
-    return replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0,
-                   compressor=header["compressor"], matrix_bits=max(bits or [8], key=bits.count))
-
 def unpack_tensors(table, streams):
     """The float32 weights of the header's table of tensors; ArtifactError if streams do not fit."""
-    cursor = dict.fromkeys(streams, 0)
-
-    def take(name, dtype, n):
-        first = cursor[name]
-        cursor[name] += n * np.dtype(dtype).itemsize
-        return torch.from_numpy(np.frombuffer(streams[name], dtype, n, first).copy())
+    def take(name, n):
+        taken, streams[name] = np.split(streams[name], [n])
+        return torch.from_numpy(taken.copy())
 
     weights = []
-    for _, shape, coding, _ in table:
-        rows, columns = matrix_shape(shape)
-        if coding in ("rows", "grid"):
-            Q = take("integers", np.int8, rows * columns).view(rows, columns)
-            scale = take("f16", "<f2", rows)
-            more = take("f16", "<f2", columns) if coding == "grid" else None
-            weights.append(Quantized(Q, scale, more, 8).weight().view(shape))
-        elif coding in ("f16", "f32"):
-            dtype = "<f2" if coding == "f16" else "<f4"
-            weights.append(take(coding, dtype, rows * columns).float().view(shape))
+    for _, shape, coding in table:
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        if coding == "int8":
+            Q = take("integers", rows * columns).view(rows, columns)
+            weights.append((Q * full_step(take("f16", rows), take("column", columns))).view(shape))
         else:
-            raise ArtifactError(f"knows no coding {str(coding)[:20]!r}")
-    if any(cursor[name] != len(data) for name, data in streams.items()):
+            weights.append(take(coding, rows * columns).float().view(shape))
+    if any(map(len, streams.values())):
         raise ArtifactError("its streams hold more than its tensors")
     return weights
 
@@ -3363,53 +3130,49 @@ COARSEST_STEP = 64 / 31
 FILL_SLACK = 16_000  # bytes under the cap that end the search
 FILL_ROUNDS = 7
 
-def expected_step(model, cfg):
-    """step / std at which Gaussian weights would have the entropy that the cap leaves them."""
+def strengths(model, cfg):
+    """The finest strength, the one at which Gaussian weights would fill the cap, the coarsest."""
     weights = sum(p.numel() for name, p in model.named_parameters() if route(name).bits)
     bits = 8 * (cfg.cap_bytes - len(code_bytes())) / max(1, weights)
-    return math.sqrt(2 * math.pi * math.e) * 2 ** min(0.0, -bits)
-
-def expected_clip(model, cfg):
-    """The clip of matrices: MATRIX_CLIP_SIGMAS, or the one that the search should end at."""
-    step = min(max(expected_step(model, cfg), FINEST_STEP), COARSEST_STEP)
-    return cfg.matrix_clip_sigmas or 31 * step
+    step = math.sqrt(2 * math.pi * math.e) * 2 ** min(0.0, -bits)  # over std; has that entropy
+    if cfg.grid == "rate":
+        low, high = FINEST_STEP / 16, 2 * COARSEST_STEP
+    elif cfg.matrix_clip_sigmas:
+        low = high = cfg.matrix_clip_sigmas
+    else:
+        step *= 31
+        low, high = 31 * FINEST_STEP, 31 * COARSEST_STEP
+    return low, min(max(step, low), high), high
 
 def fill_cap(model, cfg, calibration, run):
     """Find the finest steps whose total fits CAP_BYTES: (strength, {name: Quantized}, artifact).
 
-    The size falls almost linearly with the logarithm of the strength: each round follows the line
-    of the last two.  A model that does not fit comes at its smallest.  The artifact is rank 0's.
+    The size falls almost linearly with the logarithm of the strength: a round follows the line of
+    the last two.  A model that does not fit comes at its smallest.  The artifact is rank 0's.
     """
-    began = time.perf_counter()
+    if cfg.grid == "rate":
+        cfg = replace(cfg, matrix_bits=8) if calibration.rows else replace(cfg, grid="sdclip")
     matrices = prepare_matrices(model, cfg, calibration, run)
     sums = run.gather((sum(m.log_step for m in matrices), sum(m.W.numel() for m in matrices)))
     weights = sum(count for _, count in sums)
+    # With GRID=rate the strength is the geometric mean of step / std(row) over the model.
     unit = math.exp(sum(log_step for log_step, _ in sums) / max(1, weights))
     most = cfg.cap_bytes - len(code_bytes())
-    rate = cfg.grid == "rate" and bool(calibration.rows)
-    low, high = FINEST_STEP / 16, 2 * COARSEST_STEP
-    strength = min(max(expected_step(model, cfg), low), high)
-    if not rate:
-        low, high = 31 * FINEST_STEP, 31 * COARSEST_STEP
-        strength = expected_clip(model, cfg)
-    tokens = 1 if calibration.counts is None else float(calibration.counts.sum())
+    low, strength, high = strengths(model, cfg)
     slope = -weights / 8  # bytes for an octave of strength
     sizes = {}
     best = None
-    floats = None
     for _ in range(FILL_ROUNDS):
-        mine = quantize(matrices, strength, unit)
+        mine = quantize(matrices, strength / unit)
         quantized = {name: q for part in run.gather(mine) for name, q in part.items()}
-        if floats is None:
+        if not sizes:
             error = {name: q.rel_error / q.Q.numel() for name, q in quantized.items()}
-            floats = set(sorted(error, key=error.get, reverse=True)[:cfg.float_matrices])
-        quantized = {name: q for name, q in quantized.items() if name not in floats}
+            floats = sorted(error, key=error.get, reverse=True)[:cfg.float_matrices]
+        for name in floats:
+            del quantized[name]
         blob = pack_artifact(model, cfg, quantized) if run.rank == 0 else None
         size = run.broadcast(len(blob) if blob else 0)
-        nats = sum(q.nats for q in quantized.values()) / tokens
-        run.log("fill_cap", grid="rate" if rate else "sdclip", strength=strength, model_bytes=size,
-                most_bytes=most, expected_nats=f"{nats:.5f}",
-                search_time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+        run.log("fill_cap", grid=cfg.grid, strength=strength, model_bytes=size, most_bytes=most)
         merit = (size <= most, -strength if size <= most else -size)
         if best is None or merit > best[0]:
             best = merit, strength, quantized, blob
@@ -3420,39 +3183,27 @@ def fill_cap(model, cfg, calibration, run):
         filled = size <= most and (most - size <= FILL_SLACK or strength <= low)
         octaves = (most - FILL_SLACK / 2 - size) / slope
         strength = min(max(strength * 2 ** min(max(octaves, -8.0), 8.0), low), high)
-        if filled or strength in sizes or cfg.matrix_clip_sigmas and not rate:
+        if filled or strength in sizes:
             break
-    if not best[0][0]:
-        run.log("over_cap", over_bytes=min(sizes.values()) - most, cap_bytes=cfg.cap_bytes)
     return best[1:]
 
 def export(model, cfg, calibration, run):
     """Quantize and pack the model, log what became of it; the artifact's bytes, on every rank."""
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
-    total = 0.0
     for name, q in quantized.items():
-        entropy = entropy_bytes(q.Q)
-        total += entropy
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
-                strength=f"{strength:.3f}", rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}",
-                nats=f"{q.nats:.3e}", bits_per_weight=f"{8 * entropy / q.Q.numel():.3f}")
+                rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}")
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
-            order0_bits_per_weight=f"{8 * total / stored:.4f}",
-            side_codec=side_codec(cfg.compressor),  # LZMA if Brotli is not installed
-            no_hessian=sum(q.damp == 0 for q in quantized.values()),
+            strength=strength, side_codec=side_codec(cfg),  # LZMA if Brotli is not installed
             fell_back=sum(math.isinf(q.damp) for q in quantized.values()))
     return blob
 
-def save_artifact(path, model, cfg, calibration=UNCALIBRATED, run=None):
-    """Export the model to a file, whole or not at all; returns the bytes written.
-
-    run: all its ranks must call, rank 0 writes.   Raises OSError if the file cannot be written.
-    """
-    run = run or Run(device=next(model.parameters()).device)
-    blob = export(model, cfg, calibration, run)
-    run.from_rank_0(lambda: write_whole(path, lambda f: f.write(blob)))
+def save_artifact(path, model, cfg, calibration=UNCALIBRATED):
+    """Export the model to a file, whole or not at all; returns the bytes written."""
+    blob = export(model, cfg, calibration, Run(device=next(model.parameters()).device))
+    write_whole(path, lambda f: f.write(blob))
     return len(blob)
 
 # --------------------------------------------------------------------------------------------------
@@ -4075,9 +3826,8 @@ def start_log(cfg, run):
 
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks: (train_s, artifact)."""
+    cfg = settle_batch(cfg, run)
     saved = run.from_rank_0(lambda: find_checkpoint(cfg, run, data)) if cfg.resume else None
-    before = int(saved[1]["config"]["train_batch_tokens"]) if saved else 0
-    cfg = settle_batch(cfg, run, before)
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
     if cfg.compressor == "zstd" and importlib.util.find_spec("zstandard") is None:
@@ -4156,7 +3906,7 @@ def evaluate_artifact(blob, data, cfg, run):
     reload_s = time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms")
     if cfg.artifact:
-        own = {name: plain(getattr(model.cfg, name)) for name in MODEL_FIELDS}
+        own = {name: plain(getattr(model.cfg, name)) for name in STORED_FIELDS}
         run.log("artifact_config", **own)
     cfg = model.cfg
     methods = [m for m in FINAL_EVENTS if m == cfg.final_score or cfg.eval_diagnostics]

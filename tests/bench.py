@@ -141,7 +141,7 @@ class Subject:
         self.model = t.init_weights(model, cfg.seed).to(run.device)
         self.micro_rows = t.micro_batch_rows(cfg, run, self.model.ops)
         self.optimizer = t.training_optimizer(self.model, cfg, run)
-        self.average = t.Average(self.model, cfg)
+        self.mean = self.optimizer.weights.clone()
         shape = cfg.train_batch_tokens // cfg.train_seq_len, cfg.train_seq_len + 1
         self.batch = torch.randint(cfg.vocab_size, shape, dtype=torch.int32, device=run.device)
 
@@ -153,7 +153,7 @@ class Subject:
     def update(self):
         """Apply the gradients, take the weights into the average."""
         self.optimizer.step(1.0)
-        self.average.update(1, 1.0)
+        self.mean.lerp_(self.optimizer.weights, 0.003)
 
 
 def step_times(subject, steps):

@@ -63,6 +63,11 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def weight_of(q):
+    """The float32 matrix that a Quantized stands for."""
+    return q.Q * t.full_step(q.rows, q.columns)
+
+
 class TextShard(SimpleNamespace):
     """A shard in memory: path (a Path, only its name counts) and text np.uint16 (n,)."""
 

@@ -255,7 +255,7 @@ def test_checkpoint_of_another_run_is_not_taken_for_ones_own(run):
 @pytest.mark.parametrize("changes, parts", [
     (dict(matrix_lr=0.5, mlp_act="leaky_relu2"),
      ["MATRIX_LR was 0.025, is 0.5", "MLP_ACT was relu2, is leaky_relu2"]),
-    (dict(matrix_bits=5), ["MATRIX_BITS was 6, is 5"]), (dict(seed=1), ["SEED was 1337, is 1"]),
+    (dict(seed=1), ["SEED was 1337, is 1"]),
     (dict(train_batch_tokens=1024), ["TRAIN_BATCH_TOKENS was 512, is 1024"])])
 def test_other_configuration_is_refused_with_what_differs(tmp_path, changes, parts):
     halted(job_config(tmp_path), 2)
@@ -266,14 +266,14 @@ def test_other_configuration_is_refused_with_what_differs(tmp_path, changes, par
 
 def test_settings_that_change_no_weight_may_differ(tmp_path):
     halted(job_config(tmp_path), 2)
-    assert find(job_config(tmp_path, eval_spans=7, train_log_every=3, train_batch_tokens=0))
+    assert find(job_config(tmp_path, eval_spans=7, train_log_every=3, matrix_bits=5))
 
 
 def test_other_data_is_refused(tmp_path):
     cfg = job_config(tmp_path)
     halted(cfg, 2)
     data = fixed_data(cfg)
-    with pytest.raises(t.SettingError, match="training shards of DATA_PATH have other names"):
+    with pytest.raises(t.SettingError, match="DATA_PATH was 2 shards of 4200 tokens, is 1 shards"):
         t.find_checkpoint(cfg, t.Run(), data._replace(train=data.train[:1]))
 
 
@@ -297,8 +297,8 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, caps
 
 
 @pytest.mark.parametrize("change", [
-    dict(step="1"), dict(loader=3), dict(config=3), dict(averaged=None), dict(trained=True),
-    dict(elapsed_s="0"), dict(shards=None)], ids=str)
+    dict(step="1"), dict(row=[3]), dict(epoch=-1), dict(config=3), dict(averaged=None),
+    dict(trained=1), dict(elapsed_s="0")], ids=str)
 def test_facts_of_other_types_are_refused(tmp_path, change):
     cfg = job_config(tmp_path)
     halted(cfg, 2)
@@ -393,16 +393,6 @@ def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capsys):
     run.log_path = tmp_path / "gone" / "log.txt"
     run.log("step", a=1)
     assert capsys.readouterr().out == "step a:1\n"
-
-
-def test_weights_that_are_not_finite_are_never_written(tmp_path):
-    cfg = job_config(tmp_path)
-    model = t.LM(cfg)
-    job = t.Training(model, fixed_data(cfg), cfg, t.Run(), None)
-    with torch.no_grad():
-        model.embed.weight[3, 3] = float("nan")
-    assert "could not be written" in job.save()
-    assert files_in(tmp_path) == []
 
 
 def test_shard_that_vanishes_under_way_leaves_a_checkpoint(tmp_path, monkeypatch):

@@ -315,7 +315,7 @@ def test_value_with_any_white_space_keeps_the_grammar(run):
 
 def test_batch_that_the_ranks_cannot_share_names_the_nearest():
     cfg = t.Config.from_env(TINY)
-    with pytest.raises(t.SettingError, match=r"TRAIN_BATCH_TOKENS=512: .* set .*TOKENS=576"):
+    with pytest.raises(t.SettingError, match=r"TRAIN_BATCH_TOKENS=512: .* set it to 576"):
         t.micro_batch_rows(cfg, t.Run(0, 3))
 
 

@@ -14,21 +14,22 @@ FIELDS = {f.name.upper(): f for f in fields(t.Config)}
 
 # Values that are refused by themselves.
 REFUSED = """SEED=-1 CHECKPOINT_EVERY_SECONDS=-1 MAX_BAD_STEPS=-1 DEVICE=mps VOCAB_SIZE=1
-VOCAB_SIZE=65537 HOLDOUT_TOKENS=-1 MODEL_DIM=0 MODEL_DIM=-8 MODEL_DIM=500 NUM_HEADS=0 NUM_KV_HEADS=0
-SWA_WINDOW=0 ROPE_BASE=1 GDN_HEADS=0 GDN_HEAD_DIM=100 KV_SHARE=0 MLP_MULT=0.2 MLP_ACT=gelu
-XSA_LAYERS=-1 NGRAM_BUCKETS=-1 NGRAM_BUCKETS=16777217 NGRAM_DIM=0 NGRAM_ORDER=1 NGRAM_ORDER=4
-BOS_ID=-2 LOGIT_SOFTCAP=0 TIED_EMBED_INIT_STD=-1 TRAIN_SEQ_LEN=0 TRAIN_SEQ_LEN=1000
-TRAIN_BATCH_TOKENS=-64 MICRO_BATCH_TOKENS=-1 ITERATIONS=-1 MAX_WALLCLOCK_SECONDS=-1 WARMUP_STEPS=-1
-WARMDOWN_FRAC=1.5 WARMDOWN_FRAC=-0.1 MIN_LR=2 MATRIX_LR=-1 TIED_EMBED_LR=-1 SCALAR_LR=-1
-MUON_MOMENTUM=1 MUON_MOMENTUM_WARMUP_START=1 MUON_MOMENTUM_WARMUP_STEPS=-1 MUON_WEIGHT_DECAY=-1
-ADAM_WEIGHT_DECAY=-1 BETA1=1 BETA2=1 GRAD_CLIP_NORM=-1 EMA_DECAY=1 AVERAGE_EVERY=-1 QAT_FRAC=2
-VAL_LOSS_EVERY=-1 TRAIN_LOG_EVERY=0 KERNEL=triton COMPILE=yes GRID=log MATRIX_BITS=1 MATRIX_BITS=9
-MLP_BITS=1 EMBED_BITS=9 SANDWICH_BITS=1 SANDWICH_BITS=9 FREQUENT_ROWS=-1 FLOAT_MATRICES=-1
-CONTROL_BITS=6 MATRIX_CLIP_SIGMAS=0.5 EMBED_CLIP_SIGMAS=0 GPTQ_CALIBRATION_BATCHES=0
-GPTQ_RESERVE_SECONDS=-1 GPTQ_TOKEN_POWER=1.5 COMPRESSOR=gzip CAP_BYTES=0 FINAL_SCORE=best
-EVAL_STRIDE=0 EVAL_SPANS=0 EVAL_WARMUP_TOKENS=-1 EVAL_BATCH_TOKENS=0 EVAL_BUDGET_SECONDS=0
-TTT_SCORING=roundtrip TTT_OPTIMIZER=adam TTT_LR=-1 TTT_SCHEDULE=linear TTT_MOMENTUM=1 TTT_EPOCHS=-1
-TTT_CHUNK_TOKENS=0 TTT_PHASE_CHUNKS=0 TTT_FREEZE_BLOCKS=-1 TTT_GRAD_CLIP=-1 TTT_EMA=1 TTT_TILT=-0.1
+VOCAB_SIZE=65537 HOLDOUT_TOKENS=-1 MODEL_DIM=0 MODEL_DIM=-8 MODEL_DIM=500 MODEL_DIM=65544
+NUM_HEADS=0 NUM_KV_HEADS=0 SWA_WINDOW=0 ROPE_BASE=1 GDN_HEADS=0 GDN_HEADS=1025 GDN_HEAD_DIM=100
+KV_SHARE=0 MLP_MULT=0.2 MLP_MULT=65 MLP_ACT=gelu XSA_LAYERS=-1 NGRAM_BUCKETS=-1
+NGRAM_BUCKETS=16777217 NGRAM_DIM=0 NGRAM_ORDER=1 NGRAM_ORDER=4 BOS_ID=-2 LOGIT_SOFTCAP=0
+TIED_EMBED_INIT_STD=-1 TRAIN_SEQ_LEN=0 TRAIN_SEQ_LEN=1000 TRAIN_BATCH_TOKENS=-64
+MICRO_BATCH_TOKENS=-1 ITERATIONS=-1 MAX_WALLCLOCK_SECONDS=-1 WARMUP_STEPS=-1 WARMDOWN_FRAC=1.5
+WARMDOWN_FRAC=-0.1 MIN_LR=2 MATRIX_LR=-1 TIED_EMBED_LR=-1 SCALAR_LR=-1 MUON_MOMENTUM=1
+MUON_MOMENTUM_WARMUP_START=1 MUON_MOMENTUM_WARMUP_STEPS=-1 MUON_WEIGHT_DECAY=-1 ADAM_WEIGHT_DECAY=-1
+BETA1=1 BETA2=1 GRAD_CLIP_NORM=-1 EMA_DECAY=1 AVERAGE_EVERY=-1 QAT_FRAC=2 VAL_LOSS_EVERY=-1
+TRAIN_LOG_EVERY=0 KERNEL=triton COMPILE=yes GRID=log MATRIX_BITS=1 MATRIX_BITS=9 MLP_BITS=1
+EMBED_BITS=9 SANDWICH_BITS=1 SANDWICH_BITS=9 FREQUENT_ROWS=-1 FLOAT_MATRICES=-1 CONTROL_BITS=6
+MATRIX_CLIP_SIGMAS=0.5 EMBED_CLIP_SIGMAS=0 GPTQ_CALIBRATION_BATCHES=0 GPTQ_RESERVE_SECONDS=-1
+GPTQ_TOKEN_POWER=1.5 COMPRESSOR=gzip CAP_BYTES=0 FINAL_SCORE=best EVAL_STRIDE=0 EVAL_SPANS=0
+EVAL_WARMUP_TOKENS=-1 EVAL_BATCH_TOKENS=0 EVAL_BUDGET_SECONDS=0 TTT_SCORING=roundtrip
+TTT_OPTIMIZER=adam TTT_LR=-1 TTT_SCHEDULE=linear TTT_MOMENTUM=1 TTT_EPOCHS=-1 TTT_CHUNK_TOKENS=0
+TTT_PHASE_CHUNKS=0 TTT_FREEZE_BLOCKS=-1 TTT_GRAD_CLIP=-1 TTT_EMA=1 TTT_TILT=-0.1
 TTT_HASH_BUCKETS=16777217 TTT_HASH_LR=-1 RUN_ID=.hidden RUN_ID=../up RUN_ID=/root RUN_ID=a/../b
 RUN_ID=a//b RUN_ID=a/ RUN_ID=-x RUN_ID=a\\b"""
 BAD_VALUES = [pair.split("=") for pair in REFUSED.split()] + [["RUN_ID", 201 * "a"]]
@@ -98,10 +99,6 @@ def test_boolean_setting_is_0_or_1_alone(name):
         assert getattr(cfg, name.lower()) is (text == "1")
 
 
-def test_text_that_is_not_utf8_is_refused():
-    assert fault(OUT_DIR="a\udcff") == "OUT_DIR='a\\udcff': must be UTF-8"
-
-
 def test_values_of_all_types_arrive():
     cfg = t.Config.from_env(dict(SEED="7", MATRIX_LR="2e-3", SMEAR="0", OUT_DIR="here"))
     assert (cfg.seed, cfg.matrix_lr, cfg.smear, cfg.out_dir) == (7, 0.002, False, "here")
@@ -109,16 +106,13 @@ def test_values_of_all_types_arrive():
 
 @pytest.mark.parametrize("text, other", [
     ("TRAIN_BATCH_TOKENS=3000", "TRAIN_SEQ_LEN=2048"),
-    ("MICRO_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN=2048"),
     ("EVAL_BATCH_TOKENS=1024", "TRAIN_SEQ_LEN=2048"), ("EVAL_STRIDE=2049", "TRAIN_SEQ_LEN=2048"),
     ("NUM_HEADS=6 NUM_KV_HEADS=3", "MODEL_DIM=512"), ("NUM_HEADS=8 MODEL_DIM=8", "MODEL_DIM=8"),
     ("NUM_KV_HEADS=3", "NUM_HEADS=8"), ("NUM_KV_HEADS=16", "NUM_HEADS=8"),
     ("GPTQ_RESERVE_SECONDS=9 MAX_WALLCLOCK_SECONDS=9", "MAX_WALLCLOCK_SECONDS=9"),
     ("MAX_WALLCLOCK_SECONDS=600 DETERMINISTIC=1", "DETERMINISTIC=1"), ("RESUME=auto", "RUN_ID"),
     ("RESUME=x ARTIFACT=a", "ARTIFACT"), ("QAT_FRAC=0.1", "GRID=sdclip"),
-    ("FREQUENT_ROWS=9 GPTQ_ENABLED=0", "GPTQ_ENABLED=1"), ("AVERAGE_EVERY=2 MIN_LR=1", "MIN_LR"),
-    ("AVERAGE_EVERY=2 WARMDOWN_FRAC=0", "WARMDOWN_FRAC"), ("BOS_ID=1024", "VOCAB_SIZE=1024"),
-    ("MODEL_DIM=2000000", "1048576"), ("MODEL_DIM=512 MLP_MULT=1e6", "MLP_MULT"),
+    ("FREQUENT_ROWS=9 GPTQ_ENABLED=0", "GPTQ_ENABLED=1"),
     ("EVAL_ONLY=1", "ARTIFACT")])
 def test_contradicting_settings_are_refused(text, other):
     message = fault(**dict(pair.split("=") for pair in text.split()))
@@ -138,9 +132,9 @@ def test_eval_only_is_accepted_beside_an_artifact():
 
 @pytest.mark.parametrize("stack, part", [
     ("", "layer"), (" , ", "layer"), ("mamba", "'mamba'"), ("gdn*0", "'gdn*0'"),
-    ("gdn*-1", "'gdn*-1'"), ("gdn*257", "256 layers"), ("gdn:", "'gdn:'"),
+    ("gdn*-1", "'gdn*-1'"), ("gdn*257", "257 layers"), ("gdn:", "'gdn:'"),
     ("gdn*2:a", "'gdn*2:a'"), ("gdn:::a", "'gdn:::a'"), ("(gdn", "'(gdn'"), ("gdn)*2", "'gdn)*2'"),
-    ("()", "layer"), ("(gdn)*0", "'*0'"), ("(gdn*16)*17", "256 layers"),
+    ("()", "layer"), ("(gdn)*0", "'*0'"), ("(gdn*16)*17", "272 layers"),
     ("swa:a gdn:a", "tag 'a' names both swa and gdn"), ("swa::a attn:a", "tag 'a' names both"),
     ("((gdn*999)*999)*999", "256 layers"), ("gdn*999 " * 10_000, "256 layers"),
 ], ids=lambda text: text[:20])
@@ -249,7 +243,7 @@ def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, ke
     assert {name: getattr(cfg, name) for name in kept} == kept
 
 
-@pytest.mark.parametrize("preset", [*t.PRESETS, *(f"{name},sample" for name in t.WITH_SAMPLE)])
+@pytest.mark.parametrize("preset", [*t.PRESETS, *t.WITH_SAMPLE])
 def test_preset_builds_a_model(preset):
     cfg = t.Config.from_env({"PRESET": preset})
     with torch.device("meta"):
@@ -277,7 +271,7 @@ def test_help_lists_every_setting_with_default_and_meaning():
 def test_help_shows_a_preset_as_the_environment_takes_it(preset):
     [line] = re.findall(rf"^PRESET={preset}: (.*)", t.help_text(), re.MULTILINE)
     pairs = dict(word.split("=") for word in re.split(r" (?=[A-Z][A-Z0-9_]*=)", line))
-    shown = t.PRESETS.get(preset) or t.WITH_SAMPLE[preset.split(",")[0]]
+    shown = (t.PRESETS | t.WITH_SAMPLE)[preset]
     cfg = t.Config.from_env(pairs)
     assert {name: getattr(cfg, name) for name in shown} == shown
 

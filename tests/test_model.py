@@ -1,5 +1,5 @@
 """The model's plain operations against formulas written out here in float64, and LM against itself:
-later tokens changed, state carried, weights shared, initial values by the table of init_weights.
+later tokens changed, state carried, weights shared, initial values by their distributions.
 """
 
 import math

@@ -69,7 +69,7 @@ def main(argv=None):
         on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
         # The plain operations: one token at a time is no work for the fast ones.
         device = "cuda" if on_gpu else "cpu"
-        model = t.load_artifact(args.artifact, t.REFERENCE, device, cfg)
+        model = t.load_artifact(args.artifact, device=device, base=cfg)
         # The artifact knows its vocabulary, the environment its tokenizer.
         sp = t.open_tokenizer(model.cfg)
         for piece in continuation(model, sp, args.text, args.tokens, args.temperature, args.seed):
