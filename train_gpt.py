@@ -1647,8 +1647,8 @@ class Scorer:
 
         Leaks: with other tokens from some random place on (another in each row, half of them where
         a chunk of the kernels begins), no score before that place may change.   Normalization: at
-        random positions a score must be that of the softmax over the whole vocabulary, made
-        without the targets: on average, and up to rounding everywhere.
+        random positions of the first two segments a score must be that of the softmax over the
+        whole vocabulary, made without the targets: on average, and up to rounding everywhere.
         """
         B, L = ids.shape
         vocab = self.cfg.vocab_size
@@ -1664,7 +1664,7 @@ class Scorer:
             leaks.append((nats - other).abs().masked_fill(later, 0.0).max().double())
             self.probes += B
         state = self.state
-        for i in range(0, L, T):
+        for i in range(0, min(L, 2 * T), T):
             part = ids[:, i:i + T].contiguous()
             x, state = self.model.features(part, state)
             at = torch.randint(part.numel(), (PROBE_POSITIONS,), generator=rng).to(ids.device)
