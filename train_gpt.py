@@ -1616,7 +1616,7 @@ def segment_length(longest, rows, cfg):
     return -(-longest // parts // GDN_CHUNK) * GDN_CHUNK
 
 PROBE_PLACES = 8  # least places in the text that a causality probe tries
-PROBE_POSITIONS = 1024  # of a segment that a normalization probe compares
+PROBE_POSITIONS = 4096  # of a segment that a normalization probe compares
 PROBE_ROUNDING = 0.5  # nats; more than one bfloat16 logit can be off
 
 class Scorer:

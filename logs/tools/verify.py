@@ -322,7 +322,9 @@ def check_scores(log, t, model, tokens, num_bytes, args, table):
         began = time.perf_counter()
         with torch.inference_mode(method != "ttt"):
             if method == "ttt":
-                nats = ttt_nats(t, model, tokens, text, limit, segment)
+                # one row alone: long segments, again no multiple of a chunk
+                most = LOGITS // cfg.vocab_size - (model.ops.dtype is None)
+                nats = ttt_nats(t, model, tokens, text, limit, most)
             else:
                 nats, _ = stream_nats(model, text[: limit + 1], *ways[method])
         claim = f"{method}: val_loss of {len(nats):,} targets, {time.perf_counter() - began:.0f} s"
