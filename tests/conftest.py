@@ -125,16 +125,22 @@ TINY = EVALUATION | dict(
     MAX_WALLCLOCK_SECONDS="0", GPTQ_CALIBRATION_BATCHES="2")
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The environment of a run of three steps on the first tokens of the sample's shards."""
-    folder = tmp_path_factory.mktemp("shards")
+def write_tiny_shards(folder):
+    """The first tokens of the sample's shards, in a new folder."""
+    folder.mkdir()
     for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
         raw = (SAMPLE / f"fineweb_{split}_000000.bin").read_bytes()
         header = np.frombuffer(raw[:1024], "<i4").copy()
         header[2] = count
         shard = header.tobytes() + raw[1024:1024 + 2 * count]
         (folder / f"fineweb_{split}_000000.bin").write_bytes(shard)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The environment of a run of three steps on the first tokens of the sample's shards."""
+    folder = tmp_path_factory.mktemp("tiny") / "shards"
+    write_tiny_shards(folder)
     return TINY | dict(DATA_PATH=str(folder))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from pathlib import Path
 
 import pytest
 from test_report import BPBS, CODE, MODEL_BYTES, SEEDS, TOTAL, TYPED, log_text, report
@@ -29,7 +30,8 @@ def make_folder(folder, code=CODE):
 
 
 def kinds(folder):
-    return {kind for kind, _ in check.review(folder)[0]}
+    """Kinds of the faults, without those that verify.py finds too."""
+    return {kind for kind, _ in check.review(folder)[0]} - {"verify"}
 
 
 @pytest.fixture(name="folder")
@@ -115,6 +117,42 @@ def test_broken_folder(expected, change, folder, monkeypatch):
     change(folder)
     found = kinds(folder)
     assert expected.split()[0] in found and found <= set(expected.split())
+
+
+RESTARTED = r"\1\nrun preset:record seed:42 world_size:8 code_sha256:ab12"
+
+
+def test_run_that_was_started_again_behind_a_score(folder, monkeypatch):
+    monkeypatch.setattr(check, "check_import", lambda *_: None)
+    edit(LOG, r"^(final_int6_roundtrip .*)", RESTARTED)(folder)
+    assert "rerun" in kinds(folder)
+
+
+def test_each_log_is_audited_by_verify(folder, monkeypatch):
+    monkeypatch.setattr(check, "check_import", lambda *_: None)
+    edit(LOG, "loop_end_s:592.0", "loop_end_s:400.0")(folder)
+    faults, notes = check.review(folder)
+    assert [text for kind, text in faults if kind == "verify"][0].startswith(
+        "train_seed42.log: last step, loop, Hessians, training, limit: ")
+    part = "log and script only: no artifact, or no text"
+    assert f"train_seed42.log: verified on cpu: {part}" in notes
+
+
+@pytest.mark.parametrize("gpu, part", [(True, "all targets"), (False, "the first 500 targets")])
+def test_artifacts_are_verified_whole_on_a_gpu_in_part_on_a_cpu(folder, monkeypatch, gpu, part):
+    asked = []
+    monkeypatch.setattr(check, "check_import", lambda *_: None)
+    monkeypatch.setattr(check.torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(check.verify, "verify", lambda log, args: asked.append(args) or [
+        ("ttt: val_bpb", "1.0, log 0.9", "DIFFERS")] * (log.seed == 42))
+    (folder / "seed42.artifact").write_bytes(b"GDN1")
+    faults, notes = check.review(folder, data=folder, tokenizer=folder / "README.md", sample=500)
+    assert ("verify", "train_seed42.log: ttt: val_bpb: 1.0, log 0.9") in faults
+    assert f"train_seed42.log: verified on {'cuda' if gpu else 'cpu'}: {part}" in notes
+    given = {Path(args.log).name: args for args in asked}
+    assert given["train_seed42.log"].artifact.endswith("seed42.artifact")
+    assert given["train_seed42.log"].sample == (0 if gpu else 500)
+    assert given["train_seed7.log"].artifact is None
 
 
 def test_a_record_on_another_machine(folder, monkeypatch):

@@ -234,6 +234,21 @@ def test_resume_by_a_path_goes_on_with_the_run_of_the_checkpoint(run, path):
     assert values(again.out, "final") == values(first.out, "final")
 
 
+@pytest.mark.parametrize("cut", ["final_int6_exact", "final method"])
+def test_settings_of_a_score_that_was_seen_are_fixed(run, cut):
+    """Killed behind a score, a run may not go on with the method or export that looks better."""
+    settings = dict(ITERATIONS="1", EVAL_DIAGNOSTICS="1", RUN_ID="a", RESUME="auto")
+    first = run(**settings)
+    log = first.folder / "a.txt"
+    whole = log.read_text()
+    log.write_text(whole.partition(cut)[0])
+    for change in (dict(FINAL_SCORE="sliding"), dict(EVAL_SPANS="2"), dict(MATRIX_BITS="5")):
+        again = run(**settings | change)
+        assert again.code == 2 and f"{[*change][0]}: must stay as they were" in again.err
+    again = run(**settings)
+    assert again.code == 0 and values(again.out, "final") == values(whole, "final")
+
+
 def test_trained_weights_may_be_exported_otherwise(run):
     first = run(RUN_ID="a", **SHORT)
     forget_the_end(first.folder, "a")

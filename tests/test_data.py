@@ -114,6 +114,25 @@ def test_tokenizer_that_does_not_fit_is_named(tmp_path, name, content, fault):
         t.open_tokenizer(cfg)
 
 
+def test_validation_text_among_the_training_shards_is_refused(tmp_path):
+    write_split(tmp_path, "train", range(300), range(500, 800))
+    write_split(tmp_path, "val", range(100), range(500, 800))
+    with pytest.raises(t.DataError, match="fineweb_train_000001.bin: is validation text"):
+        t.open_data(sample_config(tmp_path))
+
+
+def test_sidecar_without_case_marks_must_count_what_the_pieces_have(tmp_path):
+    tokens = [BOS, *SP.encode("It was the best of times")]
+    counts = [0, *t.target_bytes(TABLE, np.array(tokens)).tolist()]
+    write_split(tmp_path, "train", range(300))
+    write_split(tmp_path, "val", tokens)
+    write_split(tmp_path, "val_bytes", counts)
+    assert t.open_data(sample_config(tmp_path)).table.sidecar.tolist() == counts
+    write_split(tmp_path, "val_bytes", [*counts[:-1], counts[-1] + 1])
+    with pytest.raises(t.DataError, match="counts 25 bytes, the pieces of the tokens have 24"):
+        t.open_data(sample_config(tmp_path))
+
+
 def test_holdout_is_the_end_of_the_training_text_and_left_out_of_it(tmp_path):
     write_split(tmp_path, "train", range(300), range(300, 600))
     data = t.open_data(sample_config(tmp_path, holdout_tokens=100))
@@ -214,7 +233,7 @@ def caseops_config(folder):
 def test_sidecar_counts_the_bytes_of_the_original_text(caseops):
     data = t.open_data(caseops_config(caseops))
     assert int(t.target_bytes(data.table, data.val).sum()) == 2 * len("Ab AB")
-    both = t.decoded_bytes(data.sp, data.val, BOS, 1000, data.table.sidecar)
+    both = t.decoded_bytes(data.sp, data.val, BOS, 1000)
     assert both == (len("Ab AB"), len("Ab AB"))  # of the document between the two BOS
 
 
@@ -225,7 +244,8 @@ def test_sidecar_counts_the_bytes_of_the_original_text(caseops):
     ("*_bytes_000000.bin", lambda raw: raw[:-2], "truncated"),
     ("*_bytes_000000.bin", lambda raw: raw[:1024] + b"\1" + raw[1025:], "counts bytes for BOS"),
     ("manifest.json", lambda raw: raw.replace(b"10", b"7"), "manifest.json says 7"),
-], ids=["all missing", "one missing", "short", "damaged", "BOS", "manifest"])
+    ("manifest.json", None, "counts 20 bytes, the pieces of the tokens have 10"),
+], ids=["all missing", "one missing", "short", "damaged", "BOS", "manifest", "doubled"])
 def test_sidecar_that_does_not_fit_is_refused(caseops, tmp_path, files, change, fault):
     for path in caseops.iterdir():
         raw = path.read_bytes()
@@ -233,6 +253,10 @@ def test_sidecar_that_does_not_fit_is_refused(caseops, tmp_path, files, change, 
             (tmp_path / path.name).write_bytes(raw)
         elif change:
             (tmp_path / path.name).write_bytes(change(raw))
+    if "counts 20" in fault:  # without a manifest, the bytes of the pieces still tell
+        for path in tmp_path.glob("*_bytes_*"):
+            raw = path.read_bytes()
+            path.write_bytes(raw[:1024] + (2 * np.frombuffer(raw[1024:], "<u2")).tobytes())
     with pytest.raises(t.DataError, match=fault):
         t.open_data(caseops_config(tmp_path))
 

@@ -132,6 +132,11 @@ def test_table(logs, capsys):
     assert verdicts == {"fail (causal, score_first)", "unfinished", "ok", report.DASH}
 
 
+def test_verdict_of_looser_limits_is_shown_as_it_is(logs):
+    logs[0].write_text(log_text().replace("verdict:ok", "verdict:other_limits"))
+    assert report.parse_log(logs[0]).verdict == "other_limits"
+
+
 BASELINE = """    log0(f"final_int8_zlib_roundtrip_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f}")
 | NVIDIA H100 80GB HBM3          On  |
 world_size:8 grad_accum_steps:1

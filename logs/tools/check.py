@@ -4,9 +4,13 @@
 
 The folder holds README.md, submission.json, train_gpt.py, requirements.txt, train_seed<seed>.log of
 at least three seeds. Numbers must follow from the logs, the logs must be those of the script, and
-the script must import on a CPU without effects. Reading order: review(), then what it calls.
+the script must import on a CPU without effects. verify.py audits each log. If the folder also
+holds its artifact (*<seed>*.artifact), and --data and --tokenizer (or the log's paths) exist, it
+repeats the scores, all of them on a GPU, the first --sample targets on a CPU; that runs the
+folder's script. Reading order: review(), then what it calls.
 """
 
+import argparse
 import ast
 import hashlib
 import json
@@ -20,6 +24,8 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
+import torch
+import verify
 from report import (CAP_BYTES, CHECKS, TIME_LIMIT_S, ReportError, derived_compliance, differences,
                     integer, logged_fields, number, parse_log, plain_output, stdev)
 
@@ -55,8 +61,11 @@ class Faults(list):
             self.add(kind, f"{what} is {found}, expected {truth}")
 
 
-def review(folder):
-    """(Faults, [note]) of the folder; a missing file is one fault, not the end."""
+def review(folder, **options):
+    """(Faults, [note]) of the folder; a missing file is one fault, not the end.
+
+    options: data, tokenizer, sample of verify_runs.
+    """
     folder = Path(folder)
     faults, notes = Faults(), []
     if not folder.is_dir():
@@ -78,6 +87,7 @@ def review(folder):
     if code is not None:
         check_python(code, faults, notes)
         check_import(folder, faults)
+        verify_runs(folder, logs, faults, notes, **options)
     return faults, notes
 
 
@@ -102,6 +112,27 @@ def read_logs(folder, faults):
         if (size := path.stat().st_size) not in sizes:
             faults.add("artifact_bytes", f"{path.name}: {size} bytes, the logs say {sizes}")
     return logs
+
+
+def verify_runs(folder, logs, faults, notes, data=None, tokenizer=None, sample=4096):
+    """What verify.py finds of each log, with its artifact if that and the text are at hand."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for log in logs:
+        _, args = verify.parse([str(log.path), "--script", str(folder / "train_gpt.py")])
+        args.data, args.tokenizer = data or args.data, tokenizer or args.tokenizer
+        args.sample = 0 if device == "cuda" else sample
+        artifacts = list(folder.glob(f"*{log.seed}*.artifact"))
+        part = "log and script only: no artifact, or no text"
+        if artifacts and Path(args.data).is_dir() and Path(args.tokenizer).is_file():
+            args.artifact, args.fast = str(artifacts[0]), device == "cuda"
+            part = f"the first {sample:,} targets" if args.sample else "all targets"
+        try:
+            for claim, found, verdict in verify.verify(log, args):
+                if verdict == "DIFFERS":
+                    faults.add("verify", f"{log.path.name}: {claim}: {found}")
+        except (ReportError, ValueError, OSError, SyntaxError) as error:
+            faults.add("verify", f"{log.path.name}: {error}")
+        notes.append(f"{log.path.name}: verified on {device}: {part}")
 
 
 def check_log(log, code, faults):
@@ -144,6 +175,9 @@ def check_log(log, code, faults):
             ("eval_time", number(told.get("eval_s")), TIME_LIMIT_S)):
         if found is None or not found <= limit:
             faults.add(kind, f"{name}: {found}, the limit is {limit:,}")
+    scored = [i for i, event in enumerate(log.order) if event.startswith(("final", "ttt"))]
+    if scored and "run" in log.order[scored[0]:]:
+        faults.add("rerun", f"{name}: the run was started again when it had shown a score")
     if log.run.get("commit", "").endswith("-dirty"):
         faults.add("dirty_commit", f"{name}: the script was not that of {log.run['commit']}")
     if broken := [f"{k}:{told.get(k)}" for k in (*CHECKS, "verdict") if told.get(k) != "ok"]:
@@ -282,17 +316,20 @@ def check_import(folder, faults):
 def main(argv=None):
     """The command line; returns the exit code: 0, 1 for a folder with faults, 2 for bad input."""
     plain_output()
-    arguments = argv or sys.argv[1:]
+    p = argparse.ArgumentParser(prog="check.py", description="Review of a submission folder.")
+    p.add_argument("folder")
+    p.add_argument("--data", help="folder of the validation shards (default: the log's)")
+    p.add_argument("--tokenizer", help="SentencePiece model (default: the log's)")
+    p.add_argument("--sample", type=int, default=4096, help="targets that a CPU scores again")
+    args = p.parse_args(argv)
     try:
-        if len(arguments) != 1 or arguments[0].startswith("-"):
-            raise ReportError("usage: python logs/tools/check.py FOLDER")
-        faults, notes = review(arguments[0])
+        faults, notes = review(**vars(args))
     except (ReportError, OSError) as error:
         print(f"check.py: {error}", file=sys.stderr)
         return 2
     for kind, text in [*faults, *(("", text) for text in notes)]:
         print(f"fault {kind}: {text}" if kind else f"note: {text}")
-    print(f"{arguments[0]}: {len(faults)} fault(s)")
+    print(f"{args.folder}: {len(faults)} fault(s)")
     return int(bool(faults))
 
 

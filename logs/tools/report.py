@@ -176,10 +176,11 @@ class RunLog:
         return self
 
     def find_verdict(self):
-        """'ok', 'holdout', 'fail (what)', 'unfinished'; None for scripts that judge nothing."""
+        """'ok', 'holdout', 'other_limits', 'fail (what)', 'unfinished'; None for other scripts."""
         if not self.final or self.ours and not self.compliance:
             return "unfinished"
-        if not self.ours or self.compliance.get("verdict") in ("ok", "holdout"):
+        if not self.ours or self.compliance.get("verdict") in (
+                "ok", "holdout", "other_limits"):
             return self.compliance.get("verdict")
         broken = [k for k in CHECKS if self.compliance.get(k) not in (None, "ok")]
         broken += [values.get("limit", "?") for values in self.events.get("over_limit", [])]

@@ -1,0 +1,202 @@
+"""logs/tools/verify.py: a right log passes; what is changed in log, files or script is found."""
+
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from conftest import ROOT, SAMPLE, SCRIPT, launch, tiny_config, tiny_model
+
+import train_gpt as t
+
+sys.path.insert(0, str(ROOT / "logs" / "tools"))
+
+import report  # noqa: E402
+import verify  # noqa: E402
+
+TOKENIZER = str(SAMPLE / "corpus_1024_bpe.model")
+DOCUMENTS = ["The mayor spoke for an hour.", "Ünïcode 漢字 and 😀 are text, too.\nSo is this."] * 12
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """A folder of a finished run: script, log, artifact, shards, and the text that they hold."""
+    folder = tmp_path_factory.mktemp("finished")
+    shards = folder / "shards"
+    shutil.copytree(tiny["DATA_PATH"], shards)
+    sp = sentencepiece.SentencePieceProcessor(model_file=TOKENIZER)
+    tokens = [i for text in DOCUMENTS for i in (sp.bos_id(), *sp.encode(text))]
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240520, 1, len(tokens)
+    shard = header.tobytes() + np.array(tokens, "<u2").tobytes()
+    (shards / "fineweb_val_000000.bin").write_bytes(shard)
+    (folder / "text.txt").write_text("\n\x1e\n".join(DOCUMENTS))
+    shutil.copy(SCRIPT, folder)
+    out, err = launch(tiny | dict(
+        DATA_PATH=str(shards), OUT_DIR=str(folder), RUN_ID="run", FINAL_SCORE="ttt",
+        EVAL_DIAGNOSTICS="1", TTT_CHUNK_TOKENS="256", TTT_TILT="0.5", TTT_LR="0.01",
+        TTT_SCORING="exact")).communicate(timeout=300)
+    assert "verdict:ok" in out, err
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def found(folder, *options):
+    """The claims that differ."""
+    log, args = verify.parse([
+        str(folder / "run.txt"), "--cpu", "--places", "16", "--data", str(folder / "shards"),
+        "--script", str(folder / "train_gpt.py"), *options])
+    return verify.differing(verify.verify(log, args))
+
+
+def whole(folder, *options):
+    return found(folder, "--artifact", str(folder / "run.artifact"), *options)
+
+
+def edit(folder, old, new):
+    """Change the log by a regular expression, which must match."""
+    text, count = re.subn(old, new, (folder / "run.txt").read_text(), flags=re.MULTILINE)
+    assert count, old
+    (folder / "run.txt").write_text(text)
+
+
+def test_right_log_holds_and_is_a_table(folder, capsys):
+    code = verify.main([str(folder / "run.txt"), "--cpu", "--places", "16", "--artifact",
+                        str(folder / "run.artifact"), "--text", str(folder / "text.txt")])
+    out = capsys.readouterr().out
+    assert code == 0 and ": holds (all targets, cpu" in out, out
+    for claim in ("bytes of the source text", "ttt: val_bpb", "exact: val_bpb",
+                  "roundtrip: val_bpb", "sliding: val_bpb", "later tokens change no earlier logit"):
+        assert re.search(rf"^{claim} .* ok$", out, re.MULTILINE), claim
+
+
+def test_bytes_without_the_source_are_those_of_the_decoded_tokens(finished):
+    tokens = verify.read_shards(finished / "shards")
+    sp = sentencepiece.SentencePieceProcessor(model_file=TOKENIZER)
+    assert verify.text_bytes(sp, tokens) == (len("".join(DOCUMENTS).encode()), "")
+    (finished / "other.txt").write_text("Another text.")
+    assert verify.text_bytes(sp, tokens, [finished / "other.txt"])[1]
+
+
+ALTERED = [
+    ("score", r"^(final\S* .*val_loss:)(\d)\.(\d)", r"\g<1>\g<2>.0", "ttt: val_loss"),
+    ("one score", r"^(final_int6_exact val_loss:\d\.)\d\d", r"\g<1>00", "exact: val_loss"),
+    ("bytes", r"( bytes:)\d+( eval_time|$)", r"\g<1>900\2", "bytes of the decoded tokens"),
+    ("targets", r"( tokens_scored:)\d+", r"\g<1>7", "every target is counted once"),
+    ("text", r"(val_sha256:)\w", r"\g<1>x", "validation tokens are the log's"),
+    ("artifact", r"^(Serialized model .*: )\d+", r"\g<1>99", "artifact on disk"),
+    ("code", r"( code_bytes:)\d+( code_sha)", r"\g<1>99\2", "code bytes of all that is shipped"),
+    ("clock", r"( train_s:)\S+", r"\g<1>601.0", "last step, loop, Hessians, training, limit"),
+    ("second clock", r"( wall_s:)\S+", r"\g<1>99.0", "a clock that is never paused agrees"),
+    ("step", r"^(step:3/.*train_time:)\d+", r"\g<1>0", "the training clock never goes back"),
+    ("evaluation", r"( eval_s:)\S+", r"\g<1>0.0", "load + score = evaluation <= 600 s"),
+    ("start", r"( initial_weights:)\S+", r"\g<1>1", "the clock began at the seed's weights"),
+    ("runs", r"^(run .*)", r"\1\n\1", "one run, one score"),
+]
+
+
+@pytest.mark.parametrize("what, old, new, claim", ALTERED, ids=[row[0] for row in ALTERED])
+def test_altered_log_is_found(folder, monkeypatch, what, old, new, claim):
+    for check in ("check_causality", "check_carried_state", "check_normalization"):
+        monkeypatch.setattr(verify, check, lambda *arguments: None)
+    edit(folder, old, new)
+    assert any(name.startswith(claim) for name in whole(folder)), whole(folder)
+
+
+def test_missing_shard_and_missing_tail_are_found(folder):
+    shard = folder / "shards" / "fineweb_val_000000.bin"
+    raw = shard.read_bytes()
+    header = np.frombuffer(raw[:1024], "<i4").copy()
+    header[2] -= 100
+    shard.write_bytes(header.tobytes() + raw[1024:-200])
+    assert "validation shards are whole" in whole(folder)
+    shard.write_bytes(raw[:-200])
+    with pytest.raises(report.ReportError, match="fineweb_val_000000.bin: header"):
+        whole(folder)
+
+
+@pytest.mark.parametrize("code, file", [
+    ("import helper\n", "helper.py"), ("from helper import a\n", "helper.py"),
+    ("import helper.part\n", "helper/part.py"), ("open('weights.bin')\n", "weights.bin"),
+    ("__import__('helper')\n", "helper.py")])
+def test_code_outside_the_script_is_counted(folder, code, file):
+    script = folder / "train_gpt.py"
+    (folder / file).parent.mkdir(exist_ok=True)
+    (folder / file).write_text("a = 1\n")
+    assert not found(folder)
+    script.write_text(script.read_text() + code)
+    assert (folder / file).resolve() in verify.shipped_files(script)
+    assert "code bytes of all that is shipped" in found(folder)
+
+
+def faults_of(check, model, *arguments):
+    table = verify.Table()
+    with torch.inference_mode():
+        check(model, *arguments, "cpu", table)
+    return verify.differing(table)
+
+
+MODEL = tiny_model(tiny_config())
+
+
+class Leaky(t.Embedding):
+    """At the end of one chunk in which the state is carried, the next token is known."""
+
+    def forward(self, ids, state, dtype):
+        x, after = super().forward(ids, state, dtype)
+        place = torch.arange(ids.shape[1]) % 64 == 17
+        return x + x.roll(-1, 1) * (place & (state[0] >= 0).any()).view(1, -1, 1), after
+
+
+def test_model_that_is_not_causal_is_found():
+    assert faults_of(verify.check_causality, MODEL, 64) == []
+    leaky = tiny_model(MODEL.cfg)
+    leaky.embed.__class__ = Leaky
+    assert faults_of(verify.check_causality, leaky, 320) == [
+        "later tokens change no earlier logit"]
+
+
+def test_state_that_is_not_carried_is_found():
+    assert faults_of(verify.check_carried_state, MODEL) == []
+    forgets = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops,
+                              forward=lambda ids, state: MODEL.forward(ids, None))
+    assert faults_of(verify.check_carried_state, forgets) == ["carried state = one pass"]
+
+
+@pytest.mark.parametrize("change", [lambda nats: nats.clamp_max(4.0), lambda nats: 0.99 * nats])
+def test_scores_that_are_no_probabilities_are_found(change):
+    assert faults_of(verify.check_normalization, MODEL, 39) == []
+    cheap = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops, nll=lambda ids, targets: (
+        change(MODEL.nll(ids, targets)[0]), None))
+    assert faults_of(verify.check_normalization, cheap, 39) == ["probabilities sum to 1"]
+
+
+@pytest.mark.parametrize("total", [1, 5, 64, 65, 300])
+@pytest.mark.parametrize("stride", [1, 16, 64])
+def test_windows_and_spans_are_those_of_the_rules(total, stride):
+    assert verify.windows(total, 64, stride) == list(t.windows(total, 64, stride))
+    assert verify.exact_spans(total, stride, 9) == t.spans(total, stride, 9)
+
+
+def test_sample_is_compared_at_the_lines_of_test_time_training(folder, capsys):
+    options = [str(folder / "run.txt"), "--cpu", "--places", "4", "--artifact",
+               str(folder / "run.artifact"), "--sample", "300"]
+    assert verify.main(options) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"^ttt: running_bpb of 256 targets .* ok$", out, re.MULTILINE)
+    edit(folder, r"(scored_tokens:256 running_bpb:)\d", r"\g<1>9")
+    assert whole(folder, "--sample", "300") == ["ttt: running_bpb of 256 targets"]
+
+
+def test_unfinished_log_is_bad_input(folder, capsys):
+    edit(folder, "^compliance .*", "")
+    assert verify.main([str(folder / "run.txt")]) == 2
+    assert "no final, size or compliance line" in capsys.readouterr().err
