@@ -57,6 +57,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._pytree import tree_map
 
 class GolfError(ValueError):
@@ -223,7 +224,7 @@ class Config:
                 raise SettingError(f"{name}: must be between {low} and {high}")
         for name, holds, rule in self.cross_rules():
             if not holds:
-                raise SettingError(f"{name.upper()}={plain(getattr(self, name))}: must {rule}")
+                raise SettingError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
 
     def cross_rules(self):
         """Rules beyond limits: (name to blame, whether it holds, what it must)."""
@@ -309,21 +310,21 @@ def plain(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 # Names that other scripts of the challenge use, and the setting that takes their place here.
-ELSEWHERE = {"NUM_LAYERS": "STACK", "WARMDOWN_ITERS": "WARMDOWN_FRAC", "EMBED_LR": "TIED_EMBED_LR",
-             "HEAD_LR": "TIED_EMBED_LR", "GRAD_CLIP": "GRAD_CLIP_NORM",
-             "VAL_BATCH_SIZE": "EVAL_BATCH_TOKENS", "BIGRAM_VOCAB_SIZE": "NGRAM_BUCKETS",
-             "BIGRAM_DIM": "NGRAM_DIM", "ROPE_THETA": "ROPE_BASE", "UNIQUE_LAYERS": "STACK",
-             "SHARE_MLP": "STACK", "ATTN_KERNEL": "KERNEL"}
+ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:STACK SHARE_MLP:STACK
+    WARMDOWN_ITERS:WARMDOWN_FRAC EMBED_LR:TIED_EMBED_LR HEAD_LR:TIED_EMBED_LR LR:MATRIX_LR
+    LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
+    MAX_STEPS:ITERATIONS NUM_STEPS:ITERATIONS MAX_ITERS:ITERATIONS BIGRAM_VOCAB_SIZE:NGRAM_BUCKETS
+    BIGRAM_DIM:NGRAM_DIM ROPE_THETA:ROPE_BASE ATTN_KERNEL:KERNEL""".split())
+OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
 
 def reject_strays(env, known):
     """Raise SettingError for an unknown variable that resembles a setting or uses our words."""
     words = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
-    for name in sorted(set(env) - set(known)):
+    for name in sorted(set(env) - set(known) - OTHERS):
         if name in ELSEWHERE:
             raise SettingError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
-        # One-word names must be closer, so that COMPILER of the shell is not taken for COMPILE.
-        cutoff = 0.86 if "_" in name else 0.94
-        near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+        near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
+        near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
         if near or words & set(name.split("_")):
             hint = f"; did you mean {near[0]}?" if near else ""
             raise SettingError(f"{name}: unknown setting{hint} (--help lists them all)")
@@ -435,7 +436,7 @@ class Run:
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
         self.began = time.perf_counter()
-        self.log_path = None  # None: the console only
+        self.log_path, self.lines = None, []  # None: the console only
         self.quiet = False
 
     @classmethod
@@ -493,8 +494,9 @@ class Run:
         with suppress(OSError, ValueError, AttributeError):
             print(line, flush=True)
         if self.log_path:
+            self.lines.append(line + "\n")
             with suppress(OSError), open(self.log_path, "a", encoding="utf-8") as f:
-                f.write(line + "\n")
+                f.writelines(self.lines[-1:] if f.tell() else self.lines)  # all if it was deleted
 
     def all_sum(self, tensor):
         """Sum `tensor` over ranks, in place."""
@@ -590,6 +592,13 @@ class Clock:
     def elapsed(self):
         """Seconds so far, without waiting for the device."""
         return self.total + (time.perf_counter() - self.started if self.started else 0.0)
+
+def read_file(path, most):
+    """The bytes of a regular file of at most `most` bytes; raises OSError."""
+    size = Path(path).stat().st_size
+    if size > most or not Path(path).is_file():  # a pipe or a device may never end
+        raise OSError(f"no regular file of at most {most} bytes")
+    return Path(path).read_bytes()
 
 def write_whole(path, write):
     """Call write(file) on a neighbour of `path`, then rename it: no reader ever sees a part."""
@@ -730,14 +739,23 @@ def open_data(cfg):
     check_vocabulary(shards[0].path, val, cfg.vocab_size)
     if len(val) < 2 or int(target_bytes(table, val).sum()) == 0:
         raise DataError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
+    for shard in (shards[0], *train[:1]):
+        check_encoding(sp, table, shard, cfg)
+    if cfg.bos_id >= 0 and not cfg.holdout_tokens and not (val == cfg.bos_id).any():
+        raise DataError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
+                        f"between documents (the tokenizer's EOS is {sp.eos_id()}), or to -1")
+    counted, by_text = decoded_bytes(sp, val, cfg.bos_id, 1_000_000, table.sidecar)
+    if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
+        raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
+                        f"{by_text} bytes of text, so that scores would be wrong; use another")
     return Data(train, val, sp, table)
 
 def open_tokenizer(cfg):
     """The SentencePiece processor of TOKENIZER_PATH; raises DataError."""
     import sentencepiece  # here, so that the script can be imported without it
-    path = Path(cfg.tokenizer_path)
+    path = cfg.tokenizer_path
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(path, 1 << 26))
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
@@ -745,12 +763,35 @@ def open_tokenizer(cfg):
     if sp.vocab_size() != cfg.vocab_size:
         raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if manifest_says(cfg, "tokenizer", "sha256") not in (None, digest):
+    if manifest_says(cfg, "tokenizer", "sha256") not in (None, tokenizer_hash(cfg)):
         raise DataError(f"TOKENIZER_PATH={path}: not the tokenizer of DATA_PATH's manifest.json")
-    if cfg.bos_id >= 0 and sp.bos_id() not in (-1, cfg.bos_id):
+    if min(cfg.bos_id, sp.bos_id()) >= 0 and cfg.bos_id not in (sp.bos_id(), sp.eos_id()):
         raise DataError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
+
+def tokenizer_hash(cfg):
+    """SHA-256 of the tokenizer's file, by which manifests and artifacts name it; None without."""
+    with suppress(OSError):
+        return hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
+
+def check_encoding(sp, table, shard, cfg):
+    """Raise DataError unless most of the shard's first texts encode to the tokens that it holds."""
+    tokens = shard[:50_000].astype(np.int64)
+    check_vocabulary(shard.path, tokens, cfg.vocab_size)
+    runs = [run[:256] for run in text_runs(table, tokens)]
+    same = 0
+    for run, again in zip(runs, sp.encode(sp.decode(runs))):
+        inner = run[8:-8] or run  # a word that is cut at an end may be encoded otherwise
+        same += str(inner)[1:-1] in str(again)
+    if 2 * same < len(runs):
+        raise DataError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
+                        "encode to other tokens: set it to the tokenizer that made DATA_PATH")
+
+def text_runs(table, tokens):
+    """The texts in tokens np.int64 (n,): a list of ids for each stretch between boundaries."""
+    is_text = ~table.boundary.numpy()[tokens]
+    runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
+    return [run.tolist() for run in runs if not table.boundary[int(run[0])]]
 
 def manifest_says(cfg, *keys):
     """The value under `keys` in the manifest.json of data/prepare.py, or None."""
@@ -858,10 +899,8 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
     if sidecar is not None:
         counted = int(sidecar[begin:begin + len(tokens)].sum(dtype=np.int64))
-    is_text = ~table.boundary.numpy()[tokens]
-    runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
-    runs = [run.tolist() for run in runs if not table.boundary[int(run[0])]]
-    texts = sp.decode(runs)
+    runs = text_runs(table, tokens)
+    texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
     firsts = sp.decode([run[:1] for run in runs])  # some tokenizers drop a text's first space
     if case_marks(sp):  # a small letter has as many bytes as the capital that it stands for
         texts = [re.sub("\ue004(.)|[\ue001-\ue003]", r"\1", text, flags=re.DOTALL)
@@ -2732,6 +2771,7 @@ ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 3
 ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")
 MAX_HEADER_BYTES = 1 << 22
+MAX_ARTIFACT_BYTES = 1 << 28
 STREAM_BYTES = 1 << 22  # longer streams are cut into pieces, compressed on all cores
 PLANES = {"table": 2, "f16": 2, "f32": 4}  # streams stored as byte planes, with their item's width
 
@@ -3174,7 +3214,7 @@ def pack_artifact(model, cfg, quantized):
         packed = list(pool.map(lambda piece: compress(piece[1], codec), pieces))
     streams = [[name, codec, len(data), out] for (name, data), out in zip(pieces, packed)] + coded
     header = dict(config={name: getattr(cfg, name) for name in MODEL_FIELDS},
-                  compressor=cfg.compressor, tensors=table,
+                  tokenizer=tokenizer_hash(cfg), compressor=cfg.compressor, tensors=table,
                   streams=[[*stream[:3], len(stream[3])] for stream in streams])
     text = json.dumps(header, separators=(",", ":")).encode()
     head = zlib.compress(text, 9)
@@ -3195,11 +3235,17 @@ def rans_pack(integers):
     sides = b"".join(rows.tobytes() + columns.tobytes() for rows, columns in parts)
     return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
 
-def read_artifact(path):
-    """The bytes of an artifact file whose head and checksum are right; ArtifactError naming it."""
+def read_artifact(path, cfg=None):
+    """The bytes of an artifact file whose head and checksum are right; ArtifactError naming it.
+
+    cfg: also check that TOKENIZER_PATH is the artifact's (one of before this check names none).
+    """
     try:
-        blob = Path(path).read_bytes()
-        read_header(memoryview(blob))
+        blob = read_file(path, MAX_ARTIFACT_BYTES)
+        header, _ = read_header(memoryview(blob))
+        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):
+            raise ArtifactError(f"made with another tokenizer than TOKENIZER_PATH="
+                                f"{cfg.tokenizer_path}: set it to the artifact's own")
     except (OSError, ArtifactError) as error:
         raise ArtifactError(f"ARTIFACT={path}: {error}") from None
     return blob
@@ -3269,6 +3315,10 @@ def matrix_shape(shape):
     """(rows, columns) of a stored tensor: a vector is one row."""
     return math.prod(shape[:-1]), shape[-1]
 
+def most_weights(num_bytes):
+    """Weights that an artifact of these bytes may hold: 1 bit each and 8 M; 2 GB for 16 MB."""
+    return 8 * num_bytes + (1 << 23)
+
 def load_artifact(path, ops=None, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
 
@@ -3276,7 +3326,7 @@ def load_artifact(path, ops=None, device="cpu", base=None):
     them for the model's Config.   base: Config of what the file does not fix (evaluation).
     Raises ArtifactError naming the fault.
     """
-    blob = path if isinstance(path, bytes) else read_artifact(path)
+    blob = path if isinstance(path, bytes) else read_artifact(path, base)
     try:
         header, payload = read_header(memoryview(blob))
         cfg = stored_config(header, base or Config())
@@ -3286,7 +3336,7 @@ def load_artifact(path, ops=None, device="cpu", base=None):
         listed = [(name, tuple(shape)) for name, shape, _, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
             raise ArtifactError("its tensors are not those of the model that it describes")
-        if count > 64 * len(blob) + 1_000_000:  # an eighth of a bit a weight: nothing honest
+        if count > most_weights(len(blob)):
             raise ArtifactError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
@@ -4000,16 +4050,24 @@ def make_artifact(data, cfg, run):
     cfg = settle_batch(cfg, run, before)
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
-    if cfg.compressor == "zstd" and importlib.util.find_spec("zstandard") is None:
-        raise SettingError("COMPRESSOR=zstd: zstandard is not installed (requirements.txt)")
+    try:  # what would fail after training only
+        codec = side_codec(cfg.compressor)
+        decompress(compress(b"works", codec), codec, 5)
+    except Exception as error:  # a package that is missing, damaged, or older than its interface
+        raise SettingError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None
+    model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
+    weights = sum(p.numel() for p in model.parameters())
+    room = cfg.cap_bytes - len(code_bytes())
+    if room <= 0 or weights > most_weights(room):
+        raise SettingError(f"CAP_BYTES={cfg.cap_bytes}: less the script's {len(code_bytes())} "
+                           f"bytes, too few for {weights} weights")
     start_log(cfg, run)
     if saved:
         run.log("resume", checkpoint=cfg.resume, step=saved[1]["step"],
                 train_time=f"{1000 * saved[1]['elapsed_s']:.0f}ms",
                 trained=int(saved[1]["trained"]))
-    model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
-    run.log("model", parameters=sum(p.numel() for p in model.parameters()),
-            train_tokens=sum(map(len, data.train)), val_tokens=len(data.val))
+    run.log("model", parameters=weights, train_tokens=sum(map(len, data.train)),
+            val_tokens=len(data.val))
     train_s, calibration = train(model, data, cfg, run, saved)
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
     run.peak_memory_mib(reset=True)
@@ -4110,12 +4168,10 @@ def report(outcome, artifact_bytes, train_s, stored, data, run):
     coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
     run.write(f"Serialized model {coder}: {artifact_bytes} bytes")
     run.write(f"Total submission size {coder}: {total} bytes")
-    sidecar = data.table.sidecar
-    counted, by_text = decoded_bytes(data.sp, data.val, cfg.bos_id, 1_000_000, sidecar)
     checks = dict(
         causal=ledger.causal <= 1e-5, normalized=ledger.normalized <= 1e-5,
         score_first=in_order, coverage=ledger.tokens == len(data.val) - 1,
-        bytes=abs(counted - by_text) <= (0 if sidecar is None else CASE_SLACK * by_text))
+        bytes=ledger.bytes == int(target_bytes(data.table, data.val).sum()))  # see open_data
     limits = dict(
         train=not (train_s and 0 < cfg.max_wallclock_seconds < train_s),
         eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=stored)
@@ -4141,7 +4197,7 @@ def main(env):
         cfg = name_run(cfg, run)
         if cfg.artifact:
             train_s, stored = None, True
-            blob = read_artifact(cfg.artifact)
+            blob = read_artifact(cfg.artifact, cfg)
             start_log(cfg, run)
         else:
             train_s, blob = make_artifact(data, cfg, run)
@@ -4166,7 +4222,7 @@ def entry():
         if sys.argv[1:]:
             raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
                                "environment variables")
-        return main(os.environ)
+        return record(main)(os.environ)  # torchrun's summary shows its errors
     except (GolfError, OSError, KeyboardInterrupt) as error:
         local = os.environ.get("LOCAL_RANK", "0")
         if local == "0" or not (local.isdecimal() and isinstance(error, GolfError)):
