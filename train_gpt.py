@@ -468,9 +468,9 @@ class Run:
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
             try:
                 dist.init_process_group(backend, rank=rank, world_size=world_size)
-            except ValueError as error:
-                raise SettingError(f"WORLD_SIZE={world_size}: {error}; launch with torchrun, or "
-                                   "unset it for one process") from None
+            except (ValueError, RuntimeError) as error:
+                raise SettingError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
+                                   "launch with torchrun, or unset it for one process") from None
         return cls(rank, world_size, device)
 
     def close(self):
@@ -755,7 +755,8 @@ def open_tokenizer(cfg):
     import sentencepiece  # here, so that the script can be imported without it
     path = cfg.tokenizer_path
     try:
-        sp = sentencepiece.SentencePieceProcessor(model_proto=read_file(path, 1 << 26))
+        sp = sentencepiece.SentencePieceProcessor()
+        sp.load_from_serialized_proto(read_file(path, 1 << 26))
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "

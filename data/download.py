@@ -16,9 +16,12 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path, PurePosixPath
 
-from shards import log, sha256_file, shard_tokens
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m data.download`
+
+from shards import log, sha256_file, shard_tokens  # noqa: E402
 
 # Names and defaults are the challenge's own, so its instructions work here unchanged.
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"

@@ -28,10 +28,20 @@ import zlib
 from collections import Counter
 from pathlib import Path
 
-import caseops
 import numpy as np
 import sentencepiece as spm
-from shards import HEADER_BYTES, MAGIC, VERSION, log, sha256_file, shard_header
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m data.prepare`
+
+import caseops  # noqa: E402
+from shards import (  # noqa: E402
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    log,
+    sha256_file,
+    shard_header,
+)
 
 MAX_VOCAB = 2**16  # tokens are stored as uint16
 SEPARATOR = "\x1e"  # alone on a line between two documents of a plain file
@@ -129,7 +139,10 @@ def plain_documents(path, max_chars):
 
 def parquet_records(path, text_key):
     """Yield a dict of each row, of the column text_key alone if there is one."""
-    from pyarrow.parquet import ParquetFile
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{path}: .parquet needs `pip install pyarrow` ({error})") from error
 
     file = ParquetFile(path)
     columns = [text_key] if text_key in file.schema_arrow.names else None

@@ -294,7 +294,7 @@ def test_another_version_is_named(blob, version):
     assert f"version {version}" in fault(blob[:8] + version.to_bytes(4, "little") + blob[12:])
 
 
-@pytest.mark.parametrize("name, reason", [("none", "No such file"), (".", "directory")])
+@pytest.mark.parametrize("name, reason", [("none", "No such file"), (".", "no regular file")])
 def test_unreadable_path_is_named(tmp_path, name, reason):
     message = fault(tmp_path / name)
     assert str(tmp_path) in message and reason in message

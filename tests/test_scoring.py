@@ -400,15 +400,16 @@ def test_normalization_probe_finds_scores_that_do_not_sum_to_one(fault):
 @pytest.mark.parametrize("fault, word", [
     ({}, "verdict:ok"), (dict(causal=1e-3), "causal:fail"), (dict(causal=math.nan), "causal:fail"),
     (dict(normalized=1e-3), "normalized:fail"), (dict(tokens=98), "coverage:fail"),
-    (dict(in_order=False), "score_first:fail"), (dict(text_bytes=399), "bytes:fail"),
+    (dict(in_order=False), "score_first:fail"), (dict(bytes_lost=1), "bytes:fail"),
     (dict(eval_s=601.0), "limit:eval"), (dict(train_s=601.0), "limit:train"),
     (dict(artifact_bytes=16_000_000), "limit:size"), (dict(stored=False), "limit:file")], ids=str)
 def test_each_fault_fails_the_verdict(fault, word, monkeypatch, capsys):
-    found = dict(tokens=99, causal=0.0, normalized=0.0, in_order=True, text_bytes=400, eval_s=1.0,
+    found = dict(tokens=99, causal=0.0, normalized=0.0, in_order=True, bytes_lost=0, eval_s=1.0,
                  artifact_bytes=1000, stored=True, train_s=599.0) | fault
-    monkeypatch.setattr(t, "decoded_bytes", lambda *arguments: (400, found["text_bytes"]))
     ledger = t.Ledger()
     ledger.add(0, *entry(found["tokens"]))
+    due = torch.tensor([ledger.bytes + found["bytes_lost"]])
+    monkeypatch.setattr(t, "target_bytes", lambda *arguments: due)
     ledger.causal = found["causal"]
     ledger.normalized = found["normalized"]
     model = model_with(max_wallclock_seconds=600.0)
