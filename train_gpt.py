@@ -53,11 +53,14 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
+
+if __name__ == "__main__":  # read when torch loads: threads that wait must not spin
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._pytree import tree_map
 
 class GolfError(ValueError):
@@ -238,9 +241,8 @@ class Config:
         name = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
         return (
             ("run_id", name, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
-            ("model_dim", self.model_dim % 8 == 0, "be a multiple of 8"),
-            ("gdn_head_dim", self.gdn_head_dim % 8 == 0, "be a multiple of 8"),
-            ("train_seq_len", T % 64 == 0, "be a multiple of 64"),
+            *((name, getattr(self, name) % n == 0, f"be a multiple of {n}") for name, n in
+              (("model_dim", 8), ("gdn_head_dim", 8), ("train_seq_len", 64))),
             ("train_batch_tokens", self.train_batch_tokens % T == 0,
              f"be a multiple of TRAIN_SEQ_LEN={T}"),
             ("micro_batch_tokens", self.micro_batch_tokens == 0 or self.micro_batch_tokens >= T,
@@ -560,11 +562,10 @@ class Run:
     def peak_memory_mib(self, reset=False):
         """Peak memory so far [MiB]: the allocator's on CUDA, the process's on the CPU."""
         if not self.on_cuda:
-            try:
+            with suppress(ImportError):
                 import resource  # POSIX only
-            except ImportError:
-                return 0
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+                return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            return 0
         peak = torch.cuda.max_memory_allocated(self.device) // 2**20
         if reset:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -593,20 +594,14 @@ class Clock:
         """Seconds so far, without waiting for the device."""
         return self.total + (time.perf_counter() - self.started if self.started else 0.0)
 
-def read_file(path, most):
-    """The bytes of a regular file of at most `most` bytes; raises OSError."""
-    size = Path(path).stat().st_size
-    if size > most or not Path(path).is_file():  # a pipe or a device may never end
-        raise OSError(f"no regular file of at most {most} bytes")
-    return Path(path).read_bytes()
-
 def write_whole(path, write):
     """Call write(file) on a neighbour of `path`, then rename it: no reader ever sees a part."""
     path = Path(path)
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with open(part, "wb") as f:
+        part.unlink(missing_ok=True)  # a link there would lead elsewhere
+        with open(part, "xb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -683,27 +678,24 @@ class Shard:
             raise DataError(f"{self.path}: became shorter while the run was reading it")
         return found
 
-def open_shard(path):
-    """Check one shard's header and size; raises DataError naming the file and its fault."""
-    size = path.stat().st_size
-    header = np.fromfile(path, "<i4", 3)
-    if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise DataError(f"{path}: begins with {header.tolist()}, expected {SHARD_MAGIC}, "
-                        f"{SHARD_VERSION}: not a token shard of this challenge")
-    tokens = int(header[2])
-    expected = HEADER_BYTES + 2 * tokens
-    if tokens <= 0 or size != expected:
-        raise DataError(f"{path}: {size} bytes, but a shard of {tokens} tokens has {expected}: "
-                        "empty, truncated or altered")
-    return Shard(path, tokens)
-
 def open_shards(data_path, split):
-    """All shards of a split, by name; raises DataError."""
-    paths = sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin"))
-    if not paths:
+    """All shards of a split, by name, their headers and sizes checked; DataError names a fault."""
+    shards = []
+    for path in sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin")):
+        size = path.stat().st_size
+        header = np.fromfile(path, "<i4", 3)
+        if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+            raise DataError(f"{path}: begins with {header.tolist()}, expected {SHARD_MAGIC}, "
+                            f"{SHARD_VERSION}: not a token shard of this challenge")
+        shards.append(Shard(path, tokens=int(header[2])))
+        expected = HEADER_BYTES + 2 * shards[-1].tokens
+        if shards[-1].tokens <= 0 or size != expected:
+            raise DataError(f"{path}: {size} bytes, but a shard of {shards[-1].tokens} tokens has "
+                            f"{expected}: empty, truncated or altered")
+    if not shards and split != "val_bytes":  # the sidecar, which few texts have
         raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
                         "fetches the shards; PRESET=sample uses the embedded ones")
-    return [open_shard(path) for path in paths]
+    return shards
 
 def check_vocabulary(path, tokens, vocab_size):
     """Raise DataError naming the file if a token is not below vocab_size."""
@@ -744,7 +736,7 @@ def open_data(cfg):
     if cfg.bos_id >= 0 and not cfg.holdout_tokens and not (val == cfg.bos_id).any():
         raise DataError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
                         f"between documents (the tokenizer's EOS is {sp.eos_id()}), or to -1")
-    counted, by_text = decoded_bytes(sp, val, cfg.bos_id, 1_000_000, table.sidecar)
+    counted, by_text = decoded_bytes(sp, val, 1_000_000, table.sidecar)
     if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
         raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
                         f"{by_text} bytes of text, so that scores would be wrong; use another")
@@ -753,10 +745,11 @@ def open_data(cfg):
 def open_tokenizer(cfg):
     """The SentencePiece processor of TOKENIZER_PATH; raises DataError."""
     import sentencepiece  # here, so that the script can be imported without it
-    path = cfg.tokenizer_path
+    path = Path(cfg.tokenizer_path)
     try:
-        sp = sentencepiece.SentencePieceProcessor()
-        sp.load_from_serialized_proto(read_file(path, 1 << 26))
+        if not path.is_file():  # a pipe or a device may never end
+            raise OSError("No such file")
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
         raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
@@ -806,9 +799,8 @@ def manifest_says(cfg, *keys):
 
 def open_sidecar(cfg, val, shards, sp):
     """Bytes of original text of each validation token, np.uint16 (n,), or None; DataError."""
-    folder = Path(cfg.data_path)
-    name = f"DATA_PATH={folder}: fineweb_val_bytes_*.bin"
-    sidecars = [open_shard(path) for path in sorted(folder.glob("fineweb_val_bytes_*.bin"))]
+    name = f"DATA_PATH={cfg.data_path}: fineweb_val_bytes_*.bin"
+    sidecars = open_shards(cfg.data_path, "val_bytes")
     if not sidecars:
         if case_marks(sp):
             raise DataError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
@@ -877,24 +869,16 @@ def target_bytes(table, tokens):
     ids = torch.from_numpy(tokens.astype(np.int64))
     return count_bytes(table, ids[:-1], ids[1:])
 
-def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
-    """Bytes of the first documents of `tokens` (about `limit` tokens) in two ways: (counted, text).
+def decoded_bytes(sp, tokens, limit, sidecar=None):
+    """Bytes of the first `limit` tokens np.uint16 in two ways: (counted, text).
 
-    By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
-    and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
+    By byte table or sidecar, and as the UTF-8 length of the decoded texts less a first space and
+    CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
     """
-    begin = 0
     tokens = tokens[:limit].astype(np.int64)
-    starts = np.flatnonzero(tokens == bos_id)
-    if len(starts) > 1:  # whole documents: a cut could split a character spelled in byte pieces
-        begin = starts[0]
-        tokens = tokens[begin:starts[-1]]
-    else:
-        while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
-            tokens = tokens[:-1]
-        while len(tokens) > 1 and sp.is_byte(int(tokens[0])):
-            begin += 1
-            tokens = tokens[1:]
+    whole = [i for i, token in enumerate(tokens.tolist()) if not sp.is_byte(token)] or [0]
+    begin = whole[0]  # the ends could split a character that is spelled in byte pieces
+    tokens = tokens[begin:whole[-1] + 1]
     ids = torch.from_numpy(tokens)
     table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
     counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
@@ -2761,8 +2745,9 @@ def calibrate(model, loader, cfg, run, clock):
 #
 # The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header packed and unpacked, bytes of
 # the payload, SHA-256 of all that follows.  Header: zlib'd JSON with "config" (the model's
-# settings), "tensors" in named_parameters() order [name, shape, coding, bits] and "streams" [name,
-# codec, raw bytes, packed bytes].  Payload: the streams.  Coding "rows": int8 (R, C) in stream
+# settings), "tokenizer" (SHA-256 of its file, null or absent if unknown), "compressor", "tensors"
+# in named_parameters() order [name, shape, coding, bits] and "streams" [name, codec, raw bytes,
+# packed bytes].  Payload: the streams.  Coding "rows": int8 (R, C) in stream
 # "integers" and R scales in "f16"; "grid": C more scales, the weight is Q * row * column; "f16" and
 # "f32": floats in the stream of that name.  Each stream holds its tensors in table order; streams
 # of floats are byte planes: all low bytes first.  Codec "rans": see rans_encode.  Nothing is
@@ -2773,6 +2758,7 @@ ARTIFACT_VERSION = 3
 ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")
 MAX_HEADER_BYTES = 1 << 22
 MAX_ARTIFACT_BYTES = 1 << 28
+SPARE_WEIGHTS = 1 << 23  # n bytes hold at most 8 n weights and these; 16 MB then load in 2 GB
 STREAM_BYTES = 1 << 22  # longer streams are cut into pieces, compressed on all cores
 PLANES = {"table": 2, "f16": 2, "f32": 4}  # streams stored as byte planes, with their item's width
 
@@ -3077,7 +3063,7 @@ def decompress(data, codec, size):
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
             out = decoder.decompress(data, max_length=size + 1)
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        codec = str(codec)[:20]
+        codec = repr(codec)[:20]
         raise ArtifactError(f"a stream cannot be decompressed ({codec}: {error})") from None
     if len(out) != size:
         raise ArtifactError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
@@ -3237,14 +3223,13 @@ def rans_pack(integers):
     return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
 
 def read_artifact(path, cfg=None):
-    """The bytes of an artifact file whose head and checksum are right; ArtifactError naming it.
-
-    cfg: also check that TOKENIZER_PATH is the artifact's (one of before this check names none).
-    """
+    """The bytes of a whole artifact file, made with cfg's tokenizer; ArtifactError naming it."""
     try:
-        blob = read_file(path, MAX_ARTIFACT_BYTES)
+        if not Path(path).is_file() or Path(path).stat().st_size > MAX_ARTIFACT_BYTES:
+            raise ArtifactError(f"No such file of at most {MAX_ARTIFACT_BYTES} bytes")
+        blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
-        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):
+        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
             raise ArtifactError(f"made with another tokenizer than TOKENIZER_PATH="
                                 f"{cfg.tokenizer_path}: set it to the artifact's own")
     except (OSError, ArtifactError) as error:
@@ -3316,10 +3301,6 @@ def matrix_shape(shape):
     """(rows, columns) of a stored tensor: a vector is one row."""
     return math.prod(shape[:-1]), shape[-1]
 
-def most_weights(num_bytes):
-    """Weights that an artifact of these bytes may hold: 1 bit each and 8 M; 2 GB for 16 MB."""
-    return 8 * num_bytes + (1 << 23)
-
 def load_artifact(path, ops=None, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
 
@@ -3337,12 +3318,12 @@ def load_artifact(path, ops=None, device="cpu", base=None):
         listed = [(name, tuple(shape)) for name, shape, _, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
             raise ArtifactError("its tensors are not those of the model that it describes")
-        if count > most_weights(len(blob)):
+        if count > 8 * len(blob) + SPARE_WEIGHTS:
             raise ArtifactError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
-    except GolfError as error:
-        raise ArtifactError(f"the artifact: {error}") from None
+    except GolfError as error:  # may quote the file
+        raise ArtifactError(f"the artifact: {ascii(str(error))[1:400]}") from None
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError,
             StopIteration) as error:
         raise ArtifactError(f"the artifact's header is malformed ({type(error).__name__}: "
@@ -4006,13 +3987,9 @@ def name_run(cfg, run):
     presets = "-".join(cfg.preset.replace(" ", "").split(","))
     return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
 
-def artifact_path(cfg):
-    """Where the run writes its artifact."""
-    return Path(cfg.out_dir) / f"{cfg.run_id}.artifact"
-
 def start_log(cfg, run):
     """Begin the run's log, or go on with it; another run's files are never overwritten."""
-    path = Path(cfg.out_dir) / f"{cfg.run_id}.txt"
+    path, artifact = (Path(cfg.out_dir) / f"{cfg.run_id}.{kind}" for kind in ("txt", "artifact"))
 
     def begin():
         if cfg.resume and path.exists():
@@ -4020,7 +3997,7 @@ def start_log(cfg, run):
                 raise SettingError(f"RUN_ID={cfg.run_id}: this run has ended, its score is in "
                                    f"{path}; set another RUN_ID")
             return
-        for file in (path, artifact_path(cfg), checkpoint_folder(cfg)):
+        for file in (path, artifact, checkpoint_folder(cfg)):
             if file.exists() and not (cfg.artifact and file != path):
                 raise SettingError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
                                    "that run away, or go on with it by RESUME=auto")
@@ -4059,7 +4036,7 @@ def make_artifact(data, cfg, run):
     model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
     weights = sum(p.numel() for p in model.parameters())
     room = cfg.cap_bytes - len(code_bytes())
-    if room <= 0 or weights > most_weights(room):
+    if room <= 0 or weights > 8 * room + SPARE_WEIGHTS:
         raise SettingError(f"CAP_BYTES={cfg.cap_bytes}: less the script's {len(code_bytes())} "
                            f"bytes, too few for {weights} weights")
     start_log(cfg, run)
@@ -4078,15 +4055,6 @@ def make_artifact(data, cfg, run):
             cap_bytes=cfg.cap_bytes, export_time=f"{1000 * (time.perf_counter() - began):.0f}ms",
             peak_mem_mib=run.peak_memory_mib())
     return train_s, blob
-
-def is_stored(blob, cfg, run):
-    """On rank 0: write the artifact; whether it is on disk as scored."""
-    try:
-        write_whole(artifact_path(cfg), lambda f: f.write(blob))
-        return True
-    except OSError as error:  # what cannot be written can still be scored
-        run.log("artifact_not_written", reason=str(error))
-        return False
 
 def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
@@ -4196,13 +4164,18 @@ def main(env):
     try:
         data = open_data(cfg)
         cfg = name_run(cfg, run)
+        train_s, stored = None, True
         if cfg.artifact:
-            train_s, stored = None, True
             blob = read_artifact(cfg.artifact, cfg)
             start_log(cfg, run)
         else:
             train_s, blob = make_artifact(data, cfg, run)
-            stored = run.broadcast(is_stored(blob, cfg, run) if run.rank == 0 else None)
+            path = f"{cfg.out_dir}/{cfg.run_id}.artifact"
+            try:
+                run.from_rank_0(lambda: write_whole(path, lambda f: f.write(blob)))
+            except OSError as error:  # what cannot be written can still be scored
+                run.log("artifact_not_written", reason=str(error))
+                stored = False
         outcome = evaluate_artifact(blob, data, cfg, run)
         return 0 if report(outcome, len(blob), train_s, stored, data, run) else 1
     finally:
@@ -4223,16 +4196,15 @@ def entry():
         if sys.argv[1:]:
             raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
                                "environment variables")
+        from torch.distributed.elastic.multiprocessing.errors import record
         return record(main)(os.environ)  # torchrun's summary shows its errors
-    except (GolfError, OSError, KeyboardInterrupt) as error:
+    except (GolfError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            error = f"{str(error).split('. ')[0]}; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
         local = os.environ.get("LOCAL_RANK", "0")
         if local == "0" or not (local.isdecimal() and isinstance(error, GolfError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
-    except torch.OutOfMemoryError as error:
-        print(f"error: out of GPU memory ({str(error).split('. ')[0]}); lower MICRO_BATCH_TOKENS "
-              "or EVAL_BATCH_TOKENS", file=sys.stderr, flush=True)
-        return 2
 
 if __name__ == "__main__":
     code = entry()

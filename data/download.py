@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path, PurePosixPath
@@ -185,6 +186,7 @@ def download(args):
     if tokens != stats.get("tokens_val", tokens):
         raise ValueError(f"{folder} has {tokens} validation tokens, the manifest says {stats}")
     vocab_size = re.match("sp([0-9]+)", args.variant)[1]
+    folder, model = shlex.quote(str(folder)), shlex.quote(str(model))
     print(f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size}")
 
 

@@ -22,6 +22,7 @@ import itertools
 import json
 import lzma
 import os
+import shlex
 import sys
 import tempfile
 import zlib
@@ -514,7 +515,8 @@ def export(args):
         for path in unfinished.iterdir():
             os.replace(path, out / path.name)
         (out / "manifest.json").write_text(manifest, encoding="utf-8")
-    print(f"DATA_PATH={out} TOKENIZER_PATH={model_path} VOCAB_SIZE={sp.vocab_size()}", flush=True)
+    data, model = shlex.quote(str(out)), shlex.quote(str(model_path))
+    print(f"DATA_PATH={data} TOKENIZER_PATH={model} VOCAB_SIZE={sp.vocab_size()}", flush=True)
 
 
 def check_settings(args):

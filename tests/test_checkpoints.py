@@ -93,14 +93,15 @@ def test_two_step_files_are_kept_and_no_part(tmp_path):
 
 
 def test_checkpoints_are_kept_by_step_whatever_their_dates(tmp_path):
-    """Files of later steps or dates, of before a run that went back, do not end the new ones."""
-    for step in (90, 91):
-        ahead = tmp_path / "job.ckpt" / f"step_{step:08d}.npz"
-        ahead.parent.mkdir(exist_ok=True)
-        ahead.touch()
-        os.utime(ahead, (2**32, 2**32))
-    train(job_config(tmp_path))
-    assert {"step_00000006.npz", "step_00000007.npz"} <= set(files_in(tmp_path / "job.ckpt"))
+    """Files of later dates or steps, of before a run that went back, do not end the new ones."""
+    job = SimpleNamespace(model=t.LM(tiny_config()), cfg=job_config(tmp_path), run=t.Run(),
+                          optimizer=mock.Mock(), average=mock.Mock(), facts=dict)
+    job.optimizer.state.return_value, job.average.state.return_value = {}, {}
+    for job.step in (90, 91, 5, 6, 7):
+        t.Training.save(job)
+        if job.step > 9:
+            os.utime(tmp_path / "job.ckpt" / f"step_{job.step:08d}.npz", (2**32, 2**32))
+    assert files_in(tmp_path / "job.ckpt") == [f"step_{n:08d}.npz" for n in (6, 7, 90, 91)]
 
 
 def test_trained_run_calibrates_again_on_a_clock_that_goes_on(tmp_path):
@@ -414,6 +415,14 @@ def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capsys):
     run.log_path = tmp_path / "gone" / "log.txt"
     run.log("step", a=1)
     assert capsys.readouterr().out == "step a:1\n"
+
+
+def test_link_at_the_name_of_a_part_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a.part").symlink_to(tmp_path / "precious")
+    t.write_whole(tmp_path / "a", lambda f: f.write(b"mine"))
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == b"mine" and not (tmp_path / "a").is_symlink()
 
 
 def test_log_that_is_deleted_under_way_is_written_whole_again(tmp_path):

@@ -277,8 +277,8 @@ def assert_one_line(result, *parts):
     (f"OUT_DIR={SCRIPT}", [f"OUT_DIR={SCRIPT}", "set OUT_DIR to a folder"]),
     (f"OUT_DIR={SCRIPT}/logs", [f"OUT_DIR={SCRIPT}/logs", "set OUT_DIR to a folder"]),
     ("CAP_BYTES=1000", ["CAP_BYTES=1000", "script's", "too few for"]),
-    ("ARTIFACT=/dev/zero", ["ARTIFACT=/dev/zero", "no regular file"]),
-    ("TOKENIZER_PATH=/dev/zero", ["TOKENIZER_PATH=/dev/zero", "no regular file"]),
+    ("ARTIFACT=/dev/zero", ["ARTIFACT=/dev/zero", "No such file"]),
+    ("TOKENIZER_PATH=/dev/zero", ["TOKENIZER_PATH=/dev/zero", "No such file"]),
     ("RUN_ID=..", ["RUN_ID=..", "letters"]),
     ("RUN_ID=" + 300 * "a", [f"={80 * 'a'}: must be up to"]),
 ], ids=lambda text: text[:25] if isinstance(text, str) else "")
@@ -295,7 +295,7 @@ def test_artifact_that_is_no_file_or_too_large_is_not_read(run, tmp_path, size):
         os.truncate(path, size)
     else:
         os.mkfifo(path)
-    assert_one_line(run(ARTIFACT=str(path)), f"ARTIFACT={path}", "no regular file of at most")
+    assert_one_line(run(ARTIFACT=str(path)), f"ARTIFACT={path}", "No such file of at most")
 
 
 @pytest.mark.parametrize("name, module", [
@@ -324,6 +324,17 @@ def test_closed_streams_end_no_run(tiny, tmp_path, closed):
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert done.returncode == code and "Traceback" not in done.stderr
     assert "verdict:ok" in (tmp_path / "x.txt").read_text()
+
+
+@pytest.mark.parametrize("own, policy", [({}, "PASSIVE"),
+                                         ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")], ids=str)
+def test_waiting_threads_do_not_spin_unless_the_user_says_so(own, policy):
+    code = f"""
+import os, runpy, sys
+sys.argv, os._exit = ["train_gpt.py", "--help"], lambda code: print(os.environ["OMP_WAIT_POLICY"])
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")"""
+    out = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1] == policy
 
 
 def test_where_posix_is_missing_the_run_is_the_same(run, monkeypatch):
