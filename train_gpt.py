@@ -444,12 +444,9 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
-        try:
-            names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-            rank, world_size, local_rank = [int(env.get(*item)) for item in names.items()]
-        except ValueError as error:
-            raise SettingError(f"{', '.join(names)}: must be numbers, as torchrun sets them "
-                               f"({error})") from None
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them
+        rank, world_size, local_rank = (
+            parse_value(name, env.get(name, one), int) for name, one in names.items())
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
@@ -736,7 +733,7 @@ def open_data(cfg):
     if cfg.bos_id >= 0 and not cfg.holdout_tokens and not (val == cfg.bos_id).any():
         raise DataError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
                         f"between documents (the tokenizer's EOS is {sp.eos_id()}), or to -1")
-    counted, by_text = decoded_bytes(sp, val, 1_000_000, table.sidecar)
+    counted, by_text = decoded_bytes(sp, val, cfg.bos_id, 1_000_000, table.sidecar)
     if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
         raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
                         f"{by_text} bytes of text, so that scores would be wrong; use another")
@@ -869,16 +866,24 @@ def target_bytes(table, tokens):
     ids = torch.from_numpy(tokens.astype(np.int64))
     return count_bytes(table, ids[:-1], ids[1:])
 
-def decoded_bytes(sp, tokens, limit, sidecar=None):
-    """Bytes of the first `limit` tokens np.uint16 in two ways: (counted, text).
+def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
+    """Bytes of the first documents of `tokens` (about `limit` tokens) in two ways: (counted, text).
 
-    By byte table or sidecar, and as the UTF-8 length of the decoded texts less a first space and
-    CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
+    By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
+    and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
     """
+    begin = 0
     tokens = tokens[:limit].astype(np.int64)
-    whole = [i for i, token in enumerate(tokens.tolist()) if not sp.is_byte(token)] or [0]
-    begin = whole[0]  # the ends could split a character that is spelled in byte pieces
-    tokens = tokens[begin:whole[-1] + 1]
+    starts = np.flatnonzero(tokens == bos_id)
+    if len(starts) > 1:  # whole documents: a cut could split a character spelled in byte pieces
+        begin = starts[0]
+        tokens = tokens[begin:starts[-1]]
+    else:
+        while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
+            tokens = tokens[:-1]
+        while len(tokens) > 1 and sp.is_byte(int(tokens[0])):
+            begin += 1
+            tokens = tokens[1:]
     ids = torch.from_numpy(tokens)
     table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
     counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
@@ -4202,7 +4207,8 @@ def entry():
         if isinstance(error, torch.OutOfMemoryError):
             error = f"{str(error).split('. ')[0]}; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
         local = os.environ.get("LOCAL_RANK", "0")
-        if local == "0" or not (local.isdecimal() and isinstance(error, GolfError)):
+        told_once = isinstance(error, (GolfError, KeyboardInterrupt)) and local.isdecimal()
+        if local == "0" or not told_once:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 

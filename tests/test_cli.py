@@ -271,7 +271,7 @@ def assert_one_line(result, *parts):
     ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/nowhere", ["/nowhere", "o such file"]),
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),
     ("HOLDOUT_TOKENS=1000000", ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
-    ("RANK=x", ["RANK", "must be numbers", "torchrun"]),
+    ("RANK=x", ["RANK='x'", "whole number"]),
     ("WORLD_SIZE=2", ["WORLD_SIZE=2", "MASTER_ADDR", "torchrun"]),
     ("RESUME=/nowhere", ["RESUME=/nowhere", "no checkpoint there"]),
     (f"OUT_DIR={SCRIPT}", [f"OUT_DIR={SCRIPT}", "set OUT_DIR to a folder"]),

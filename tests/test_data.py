@@ -178,11 +178,11 @@ def test_bytes_of_a_stream_are_those_of_its_documents(texts, end):
 
 def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice(monkeypatch):
     [shard] = t.open_shards(SAMPLE, "val")
-    by_table, by_text = t.decoded_bytes(SP, shard[:], 1_000_000)
+    by_table, by_text = t.decoded_bytes(SP, shard[:], BOS, 1_000_000)
     assert by_table == by_text > 300_000
     doubled = TABLE._replace(base=TABLE.base + TABLE.spaced.long())
     monkeypatch.setattr(t, "byte_table", lambda *arguments: doubled)
-    assert t.decoded_bytes(SP, shard[:], 1_000_000)[0] > 1.1 * by_text
+    assert t.decoded_bytes(SP, shard[:], BOS, 1_000_000)[0] > 1.1 * by_text
 
 
 @settings(max_examples=60, deadline=None)
@@ -191,7 +191,7 @@ def test_both_counts_of_a_text_cut_anywhere_agree(texts, first, last):
     """A character of several byte pieces that is cut may not look like a fault of the table."""
     documents = [SP.encode(f"日本語 the end {text} 日本語") for text in texts]
     stream = np.array([i for ids in documents for i in (BOS, *ids)], np.uint16)[first:]
-    by_table, by_text = t.decoded_bytes(SP, stream, len(stream) - last)
+    by_table, by_text = t.decoded_bytes(SP, stream, BOS, len(stream) - last)
     assert by_table == by_text
 
 
@@ -228,8 +228,8 @@ def caseops_config(folder):
 def test_sidecar_counts_the_bytes_of_the_original_text(caseops):
     data = t.open_data(caseops_config(caseops))
     assert int(t.target_bytes(data.table, data.val).sum()) == 2 * len("Ab AB")
-    both = t.decoded_bytes(data.sp, data.val, 1000, data.table.sidecar)
-    assert both == (2 * len("Ab AB"), 2 * len("Ab AB"))
+    both = t.decoded_bytes(data.sp, data.val, BOS, 1000, data.table.sidecar)
+    assert both == (len("Ab AB"), len("Ab AB"))  # of the document between the two BOS
 
 
 @pytest.mark.parametrize("files, change, fault", [

@@ -259,7 +259,7 @@ def test_score_and_run_check_are_by_the_sidecars_bytes(cased):
     assert ledger.bytes == manifest["splits"]["val"]["counted_bytes"]
     assert manifest["tokenizer"]["text_transform"] == "lossless_caps_caseops_v1"
     for sidecar in (data.table.sidecar, np.roll(data.table.sidecar, 50)):
-        counted, by_text = train_gpt.decoded_bytes(data.sp, data.val, 10**6, sidecar)
+        counted, by_text = train_gpt.decoded_bytes(data.sp, data.val, 1, 10**6, sidecar)
         assert (counted == by_text) == (sidecar is data.table.sidecar)
 
 

@@ -39,7 +39,7 @@ def test_bytes_of_an_unusual_tokenizer_are_right_or_the_check_says_so(tmp_path, 
     sp = sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/m.model")
     lines = [line for line in text.splitlines() if line.strip()][:200]
     ids = [i for line in lines for i in [sp.bos_id(), *sp.encode(line)]]
-    by_table, by_text = t.decoded_bytes(sp, np.array(ids, np.uint16), 10**6)
+    by_table, by_text = t.decoded_bytes(sp, np.array(ids, np.uint16), sp.bos_id(), 10**6)
     assert (by_table == by_text) == ("treat_whitespace_as_suffix" not in options)
     cfg = tiny_config(vocab_size=sp.vocab_size())
     shard = TextShard(path="own text", text=np.array(ids, np.uint16))
