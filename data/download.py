@@ -15,10 +15,14 @@ import argparse
 import json
 import os
 import re
+import shlex
 import shutil
+import sys
 from pathlib import Path, PurePosixPath
 
-from shards import log, sha256_file, shard_tokens
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m data.download`
+
+from shards import log, sha256_file, shard_tokens  # noqa: E402
 
 # Names and defaults are the challenge's own, so its instructions work here unchanged.
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
@@ -182,6 +186,7 @@ def download(args):
     if tokens != stats.get("tokens_val", tokens):
         raise ValueError(f"{folder} has {tokens} validation tokens, the manifest says {stats}")
     vocab_size = re.match("sp([0-9]+)", args.variant)[1]
+    folder, model = shlex.quote(str(folder)), shlex.quote(str(model))
     print(f"DATA_PATH={folder} TOKENIZER_PATH={model} VOCAB_SIZE={vocab_size}")
 
 

@@ -22,16 +22,27 @@ import itertools
 import json
 import lzma
 import os
+import shlex
 import sys
 import tempfile
 import zlib
 from collections import Counter
 from pathlib import Path
 
-import caseops
 import numpy as np
 import sentencepiece as spm
-from shards import HEADER_BYTES, MAGIC, VERSION, log, sha256_file, shard_header
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m data.prepare`
+
+import caseops  # noqa: E402
+from shards import (  # noqa: E402
+    HEADER_BYTES,
+    MAGIC,
+    VERSION,
+    log,
+    sha256_file,
+    shard_header,
+)
 
 MAX_VOCAB = 2**16  # tokens are stored as uint16
 SEPARATOR = "\x1e"  # alone on a line between two documents of a plain file
@@ -129,7 +140,10 @@ def plain_documents(path, max_chars):
 
 def parquet_records(path, text_key):
     """Yield a dict of each row, of the column text_key alone if there is one."""
-    from pyarrow.parquet import ParquetFile
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError(f"{path}: .parquet needs `pip install pyarrow` ({error})") from error
 
     file = ParquetFile(path)
     columns = [text_key] if text_key in file.schema_arrow.names else None
@@ -501,7 +515,8 @@ def export(args):
         for path in unfinished.iterdir():
             os.replace(path, out / path.name)
         (out / "manifest.json").write_text(manifest, encoding="utf-8")
-    print(f"DATA_PATH={out} TOKENIZER_PATH={model_path} VOCAB_SIZE={sp.vocab_size()}", flush=True)
+    data, model = shlex.quote(str(out)), shlex.quote(str(model_path))
+    print(f"DATA_PATH={data} TOKENIZER_PATH={model} VOCAB_SIZE={sp.vocab_size()}", flush=True)
 
 
 def check_settings(args):

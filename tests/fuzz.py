@@ -8,6 +8,7 @@ Prints a table; a fault (a traceback, a hang) with its seed: `--seed S --cases 1
 import argparse
 import dataclasses
 import json
+import lzma
 import random
 import resource
 import struct
@@ -18,7 +19,9 @@ import traceback
 from functools import cache
 from pathlib import Path
 
+import brotli
 import torch
+import zstandard
 from conftest import SAMPLE, fixed_data, tiny_config, tiny_model
 
 import train_gpt as t
@@ -124,6 +127,49 @@ def artifact(rng, folder):
     t.load_artifact(blob)(torch.zeros(1, 8, dtype=torch.int64))
 
 
+def claim(rng, folder):
+    """Load an artifact that agrees with itself: any model, whose weights are zeros or noise.
+
+    Read or refused, it must take neither the memory nor the time of what it claims to hold.
+    """
+    near = dict(vocab_size=64, model_dim=64, gdn_heads=2, gdn_head_dim=16, ngram_buckets=0,
+                ngram_dim=16, mlp_mult=2.0, swa_window=16)
+    for name in rng.sample(list(near), rng.choice([1, 2, 4])):
+        near[name] *= 2 ** rng.randrange(1, 12)
+    stack = rng.choice(["gdn", "swa:a", "gdn*5 swa:a"]) + f"*{rng.choice([1, 1, 4, 40])}"
+    cfg = tiny_config(**near, stack=stack)
+    with torch.device("meta"):
+        shapes = {name: list(p.shape) for name, p in t.LM(cfg).named_parameters()}
+    table, sizes = [], dict.fromkeys(("integers", "f16", "f32"), 0)
+    for name, shape in shapes.items():
+        rows, columns = t.matrix_shape(shape)
+        coding = rng.choice(["rows", "grid", "f16", "f32"] if rng.random() < 0.1 else ["rows"])
+        table.append([name, shape, coding, 8])
+        whole = "integers" if coding in ("rows", "grid") else coding
+        sizes[whole] += rows * columns * int(coding[1:] if coding[0] == "f" else 8) // 8
+        sizes["f16"] += 2 * rows * (whole == "integers") + 2 * columns * (coding == "grid")
+    codec = rng.choice(["brotli", "lzma", "zstd"])
+    streams, body = [], b""
+    for name, size in sizes.items():
+        if size and size < 2**28:  # what is longer is not worth compressing here
+            data = bytes(size) if size > 1e6 or rng.random() < 0.7 else rng.randbytes(size)
+            out = FASTEST[codec](data)
+            streams.append([name, codec, size, len(out)])
+            body += out
+    config = {name: getattr(cfg, name) for name in t.MODEL_FIELDS}
+    header = dict(config=config, tensors=table, streams=streams, compressor=codec)
+    text = json.dumps(header).encode()
+    head = t.zlib.compress(text)
+    digest = t.hashlib.sha256(head + body).digest()
+    t.load_artifact(t.ARTIFACT_HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head),
+                                         len(text), len(body), digest) + head + body)
+
+
+FASTEST = dict(brotli=lambda data: brotli.compress(data, quality=1, lgwin=24),
+               lzma=lambda data: lzma.compress(data, format=lzma.FORMAT_ALONE, preset=0),
+               zstd=lambda data: zstandard.ZstdCompressor(level=1).compress(data))
+
+
 @cache
 def checkpoint_parts():
     """A checkpoint of a tiny run after one step: (tensors, facts), its bytes, the Data."""
@@ -153,7 +199,7 @@ def checkpoint(rng, folder):
 
 
 TARGETS = dict(shard=shard, tokenizer=tokenizer, settings=settings, artifact=artifact,
-               checkpoint=checkpoint)
+               claim=claim, checkpoint=checkpoint)
 
 
 def fuzz(name, cases, seed, report=print):

@@ -92,6 +92,18 @@ def test_two_step_files_are_kept_and_no_part(tmp_path):
                                                "trained.npz"]
 
 
+def test_checkpoints_are_kept_by_step_whatever_their_dates(tmp_path):
+    """Files of later dates or steps, of before a run that went back, do not end the new ones."""
+    job = SimpleNamespace(model=torch.nn.Linear(2, 2), cfg=job_config(tmp_path), run=t.Run(),
+                          optimizer=mock.Mock(), average=mock.Mock(), facts=dict)
+    job.optimizer.state.return_value, job.average.state.return_value = {}, {}
+    for job.step in (90, 91, 5, 6, 7):
+        t.Training.save(job)
+        if job.step > 9:
+            os.utime(tmp_path / "job.ckpt" / f"step_{job.step:08d}.npz", (2**32, 2**32))
+    assert files_in(tmp_path / "job.ckpt") == [f"step_{n:08d}.npz" for n in (6, 7, 90, 91)]
+
+
 def test_trained_run_calibrates_again_on_a_clock_that_goes_on(tmp_path):
     whole, (_, first) = train(job_config(tmp_path))
     path = tmp_path / "job.ckpt" / "trained.npz"
@@ -154,6 +166,16 @@ def test_run_stopped_at_a_step_goes_on_bit_equal(run, whole, number):
                                                 "RUN_ID=x RESUME=auto goes on\n")
     assert files_in(stopped.folder) == ["x.ckpt/step_00000005.npz", "x.txt"]
     assert assert_goes_on(run, whole)["step"] == "5"
+
+
+def test_ignored_hangup_stays_ignored(run, whole):
+    """As under nohup, for which a terminal that closes is no reason to stop."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with before_step(5, lambda: os.kill(os.getpid(), signal.SIGHUP)):
+            assert run(**whole.env).code == 0
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_run_stopped_in_calibration_goes_on_bit_equal(run, whole):
@@ -408,6 +430,34 @@ def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capsys):
     run.log_path = tmp_path / "gone" / "log.txt"
     run.log("step", a=1)
     assert capsys.readouterr().out == "step a:1\n"
+
+
+def test_link_at_the_name_of_a_part_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "a.part").symlink_to(tmp_path / "precious")
+    t.write_whole(tmp_path / "a", lambda f: f.write(b"mine"))
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert (tmp_path / "a").read_bytes() == b"mine" and not (tmp_path / "a").is_symlink()
+
+
+def test_log_that_is_deleted_under_way_is_written_whole_again(tmp_path):
+    run = t.Run()
+    run.log_path = tmp_path / "log.txt"
+    run.log("step", a=1)
+    run.log_path.unlink()
+    run.log("step", a=2)
+    run.log("step", a=3)
+    assert run.log_path.read_text() == "step a:1\nstep a:2\nstep a:3\n"
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    cfg = job_config(tmp_path)
+    model = t.LM(cfg)
+    job = t.Training(model, fixed_data(cfg), cfg, t.Run(), None)
+    with torch.no_grad():
+        model.embed.weight[3, 3] = float("nan")
+    assert "could not be written" in job.save()
+    assert files_in(tmp_path) == []
 
 
 def test_shard_that_vanishes_under_way_leaves_a_checkpoint(tmp_path, monkeypatch):

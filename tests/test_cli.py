@@ -3,16 +3,19 @@
 Whole processes are few (they cost seconds); the rest calls train_gpt.entry() in this process.
 """
 
+import os
 import re
+import signal
 import subprocess
+import sys
 from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from conftest import (EVALUATION, NUM_VAL, ROOT, SCRIPT, TINY, files_in, launch, parse, tiny_config,
-                      tiny_model, values)
+from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, TINY, files_in, launch, parse,
+                      tiny_config, tiny_model, values)
 
 import train_gpt as t
 
@@ -158,7 +161,7 @@ def test_artifact_of_another_vocabulary_is_refused(tmp_path, run):
 
 
 def test_run_over_the_cap_fails_the_verdict_but_keeps_its_files(run):
-    result = run(CAP_BYTES="1000", RUN_ID="big", ITERATIONS="1")
+    result = run(CAP_BYTES=str(len(t.code_bytes()) + 1000), RUN_ID="big", ITERATIONS="1")
     assert result.code == 1
     assert values(result.out, "compliance")["verdict"] == "fail"
     assert values(result.out, "over_limit")["limit"] == "size"
@@ -268,15 +271,84 @@ def assert_one_line(result, *parts):
     ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/nowhere", ["/nowhere", "o such file"]),
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),
     ("HOLDOUT_TOKENS=1000000", ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
-    ("RANK=x", ["RANK", "must be numbers", "torchrun"]),
+    ("RANK=x", ["RANK='x'", "whole number"]),
     ("WORLD_SIZE=2", ["WORLD_SIZE=2", "MASTER_ADDR", "torchrun"]),
     ("RESUME=/nowhere", ["RESUME=/nowhere", "no checkpoint there"]),
     (f"OUT_DIR={SCRIPT}", [f"OUT_DIR={SCRIPT}", "set OUT_DIR to a folder"]),
     (f"OUT_DIR={SCRIPT}/logs", [f"OUT_DIR={SCRIPT}/logs", "set OUT_DIR to a folder"]),
+    ("CAP_BYTES=1000", ["CAP_BYTES=1000", "script's", "too few for"]),
+    ("ARTIFACT=/dev/zero", ["ARTIFACT=/dev/zero", "No such file"]),
+    ("TOKENIZER_PATH=/dev/zero", ["TOKENIZER_PATH=/dev/zero", "No such file"]),
+    ("RUN_ID=..", ["RUN_ID=..", "letters"]),
+    ("RUN_ID=" + 300 * "a", [f"={80 * 'a'}: must be up to"]),
 ], ids=lambda text: text[:25] if isinstance(text, str) else "")
 def test_fault_of_the_user_is_one_line(run, monkeypatch, changes, parts):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert_one_line(run(**dict(pair.split("=") for pair in changes.split())), *parts)
+
+
+@pytest.mark.parametrize("size", [0, 1 << 40], ids=["pipe", "sparse"])
+def test_artifact_that_is_no_file_or_too_large_is_not_read(run, tmp_path, size):
+    path = tmp_path / "a"
+    if size:
+        path.touch()
+        os.truncate(path, size)
+    else:
+        os.mkfifo(path)
+    assert_one_line(run(ARTIFACT=str(path)), f"ARTIFACT={path}", "No such file of at most")
+
+
+@pytest.mark.parametrize("name, module", [
+    ("zstd", None), ("brotli", SimpleNamespace(compress=lambda *a, **k: b"", Decompressor=int))],
+    ids=["missing", "too old"])
+def test_compressor_that_does_not_work_is_found_before_training(run, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, "zstandard" if name == "zstd" else name, module)
+    assert_one_line(run(COMPRESSOR=name), f"COMPRESSOR={name}", "requirements.txt")
+
+
+def test_artifact_is_scored_with_its_own_tokenizer_only(whole, run, tmp_path):
+    """Another file of the same pieces is another tokenizer; the hash is in the artifact."""
+    (tmp_path / "other.model").write_bytes(
+        (SAMPLE / "corpus_1024_bpe.model").read_bytes() + b"\xa2\x06\0")  # an unknown, empty field
+    settings = dict(ARTIFACT=str(whole.folder / "night" / "run.artifact"),
+                    TOKENIZER_PATH=str(tmp_path / "other.model"))
+    assert_one_line(run(**settings), "run.artifact: made with another tokenizer", "other.model")
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_closed_streams_end_no_run(tiny, tmp_path, closed):
+    """Also of a fault, whose exit code stays."""
+    for changes, code in (({"ITERATIONS": "0"}, 0), ({"VOCAB_SIZE": "3"}, 2)):
+        env = os.environ | tiny | dict(OUT_DIR=str(tmp_path), RUN_ID="x", PYTHON=sys.executable)
+        done = subprocess.run(f'"$PYTHON" {SCRIPT} {closed}', shell=True, env=env | changes,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert done.returncode == code and "Traceback" not in done.stderr
+    assert "verdict:ok" in (tmp_path / "x.txt").read_text()
+
+
+@pytest.mark.parametrize("own, policy", [({}, "PASSIVE"),
+                                         ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")], ids=str)
+def test_waiting_threads_do_not_spin_unless_the_user_says_so(own, policy):
+    code = f"""
+import os, runpy, sys
+sys.argv, os._exit = ["train_gpt.py", "--help"], lambda code: print(os.environ["OMP_WAIT_POLICY"])
+runpy.run_path({str(SCRIPT)!r}, run_name="__main__")"""
+    out = subprocess.run([sys.executable, "-c", code], env=own, capture_output=True, text=True)
+    assert out.stdout.splitlines()[-1] == policy
+
+
+def test_where_posix_is_missing_the_run_is_the_same(run, monkeypatch):
+    """Windows has no module resource and no SIGHUP."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    monkeypatch.delattr(signal, "SIGHUP")
+    assert run(ITERATIONS="1").code == 0
+
+
+@pytest.mark.slow
+def test_torchruns_summary_has_the_cause(tiny):
+    _, err = launch(tiny | dict(VOCAB_SIZE="3"), 2).communicate(timeout=60)
+    assert err.count("error: TOKENIZER_PATH=") == 1
+    assert "DataError: TOKENIZER_PATH=" in err.split("Root Cause")[1]
 
 
 @pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])

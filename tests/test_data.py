@@ -5,6 +5,7 @@ Bytes of tokens are compared with the UTF-8 length of the text that SentencePiec
 
 import json
 import os
+import resource
 import struct
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_shards_read_as_their_tokens_in_the_order_of_their_names(tmp_path):
     assert (len(shards[0]), shards[0][1:3].tolist()) == (5, [1, 65535])
 
 
+def test_more_shards_than_open_files(tmp_path):
+    write_split(tmp_path, "train", *100 * [range(66)])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        loader = t.Loader(t.open_shards(tmp_path, "train"), tiny_config(vocab_size=66), t.Run())
+        assert len(next(loader)) == len(next(loader)) == 8
+        loader.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_shard_that_shrinks_while_it_is_read_is_named(tmp_path):
     write_split(tmp_path, "val", range(100))
     [shard] = t.open_shards(tmp_path, "val")
@@ -134,10 +147,11 @@ def test_sidecar_without_case_marks_must_count_what_the_pieces_have(tmp_path):
 
 
 def test_holdout_is_the_end_of_the_training_text_and_left_out_of_it(tmp_path):
-    write_split(tmp_path, "train", range(300), range(300, 600))
+    text = t.open_shards(SAMPLE, "train")[0][:600].tolist()
+    write_split(tmp_path, "train", text[:300], text[300:])
     data = t.open_data(sample_config(tmp_path, holdout_tokens=100))
-    assert data.val.tolist() == list(range(500, 600))
-    assert np.concatenate([shard[:] for shard in data.train]).tolist() == list(range(500))
+    assert data.val.tolist() == text[500:]
+    assert np.concatenate([shard[:] for shard in data.train]).tolist() == text[:500]
     with pytest.raises(t.SettingError, match="HOLDOUT_TOKENS=250: .*has only 300 tokens"):
         t.open_data(sample_config(tmp_path, holdout_tokens=250))
 
@@ -330,8 +344,69 @@ def test_tokenizer_must_be_the_one_of_the_manifest(tmp_path):
 
 
 def test_begin_of_document_must_be_the_tokenizers(tmp_path):
-    with pytest.raises(t.DataError, match="BOS_ID=2: the tokenizer's is 1; set BOS_ID to it"):
-        t.open_tokenizer(sample_config(tmp_path, bos_id=2))
+    with pytest.raises(t.DataError, match="BOS_ID=3: the tokenizer's is 1; set BOS_ID to it"):
+        t.open_tokenizer(sample_config(tmp_path, bos_id=3))
+    write_split(tmp_path, "train", [*SP.encode("the end of it"), 2])
+    write_split(tmp_path, "val", [*SP.encode("the end of it"), 2])  # EOS ends a document, no BOS
+    with pytest.raises(t.DataError, match=r"BOS_ID=1: is not in .*val.*the tokenizer's EOS is 2"):
+        t.open_data(sample_config(tmp_path))
+    assert t.open_data(sample_config(tmp_path, bos_id=2)).val[-1] == 2
+
+
+def trained_tokenizer(path, documents, **changes):
+    """A processor of 400 BPE pieces trained on `documents`, saved as `path`."""
+    options = dict(model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False,
+                   pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(documents), model_prefix=str(path.with_suffix("")),
+        **(options | changes))
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+@pytest.fixture(scope="module")
+def documents():
+    [shard] = t.open_shards(SAMPLE, "val")
+    return [SP.decode(part.tolist())[:4000] for part in np.split(shard[:], np.flatnonzero(
+        shard[:] == BOS))[1:30]]
+
+
+@pytest.mark.parametrize("other", [dict(model_type="unigram"), dict(character_coverage=0.98)],
+                         ids=["unigram", "coverage"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_of_another_tokenizer_of_this_size_are_refused(tmp_path, documents, other, split):
+    """Without a manifest: texts that the wrong tokenizer decodes do not encode to their tokens."""
+    mine = trained_tokenizer(tmp_path / "mine.model", documents)
+    theirs = trained_tokenizer(tmp_path / "theirs.model", documents, **other)
+    cfg = tiny_config(data_path=str(tmp_path), vocab_size=400,
+                      tokenizer_path=str(tmp_path / "mine.model"))
+    for name, sp in dict(train=mine, val=mine, other=theirs).items():
+        ids = [i for text in documents for i in [BOS, *sp.encode(text)]]
+        write_split(tmp_path, split if name == "other" else name, ids)
+        if name == "val":
+            t.open_data(cfg)
+    with pytest.raises(t.DataError, match=f"fineweb_{split}_000000.bin: .*mine.model, encode to"):
+        t.open_data(cfg)
+
+
+@pytest.mark.parametrize("fault", ["space", "words"])
+def test_tokenizer_whose_bytes_cannot_be_counted_is_refused(tmp_path, documents, fault):
+    """A space that is spelled in three byte pieces is one byte; a piece of two words is not."""
+    sp = trained_tokenizer(tmp_path / "t.model", documents, **(
+        dict(user_defined_symbols=["of\u2581the"]) if fault == "words" else {}))
+    if fault == "space":
+        blob = (tmp_path / "t.model").read_bytes()
+        lone = b"\n\x0e\n\x03\xe2\x96\x81"  # the piece of the space mark alone
+        assert blob.count(lone[2:]) >= 1
+        (tmp_path / "t.model").write_bytes(blob.replace(lone[2:], b"\n\x03\xee\x80\x80", 1))
+        sp = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "t.model"))
+        documents = [" ".join(text).replace(" ", "  7 ") for text in documents]
+    ids = [i for text in documents for i in [BOS, *sp.encode(text)]]
+    write_split(tmp_path, "train", ids)
+    write_split(tmp_path, "val", ids)
+    cfg = tiny_config(data_path=str(tmp_path), vocab_size=400,
+                      tokenizer_path=str(tmp_path / "t.model"))
+    with pytest.raises(t.DataError, match="TOKENIZER_PATH=.*t.model: counts [0-9]+ bytes for"):
+        t.open_data(cfg)
 
 
 def test_tokenizer_with_a_piece_that_is_not_utf8_is_refused(tmp_path):

@@ -307,6 +307,19 @@ def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, corpus):
     assert "--val-fraction" in refusal(run_prepare, tmp_path, "--input", corpus[1])
 
 
+@pytest.mark.parametrize("tool", ["prepare", "download"])
+def test_tools_also_run_as_modules(tool):
+    command = [sys.executable, "-m", f"data.{tool}", "--help"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+
+
+def test_missing_package_is_named(tmp_path, corpus, monkeypatch):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    arguments = (tmp_path / "out", "--train", tmp_path / "a.parquet", *corpus[2:])
+    assert "a.parquet: .parquet needs `pip install pyarrow`" in refusal(run_prepare, *arguments)
+
+
 def test_too_little_text_is_refused(tmp_path, corpus):
     path = write(tmp_path / "tiny.txt", ["One short text."])
     settings = ["--input", path, "--val-fraction", 0.5, "--train-tokenizer", 300]

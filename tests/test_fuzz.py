@@ -4,7 +4,7 @@ import fuzz
 import numpy as np
 import pytest
 import sentencepiece
-from conftest import SAMPLE
+from conftest import SAMPLE, TextShard, tiny_config
 
 import train_gpt as t
 
@@ -41,3 +41,6 @@ def test_bytes_of_an_unusual_tokenizer_are_right_or_the_check_says_so(tmp_path, 
     ids = [i for line in lines for i in [sp.bos_id(), *sp.encode(line)]]
     by_table, by_text = t.decoded_bytes(sp, np.array(ids, np.uint16), sp.bos_id(), 10**6)
     assert (by_table == by_text) == ("treat_whitespace_as_suffix" not in options)
+    cfg = tiny_config(vocab_size=sp.vocab_size())
+    shard = TextShard(path="own text", text=np.array(ids, np.uint16))
+    t.check_encoding(sp, t.byte_table(sp, sp.vocab_size()), shard, cfg)
