@@ -1,13 +1,14 @@
-"""Logs -> Markdown table, index, figures, submission.json, and the test against a record.
+"""Logs -> Markdown table, index, page, figures, submission.json, and the test against a record.
 
     python logs/tools/report.py LOG...                    the table
     python logs/tools/report.py LOG... --record-bpb X     and whether the scores beat a record
+    python logs/tools/report.py LOG... --html FILE        and one page with figures, for a browser
     python logs/tools/report.py LOG... --figures DIR      and figures (figures.py draws them)
     python logs/tools/report.py LOG... --submission FILE  and submission.json; see --help
     python logs/tools/report.py --index                   writes logs/INDEX.md, one row per log
 
 A LOG is a log of train_gpt.py, a log of another script of the challenge, or a folder of logs.
-Only --figures needs more than the standard library: matplotlib.
+Only --html and --figures need more than the standard library: matplotlib.
 Reading order: parse_log(), RunLog, table(), submission(), main().
 """
 
@@ -582,6 +583,7 @@ def parser():
     p = argparse.ArgumentParser(prog="report.py", description="Logs as a table and figures; the "
                                 "submission.json and record test of seeds of one configuration.")
     p.add_argument("logs", nargs="*", metavar="LOG", help="log files, or folders of logs")
+    p.add_argument("--html", metavar="FILE", help="write one page that needs no network")
     p.add_argument("--figures", metavar="DIR", help="draw what the logs hold, as PNG and SVG")
     p.add_argument("--index", action="store_true", help="write INDEX.md of folder LOG, or logs/")
     p.add_argument("--record-bpb", type=float, metavar="X", help="score to beat [bits per byte]")
@@ -623,12 +625,18 @@ def run(args):
         raise ReportError("give logs, or --index; --help lists the options")
     logs = collect(args.logs)
     print(table(logs))
-    if args.figures:
+    if args.html or args.figures:
         try:
             from figures import draw
+            from page import page
         except ImportError:
-            raise ReportError("--figures needs matplotlib: pip install matplotlib") from None
-        print("\n" + "\n".join(map(str, draw(logs, Path(args.figures)))))
+            raise ReportError("--html and --figures need matplotlib: pip install matplotlib"
+                              ) from None
+        if args.figures:
+            print("\n" + "\n".join(map(str, draw(logs, Path(args.figures)))))
+        if args.html:
+            Path(args.html).write_text(page(logs), encoding="utf-8")
+            print(f"\n{args.html}: open it in a browser")
     test = None
     if args.record_bpb:
         if not all(log.final for log in logs):
