@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# Behind the script's own folder: in one made by publish.py, train_gpt.py stands beside this file.
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 import train_gpt as t  # noqa: E402
 
