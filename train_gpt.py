@@ -441,12 +441,11 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         try:
-            names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
             rank, world_size, local_rank = [int(env.get(*item)) for item in names.items()]
-        except ValueError as error:
-            raise SettingError(f"{', '.join(names)}: must be numbers, as torchrun sets them "
-                               f"({error})") from None
+        except ValueError:
+            raise SettingError(f"{', '.join(names)}: must be numbers, set by torchrun") from None
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
@@ -485,14 +484,14 @@ class Run:
             parts.append(f"{key}:{','.join(value.split()) or '-'}")
         self.write(" ".join(parts))
 
-    def write(self, line):
-        """One line of free text from rank 0, to the console and to the log file."""
+    def write(self, line, to_log=True):
+        """Free text from rank 0, to the console and to the log file."""
         if self.rank or self.quiet:
             return
-        # A closed console or a full disk must not end a run that can still be scored.
+        # A closed console or a full disk must not end a run.
         with suppress(OSError, ValueError, AttributeError):
             print(line, flush=True)
-        if self.log_path:
+        if self.log_path and to_log:
             with suppress(OSError), open(self.log_path, "a", encoding="utf-8") as f:
                 f.write(line + "\n")
 
@@ -558,11 +557,10 @@ class Run:
     def peak_memory_mib(self, reset=False):
         """Peak memory so far [MiB]: the allocator's on CUDA, the process's on the CPU."""
         if not self.on_cuda:
-            try:
-                import resource  # POSIX only
-            except ImportError:
-                return 0
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            with suppress(ImportError):  # POSIX only
+                import resource
+                return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+            return 0
         peak = torch.cuda.max_memory_allocated(self.device) // 2**20
         if reset:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -1624,7 +1622,7 @@ class Scorer:
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
         self.state, self.calls = None, 0  # state: behind the last chunk
-        self.probes = 0
+        self.probes, self.last_line = 0, time.perf_counter()
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
     def call(self, ids, targets, state=None):
@@ -1691,6 +1689,10 @@ class Scorer:
                 rows = rows_of(self.text, places, T if filled else min(T, length - done))
                 nats, state = self.call(*rows, state)
                 out.append(nats)
+                if time.perf_counter() - self.last_line > 8.0 and not self.adapting:
+                    share = (i + len(batch) * done / length) / len(parts)
+                    self.run.log("scoring", done=f"{share:.0%}")
+                    self.last_line = time.perf_counter()
             self.state = state if one_stream else None
             scored = [row[score_from - start:end - start]
                       for row, (start, end, score_from) in zip(torch.cat(out, 1), batch)]
@@ -2409,6 +2411,7 @@ def warm_up(model, cfg, run, micro_rows):
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
+    run.log("warm_up", compile=int(compiles_training(model)), steps=cfg.warmup_steps)
     if compiles_training(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
@@ -3934,12 +3937,11 @@ def commit():
     """The git commit of this script, -dirty if the file differs from it; unknown without git."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True,
-                               check=True).stdout.strip()[:12]
-        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "train_gpt.py"], check=False)
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)
+        changed = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", "train_gpt.py"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found + ("-dirty" if same.returncode else "")
+    return head[:12].decode() + ("-dirty" if changed else "")
 
 def name_run(cfg, run):
     """cfg with RUN_ID settled: the user's, the checkpoint's, or time, preset and seed."""
@@ -3952,12 +3954,8 @@ def name_run(cfg, run):
         name = folder.relative_to(out) if folder.is_relative_to(out) else folder.name
         return replace(cfg, run_id=str(name).removesuffix(".ckpt"))
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
-    presets = "-".join(cfg.preset.replace(" ", "").split(","))
+    presets = cfg.preset.replace(" ", "").replace(",", "-")
     return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
-
-def artifact_path(cfg):
-    """Where the run writes its artifact."""
-    return Path(cfg.out_dir) / f"{cfg.run_id}.artifact"
 
 def start_log(cfg, run):
     """Begin the run's log, or go on with it; another run's files are never overwritten."""
@@ -3969,7 +3967,7 @@ def start_log(cfg, run):
                 raise SettingError(f"RUN_ID={cfg.run_id}: this run has ended, its score is in "
                                    f"{path}; set another RUN_ID")
             return
-        for file in (path, artifact_path(cfg), checkpoint_folder(cfg)):
+        for file in (path, path.with_suffix(".artifact"), checkpoint_folder(cfg)):
             if file.exists() and not (cfg.artifact and file != path):
                 raise SettingError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
                                    "that run away, or go on with it by RESUME=auto")
@@ -3979,8 +3977,8 @@ def start_log(cfg, run):
     try:
         run.from_rank_0(begin)
     except OSError as error:
-        raise SettingError(f"OUT_DIR={cfg.out_dir}: cannot be written ({error}); set OUT_DIR to a "
-                           "folder that can") from None
+        raise SettingError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
+                           ) from None
     run.log_path = path
     code = code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.on_cuda else "none"
@@ -3996,12 +3994,9 @@ def start_log(cfg, run):
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks: (train_s, artifact)."""
     saved = run.from_rank_0(lambda: find_checkpoint(cfg, run, data)) if cfg.resume else None
-    before = int(saved[1]["config"]["train_batch_tokens"]) if saved else 0
-    cfg = settle_batch(cfg, run, before)
+    cfg = settle_batch(cfg, run, int(saved[1]["config"]["train_batch_tokens"]) if saved else 0)
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
-    if cfg.compressor == "zstd" and importlib.util.find_spec("zstandard") is None:
-        raise SettingError("COMPRESSOR=zstd: zstandard is not installed (requirements.txt)")
     start_log(cfg, run)
     if saved:
         run.log("resume", checkpoint=cfg.resume, step=saved[1]["step"],
@@ -4020,22 +4015,12 @@ def make_artifact(data, cfg, run):
             peak_mem_mib=run.peak_memory_mib())
     return train_s, blob
 
-def is_stored(blob, cfg, run):
-    """On rank 0: write the artifact; whether it is on disk as scored."""
-    try:
-        write_whole(artifact_path(cfg), lambda f: f.write(blob))
-        return True
-    except OSError as error:  # what cannot be written can still be scored
-        run.log("artifact_not_written", reason=str(error))
-        return False
-
 def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
     run.synchronize()
     run.peak_memory_mib(reset=True)
     began = time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapter, run, probing=True)
-    run.synchronize()
     seconds = run.broadcast(time.perf_counter() - began)
     if adapter:
         facts["epochs"] = f"{adapter.epochs_done / max(1, adapter.calls):g}"
@@ -4048,17 +4033,15 @@ def warm_up_evaluation(model, method, num_targets, run):
     cfg = model.cfg
     adapting = method == "ttt"
     scoring = cfg.ttt_scoring if adapting else method
-    size = num_targets
-    if adapting:  # a graph is recorded at the second chunk, the third is scored with both
-        size = 3 * cfg.ttt_chunk_tokens
-    elif method != "exact":  # windows come in batches of one shape
-        size = cfg.eval_batch_tokens * run.world_size
-    size = min(size, num_targets)
+    # TTT records a graph at its second chunk; windows come in batches of one shape.
+    sizes = {"ttt": 3 * cfg.ttt_chunk_tokens, "exact": num_targets}
+    size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
     adapter = Adapter(model, num_targets, run) if adapting else None
     compiled = compiles_evaluation(model, run, scoring, num_targets, adapting)
+    run.log("warm_up", compile=int(compiled), evaluation=method)
     run.quiet = True
     evaluate(model, tokens, table, scoring, adapter, run, probing=True, compiled=compiled)
     run.quiet = False
@@ -4098,11 +4081,11 @@ def evaluate_artifact(blob, data, cfg, run):
     run.log("final", method=cfg.final_score, **ledger.as_log())
     return model, ledger, seconds + reload_s, in_order
 
-def report(outcome, artifact_bytes, train_s, stored, data, run):
-    """Print sizes and the compliance line; whether all checks of this run hold.
+def report(outcome, artifact_bytes, train_s, file, data, run):
+    """Print sizes, the compliance line and a summary; whether all checks of this run hold.
 
-    outcome: what `evaluate_artifact` returned.
-    train_s: None if nothing was trained.   stored: the artifact on disk is what was scored.
+    outcome: of `evaluate_artifact`.   train_s: None if nothing was trained.
+    file: the artifact, None if it was not written.
     """
     model, ledger, eval_s, in_order = outcome
     cfg = model.cfg
@@ -4118,18 +4101,24 @@ def report(outcome, artifact_bytes, train_s, stored, data, run):
         bytes=abs(counted - by_text) <= (0 if sidecar is None else CASE_SLACK * by_text))
     limits = dict(
         train=not (train_s and 0 < cfg.max_wallclock_seconds < train_s),
-        eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=stored)
+        eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=bool(file))
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     passed = "holdout" if cfg.holdout_tokens else "ok"  # a holdout is for choosing settings
+    verdict = passed if holds else "fail"
     spent = dict(train_s=f"{train_s:.1f}" if train_s else "-", eval_s=f"{eval_s:.1f}",
                  total_bytes=total, cap_bytes=cfg.cap_bytes)
     run.log("compliance", **spent, bytes_per_token=f"{ledger.bytes / ledger.tokens:.5f}",
             tokens_scored=ledger.tokens, probes=ledger.probes,
             **{name: "ok" if held else "fail" for name, held in checks.items()},
-            verdict=passed if holds else "fail")
+            verdict=verdict)
     for name, held in limits.items():
         if not held:
             run.log("over_limit", limit=name, **spent)
+    run.write(f"\nscore    {ledger.bpb:.4f} bits per byte, verdict {verdict}\n"
+              f"bytes    {total:,} of {cfg.cap_bytes:,}\n"
+              f"seconds  {spent['train_s']} training, {eval_s:.1f} evaluation\n"
+              f"files    {run.log_path} {file or ''}\n"
+              f"next     python logs/tools/report.py {run.log_path} --html page.html", to_log=False)
     return holds
 
 def main(env):
@@ -4139,15 +4128,20 @@ def main(env):
     try:
         data = open_data(cfg)
         cfg = name_run(cfg, run)
-        if cfg.artifact:
-            train_s, stored = None, True
-            blob = read_artifact(cfg.artifact)
+        train_s, file = None, cfg.artifact
+        if file:
+            blob = read_artifact(file)
             start_log(cfg, run)
         else:
             train_s, blob = make_artifact(data, cfg, run)
-            stored = run.broadcast(is_stored(blob, cfg, run) if run.rank == 0 else None)
+            file = run.log_path.with_suffix(".artifact")
+            try:
+                run.from_rank_0(lambda: write_whole(file, lambda f: f.write(blob)))
+            except OSError as error:  # it can still be scored
+                run.log("artifact_not_written", reason=str(error))
+                file = None
         outcome = evaluate_artifact(blob, data, cfg, run)
-        return 0 if report(outcome, len(blob), train_s, stored, data, run) else 1
+        return 0 if report(outcome, len(blob), train_s, file, data, run) else 1
     finally:
         run.close()
 
@@ -4161,7 +4155,7 @@ def entry():
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
-            print(help_text())
+            print(help_text(), flush=True)
             return 0
         if sys.argv[1:]:
             raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
@@ -4179,9 +4173,5 @@ def entry():
 
 if __name__ == "__main__":
     code = entry()
-    # All is written, so leave without shutting Python down: there a C++ thread of torch.distributed
-    # can abort, and a finished run of several ranks looks failed.
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    # Leave without shutting Python down: there a C++ thread of torch.distributed can abort.
     os._exit(code)

@@ -109,6 +109,7 @@ def halted_rank(run, folder):
         train(job_config(folder), 4, run)
 
 
+@pytest.mark.slow
 def test_checkpoint_of_two_ranks_goes_on_under_one(tmp_path):
     whole, _ = train(job_config(tmp_path / "whole"))
     on_ranks(2, halted_rank, tmp_path)
@@ -168,6 +169,7 @@ def test_run_stopped_in_calibration_goes_on_bit_equal(run, whole):
     assert assert_goes_on(run, whole)["trained"] == "1"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mark", ["step:3/", "final_int6_exact"])
 def test_killed_process_goes_on_bit_equal(run, whole, tmp_path, mark):
     changes = dict(CHECKPOINT_EVERY_SECONDS="0.01", OUT_DIR=str(tmp_path / "out"))

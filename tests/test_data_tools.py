@@ -80,6 +80,7 @@ def corpus(tmp_path):
     return ["--train", train, "--val", write(tmp_path / "val.txt", DOCUMENTS[50:])]
 
 
+@pytest.mark.slow
 def test_sample_is_rebuilt_byte_for_byte(tmp_path):
     command = [sys.executable, ROOT / "data" / "prepare.py", "--sample", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -20,6 +20,7 @@ from test_report import TOOLS
 
 import publish  # isort: skip
 
+pytestmark = pytest.mark.slow
 FILES = ["README.md", "generate.py", "model.artifact", "requirements.txt", "tokenizer.model",
          "train.log", "train_gpt.py"]
 

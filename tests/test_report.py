@@ -107,6 +107,16 @@ def test_one_log(logs):
         assert log.config == found and log.peak_mib == 31206
 
 
+def test_the_screen_says_the_same_as_the_log(logs, tmp_path):
+    summary = ("\nscore    1.0561 bits per byte, verdict ok\nbytes    15,900,061 of 16,000,000\n"
+               "seconds  598.1 training, 5.2 evaluation\nfiles    logs/x.txt logs/x.artifact\n"
+               "next     python logs/tools/report.py logs/x.txt --html page.html\n")
+    (tmp_path / "screen.txt").write_text(logs[0].read_text() + summary)
+    log, screen = report.parse_log(logs[0]), report.parse_log(tmp_path / "screen.txt")
+    assert screen.left_out == [] and screen.events == log.events
+    assert (screen.final, screen.scores, screen.verdict) == (log.final, log.scores, "ok")
+
+
 def test_damaged_logs_are_read_or_refused(logs, tmp_path):
     command = [str(tmp_path), "--submission", str(tmp_path / "x.json"), *OPTIONS]
     for seed in range(20):
@@ -427,6 +437,7 @@ def test_page_shows_what_the_logs_say(page):
     assert "int8" not in " ".join(cells)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_page_in_a_browser(page, tmp_path):
     """Both color schemes, drawn by a real browser, as wide as the window."""
