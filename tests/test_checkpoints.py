@@ -18,6 +18,8 @@ from conftest import (SCRIPT, files_in, fixed_data, launch, on_ranks, parse, tin
 
 import train_gpt as t
 
+pytestmark = pytest.mark.slow  # most train two or three times
+
 
 class Halt(Exception):
     """Stands for a machine that dies."""
@@ -109,7 +111,6 @@ def halted_rank(run, folder):
         train(job_config(folder), 4, run)
 
 
-@pytest.mark.slow
 def test_checkpoint_of_two_ranks_goes_on_under_one(tmp_path):
     whole, _ = train(job_config(tmp_path / "whole"))
     on_ranks(2, halted_rank, tmp_path)
@@ -169,7 +170,6 @@ def test_run_stopped_in_calibration_goes_on_bit_equal(run, whole):
     assert assert_goes_on(run, whole)["trained"] == "1"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mark", ["step:3/", "final_int6_exact"])
 def test_killed_process_goes_on_bit_equal(run, whole, tmp_path, mark):
     changes = dict(CHECKPOINT_EVERY_SECONDS="0.01", OUT_DIR=str(tmp_path / "out"))
@@ -183,7 +183,6 @@ def test_killed_process_goes_on_bit_equal(run, whole, tmp_path, mark):
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.slow
 def test_signal_to_two_ranks_leaves_a_checkpoint_and_no_traceback(run, whole, tmp_path):
     """Ctrl-C in a terminal reaches torchrun and every rank at once."""
     process = launch(whole.env | dict(OUT_DIR=str(tmp_path), ITERATIONS="1000000"), 2)

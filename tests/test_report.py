@@ -437,6 +437,24 @@ def test_page_shows_what_the_logs_say(page):
     assert "int8" not in " ".join(cells)
 
 
+def test_every_color_of_the_figures_has_a_dark_one():
+    import page as module
+    used = {*figures.COLORS, *figures.PARTS.values()}
+    assert used == set(module.SERIES)
+
+
+def test_page_without_matplotlib_has_the_table_and_says_what_is_missing(logs, tmp_path):
+    code = ("import runpy, sys; sys.modules.update(numpy=None, matplotlib=None, torch=None); "
+            "sys.argv = ['report.py', 'seed7.txt', '--html', 'page.html']; "
+            f"sys.path.insert(0, {str(TOOLS)!r}); "
+            "runpy.run_path(PATH, run_name='__main__')")
+    command = [sys.executable, "-S", "-c", code.replace("PATH", repr(str(TOOLS / "report.py")))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert done.returncode == 0 and f"{BPBS[2]:.5f}" in text
+    assert "pip install matplotlib" in text and "<svg" not in text
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_page_in_a_browser(page, tmp_path):

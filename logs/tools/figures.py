@@ -18,8 +18,8 @@ import numpy as np
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from PIL import Image  # a dependency of matplotlib
-from report import (CAP_BYTES, METHODS, TIME_LIMIT_S, by_configuration, configuration, number,
-                    stdev)
+from report import (CAP_BYTES, METHODS, TIME_LIMIT_S, baseline, by_configuration, configuration,
+                    number, stdev, stream, untrained)
 
 DASHES = ("-", "--", ":", "-.")  # the seeds of one configuration
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA3377", "#7F6A00", "#444444", "#56B4E9")
@@ -310,33 +310,6 @@ def figure_gptq(logs):
     finding = (f"{label(log)}: relative quantization error x 1000; largest {1000 * error:.3g} "
                f"({where}), median {1000 * median(errors.values()):.3g}")
     return "gptq", finding, fig
-
-
-def stream(log, key):
-    """{tokens scored: bits per byte} along test-time training; key: running_bpb or chunk_bpb."""
-    return dict(log.series("ttt", "scored_tokens", key))
-
-
-def untrained(log, logs):
-    """A log of the same artifact and text without training, best with the same chunks; or None."""
-    same = [other for other in logs if other.final and other.model_bytes == log.model_bytes
-            and other.final.tokens == log.final.tokens and other is not log]
-    rates = [(other.config.get("ttt_lr"), other.config.get("ttt_epochs")) for other in same]
-    still = [other for other, rate in zip(same, rates) if 0 in map(number, rate)]
-    return next(iter(still + [other for other in same if other.final.method != "ttt"]), None)
-
-
-def baseline(log, other):
-    """(bpb without test-time training, what it is) from the log, or from its `other`."""
-    if "exact" in log.scores:
-        return log.scores["exact"].bpb, "not trained"
-    if other:
-        return other.final.bpb, "not trained"
-    for method, what in (("sliding", "sliding windows"), ("roundtrip", "windows"),
-                         ("pre", "windows, before export")):
-        if method in log.scores:
-            return log.scores[method].bpb, f"not trained, {what}"
-    return None
 
 
 def figure_ttt(logs):

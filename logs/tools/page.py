@@ -8,19 +8,23 @@ import html
 import math
 from statistics import mean, median
 
-from figures import COLORS, PARTS, baseline, for_page, untrained
-from report import (CAP_BYTES, CHECKS, COUNT_FORMAT, DASH, TIME_LIMIT_S, by_configuration,
-                    configuration, number, stdev)
+from report import (CAP_BYTES, CHECKS, COUNT_FORMAT, DASH, TIME_LIMIT_S, baseline,
+                    by_configuration, configuration, number, stdev, untrained)
 
-DARK = dict(zip(COLORS, ("#5CB3E8", "#FF9455", "#3CC79A", "#E489CF", "#C9B04A", "#B4B4B4",
-                         "#9AD4F5")))
-DARK |= {"#004C78": "#2F7FB0", "#BBBBBB": "#6B6B6B", "#CFE8DF": "#39564B"}
+try:
+    from figures import for_page
+except ImportError:  # without matplotlib the page has its table and says what is missing
+    for_page = None
+
+# Colors of lines and bars in figures.py -> what they are on a dark page.
+SERIES = {"#0072B2": "#5CB3E8", "#D55E00": "#FF9455", "#009E73": "#3CC79A", "#AA3377": "#E489CF",
+          "#7F6A00": "#C9B04A", "#444444": "#B4B4B4", "#56B4E9": "#9AD4F5", "#004C78": "#2F7FB0",
+          "#BBBBBB": "#6B6B6B", "#CFE8DF": "#39564B", "#E69F00": "#E69F00"}
 # Colors of figures.py that mean ink, paper and grid -> their values, light and dark.
 PLAIN = {"#000000": ("ink", "#1F2328", "#E6EDF3"), "#FFFFFF": ("paper", "#FFFFFF", "#0D1117"),
          "#E4E4E4": ("grid", "#E4E4E4", "#30363D")}
-SERIES = {color: (f"c{i}", color, DARK.get(color, color))
-          for i, color in enumerate(dict.fromkeys((*COLORS, *PARTS.values())))}
-VARIABLES = PLAIN | SERIES
+VARIABLES = PLAIN | {light: (f"c{i}", light, dark)
+                     for i, (light, dark) in enumerate(SERIES.items())}
 STYLE = """
 body { margin: 0 auto; padding: 1.2rem; max-width: 68rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
@@ -190,7 +194,9 @@ def page(logs):
                          + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
     drawn = [f'<section id="{name}"><h2>{html.escape(finding)}</h2>'
              f'<div class="wide" role="img" aria-label="{html.escape(finding)}">{themed(svg)}</div>'
-             "</section>" for name, finding, svg in for_page(logs)]
+             "</section>" for name, finding, svg in (for_page(logs) if for_page else ())]
+    if not for_page:
+        drawn = ["<p>For the figures, <code>pip install matplotlib</code> and write it again.</p>"]
     terms = "".join(f"<dt>{term}</dt><dd>{meaning}</dd>" for term, meaning in TERMS.items())
     return f"""<!DOCTYPE html>
 <html lang="en">
