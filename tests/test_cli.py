@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import (EVALUATION, NUM_VAL, ROOT, SCRIPT, TINY, files_in, fixed_data, launch, parse,
-                      tiny_config, tiny_model, values)
+                      tiny_config, tiny_model, values, weights_of)
 
 import train_gpt as t
 
@@ -150,6 +150,23 @@ def test_a_long_evaluation_tells_how_far_it_is(tiny_model, capsys, monkeypatch):
         found = [pairs for event, pairs in parse(capsys.readouterr().out) if event == "scoring"]
         shares = [int(pairs["done"].rstrip("%")) for pairs in found]
         assert len(shares) > 3 and shares == sorted(shares) and 0 <= shares[0] < shares[-1] <= 100
+
+
+@pytest.mark.parametrize("method, num_tokens", [
+    ("ttt", 3 * 100 + 1), ("exact", 1201), ("sliding", 256 + 1), ("roundtrip", 256 + 1)])
+def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, tiny_model, capsys,
+                                                            monkeypatch):
+    cfg = tiny_config()  # chunks of 100 tokens, batches of 256
+    model = tiny_model(cfg)
+    weights = weights_of(model)
+    lengths = []
+    evaluate = t.evaluate
+    monkeypatch.setattr(t, "evaluate", lambda model, tokens, *rest, **options: (
+        lengths.append(len(tokens)), evaluate(model, tokens, *rest, **options)))
+    t.warm_up_evaluation(model, method, 1200, t.Run())
+    assert lengths == [num_tokens]
+    assert capsys.readouterr().out == f"warm_up compile:0 evaluation:{method}\n"
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
 # ---- an artifact alone ---------------------------------------------------------------------------
