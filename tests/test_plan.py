@@ -1,6 +1,7 @@
 """logs/tools/plan.py and generate.py: runs that were made, a continuation by carried state."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -87,3 +88,12 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert generate.main([str(TOOLS), "x"]) == 2 and str(TOOLS) in capsys.readouterr().err
     monkeypatch.setenv("TOKENIZER_PATH", "none.model")
     assert generate.main(options) == 2 and "TOKENIZER_PATH=none" in capsys.readouterr().err
+    monkeypatch.delenv("TOKENIZER_PATH")
+    monkeypatch.delenv("PRESET")  # which sets the sample's tokenizer
+    assert generate.main(options) == 2
+    (tmp_path / "a.txt").write_text(f"run x:1\nsettings tokenizer_path:{cfg.tokenizer_path} a:b\n")
+    assert generate.main(options) == 0  # by the run's log
+    (tmp_path / "a.txt").unlink()
+    shutil.copyfile(cfg.tokenizer_path, tmp_path / "tokenizer.model")
+    assert generate.main(options) == 0  # by the file beside it
+    assert capsys.readouterr().out == 2 * shown[0]

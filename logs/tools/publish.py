@@ -47,7 +47,7 @@ The score is that of one run, `train.log`. It says nothing about other text{meth
 
 ```bash
 pip install -r requirements.txt
-TOKENIZER_PATH=tokenizer.model python generate.py model.artifact "{prompt}"
+python generate.py model.artifact "{prompt}"
 ```
 
 gives, with the temperature 0.7 and seed 1337:
@@ -97,8 +97,7 @@ def example_text(folder, prompt):
     """What the folder's own generate.py prints, in a process that sees only the folder."""
     command = [sys.executable, "generate.py", "model.artifact", prompt, "--tokens", "60"]
     env = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LD_LIBRARY_PATH")}
-    env |= dict(TOKENIZER_PATH="tokenizer.model", DEVICE="cpu", PYTHONDONTWRITEBYTECODE="1",
-                PYTHONIOENCODING="utf-8")
+    env |= dict(DEVICE="cpu", PYTHONDONTWRITEBYTECODE="1", PYTHONIOENCODING="utf-8")
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, encoding="utf-8",
                           timeout=600)
     if done.returncode:
