@@ -410,9 +410,11 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
-        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them
-        rank, world_size, local_rank = (
-            parse_value(name, env.get(name, one), int) for name, one in names.items())
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        try:
+            rank, world_size, local_rank = [int(env.get(*item)) for item in names.items()]
+        except ValueError:
+            raise SettingError(f"{', '.join(names)}: must be numbers, set by torchrun") from None
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
@@ -451,14 +453,14 @@ class Run:
             parts.append(f"{key}:{','.join(value.split()) or '-'}")
         self.write(" ".join(parts))
 
-    def write(self, line):
-        """One line of free text from rank 0, to the console and to the log file."""
+    def write(self, line, to_log=True):
+        """Free text from rank 0, to the console and to the log file."""
         if self.rank or self.quiet:
             return
-        # A closed console or a full disk must not end a run that can still be scored.
+        # A closed console or a full disk must not end a run.
         with suppress(OSError, ValueError, AttributeError):
             print(line, flush=True)
-        if self.log_path:
+        if self.log_path and to_log:
             self.lines.append(line + "\n")
             with suppress(OSError), open(self.log_path, "a", encoding="utf-8") as f:
                 f.writelines(self.lines[-1:] if f.tell() else self.lines)  # all if it was deleted
@@ -832,20 +834,23 @@ def target_bytes(table, tokens):
     ids = torch.from_numpy(tokens.astype(np.int64))
     return count_bytes(table, ids[:-1], ids[1:])
 
-def decoded_bytes(sp, tokens, bos_id, limit):
+def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     """Bytes of the first documents of `tokens` (about `limit` tokens) in two ways: (counted, text).
 
-    By the byte table, and as the UTF-8 length of the decoded documents less a first space and
-    CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
+    By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
+    and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
     """
+    begin = 0
     tokens = tokens[:limit].astype(np.int64)
     starts = np.flatnonzero(tokens == bos_id)
     if len(starts) > 1:  # whole documents: a cut could split a character spelled in byte pieces
-        tokens = tokens[starts[0]:starts[-1]]
+        begin = starts[0]
+        tokens = tokens[begin:starts[-1]]
     else:
         while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
             tokens = tokens[:-1]
         while len(tokens) > 1 and sp.is_byte(int(tokens[0])):
+            begin += 1
             tokens = tokens[1:]
     ids = torch.from_numpy(tokens)
     table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
@@ -1595,13 +1600,20 @@ class Scorer:
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
         self.state, self.batches = None, 0  # state: behind the last chunk
-        self.probes = 0
+        self.probes, self.last_line = 0, time.perf_counter()
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
-    def nats(self, ids, targets, T):
-        """Nats of rows (B, L), segment by segment of T tokens with carried state, and the state."""
+    def nats(self, ids, targets, T, progress=None):
+        """Nats of rows (B, L), segment by segment of T tokens with carried state, and the state.
+
+        progress: (share of the evaluation before these rows, share of these), told now and then.
+        """
         state, out = self.state, []
         for i in range(0, ids.shape[1], T):
+            if progress and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
+                done = progress[0] + progress[1] * i / ids.shape[1]
+                self.run.log("scoring", done=f"{done:.0%}")
+                self.last_line = time.perf_counter()
             part, wanted = [x[:, i:i + T].contiguous() for x in (ids, targets)]
             nats, state = self.model.nll(part, wanted, state, self.bonus(part))
             out.append(nats)
@@ -1666,7 +1678,7 @@ class Scorer:
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, torch.tensor(starts, device=self.run.device),
                                    -(-length // T) * T if filled else length)
-            nats, after = self.nats(ids, targets, T)
+            nats, after = self.nats(ids, targets, T, (i / len(parts), len(batch) / len(parts)))
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
                 self.probe(ids, targets, T, nats)
@@ -2333,6 +2345,7 @@ def warm_up(model, cfg, run, micro_rows):
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
+    run.log("warm_up", compile=int(compiles_training(model)), steps=cfg.warmup_steps)
     if compiles_training(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
@@ -3825,12 +3838,11 @@ def commit():
     """The git commit of this script, -dirty if the file differs from it; unknown without git."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True,
-                               check=True).stdout.strip()[:12]
-        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "train_gpt.py"], check=False)
+        head = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)
+        changed = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", "train_gpt.py"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found + ("-dirty" if same.returncode else "")
+    return head[:12].decode() + ("-dirty" if changed else "")
 
 def name_run(cfg, run):
     """cfg with RUN_ID settled: the user's, the checkpoint's, or time, preset and seed."""
@@ -3843,12 +3855,12 @@ def name_run(cfg, run):
         name = folder.relative_to(out) if folder.is_relative_to(out) else folder.name
         return replace(cfg, run_id=str(name).removesuffix(".ckpt"))
     now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
-    presets = "-".join(cfg.preset.replace(" ", "").split(","))
+    presets = cfg.preset.replace(" ", "").replace(",", "-")
     return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
 
 def start_log(cfg, run):
     """Begin the run's log, or go on with it; another run's files are never overwritten."""
-    path, artifact = (Path(cfg.out_dir) / f"{cfg.run_id}.{kind}" for kind in ("txt", "artifact"))
+    path = Path(cfg.out_dir) / f"{cfg.run_id}.txt"
     changed = {f.name: plain(getattr(cfg, f.name)) for f in fields(cfg)
                if getattr(cfg, f.name) != f.default}
 
@@ -3865,7 +3877,7 @@ def start_log(cfg, run):
                 raise SettingError(f"{', '.join(differing)}: must stay as they were, because "
                                    f"{path} holds a score by them")
             return
-        for file in (path, artifact, checkpoint_folder(cfg)):
+        for file in (path, path.with_suffix(".artifact"), checkpoint_folder(cfg)):
             if file.exists() and not (cfg.artifact and file != path):
                 raise SettingError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
                                    "that run away, or go on with it by RESUME=auto")
@@ -3875,8 +3887,8 @@ def start_log(cfg, run):
     try:
         run.from_rank_0(begin)
     except OSError as error:
-        raise SettingError(f"OUT_DIR={cfg.out_dir}: cannot be written ({error}); set OUT_DIR to a "
-                           "folder that can") from None
+        raise SettingError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
+                           ) from None
     run.log_path = path
     code = code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.on_cuda else "none"
@@ -3928,7 +3940,6 @@ def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     run.peak_memory_mib(reset=True)
     began = time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapter, run, probing=True)
-    run.synchronize()
     seconds = run.broadcast(time.perf_counter() - began)
     if adapter:
         facts["epochs"] = f"{adapter.epochs_done / max(1, adapter.calls):g}"
@@ -3941,17 +3952,15 @@ def warm_up_evaluation(model, method, num_targets, run):
     cfg = model.cfg
     adapting = method == "ttt"
     scoring = cfg.ttt_scoring if adapting else method
-    size = num_targets
-    if adapting:  # a graph is recorded at the second chunk, the third is scored with both
-        size = 3 * cfg.ttt_chunk_tokens
-    elif method != "exact":  # windows come in batches of one shape
-        size = cfg.eval_batch_tokens * run.world_size
-    size = min(size, num_targets)
+    # TTT records a graph at its second chunk; windows come in batches of one shape.
+    sizes = {"ttt": 3 * cfg.ttt_chunk_tokens, "exact": num_targets}
+    size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
     nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
     table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
     adapter = Adapter(model, num_targets, run) if adapting else None
     compiled = compiles_evaluation(model, run, scoring, num_targets, adapting)
+    run.log("warm_up", compile=int(compiled), evaluation=method)
     run.quiet = True
     evaluate(model, tokens, table, scoring, adapter, run, probing=True, compiled=compiled)
     run.quiet = False
@@ -3992,11 +4001,11 @@ def evaluate_artifact(blob, data, cfg, run):
     run.log("final", method=cfg.final_score, **ledger.as_log())
     return model, ledger, seconds + reload_s, in_order
 
-def report(outcome, artifact_bytes, train_s, stored, data, run):
-    """Print sizes and the compliance line; whether all checks of this run hold.
+def report(outcome, artifact_bytes, train_s, file, data, run):
+    """Print sizes, the compliance line and a summary; whether all checks of this run hold.
 
-    outcome: what `evaluate_artifact` returned.
-    train_s: None if nothing was trained.   stored: the artifact on disk is what was scored.
+    outcome: of `evaluate_artifact`.   train_s: None if nothing was trained.
+    file: the artifact, None if it was not written.
     """
     model, ledger, eval_s, in_order = outcome
     cfg = model.cfg
@@ -4015,21 +4024,27 @@ def report(outcome, artifact_bytes, train_s, stored, data, run):
         clock=wall_s <= 1.01 * (train_s or 0.0) + 1.0)
     limits = dict(
         train=not (train_s and 0 < cfg.max_wallclock_seconds < train_s),
-        eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=stored)
+        eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=bool(file))
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     clock_s = (cfg.max_wallclock_seconds or train_s) if train_s else 0.0
     looser = cfg.cap_bytes > CAP_BYTES or max(clock_s, cfg.eval_budget_seconds) > LIMIT_S
     # A holdout is for choosing settings.
     passed = "holdout" if cfg.holdout_tokens else ("ok", "other_limits")[looser]
+    verdict = passed if holds else "fail"
     spent = dict(train_s=f"{train_s:.1f}" if train_s else "-", eval_s=f"{eval_s:.1f}",
                  total_bytes=total, cap_bytes=cfg.cap_bytes)
     run.log("compliance", **spent, bytes_per_token=f"{ledger.bytes / ledger.tokens:.5f}",
             tokens_scored=ledger.tokens, probes=ledger.probes, wall_s=f"{wall_s:.1f}",
             **{name: "ok" if held else "fail" for name, held in checks.items()},
-            verdict=passed if holds else "fail")
+            verdict=verdict)
     for name, held in limits.items():
         if not held:
             run.log("over_limit", limit=name, **spent)
+    run.write(f"\nscore    {ledger.bpb:.4f} bits per byte, verdict {verdict}\n"
+              f"bytes    {total:,} of {cfg.cap_bytes:,}\n"
+              f"seconds  {spent['train_s']} training, {eval_s:.1f} evaluation\n"
+              f"files    {run.log_path} {file or ''}\n"
+              f"next     python logs/tools/report.py {run.log_path} --html page.html", to_log=False)
     return holds
 
 def main(env):
@@ -4039,20 +4054,20 @@ def main(env):
     try:
         data = open_data(cfg)
         cfg = name_run(cfg, run)
-        train_s, stored = None, True
-        if cfg.artifact:
-            blob = read_artifact(cfg.artifact, cfg)
+        train_s, file = None, cfg.artifact
+        if file:
+            blob = read_artifact(file, cfg)
             start_log(cfg, run)
         else:
             train_s, blob = make_artifact(data, cfg, run)
-            path = f"{cfg.out_dir}/{cfg.run_id}.artifact"
+            file = run.log_path.with_suffix(".artifact")
             try:
-                run.from_rank_0(lambda: write_whole(path, lambda f: f.write(blob)))
-            except OSError as error:  # what cannot be written can still be scored
+                run.from_rank_0(lambda: write_whole(file, lambda f: f.write(blob)))
+            except OSError as error:  # it can still be scored
                 run.log("artifact_not_written", reason=str(error))
-                stored = False
+                file = None
         outcome = evaluate_artifact(blob, data, cfg, run)
-        return 0 if report(outcome, len(blob), train_s, stored, data, run) else 1
+        return 0 if report(outcome, len(blob), train_s, file, data, run) else 1
     finally:
         run.close()
 
@@ -4066,7 +4081,7 @@ def entry():
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
-            print(help_text())
+            print(help_text(), flush=True)
             return 0
         if sys.argv[1:]:
             raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
@@ -4084,9 +4099,5 @@ def entry():
 
 if __name__ == "__main__":
     code = entry()
-    # All is written, so leave without shutting Python down: there a C++ thread of torch.distributed
-    # can abort, and a finished run of several ranks looks failed.
-    with suppress(OSError, ValueError, AttributeError):
-        sys.stdout.flush()
-        sys.stderr.flush()
+    # Leave without shutting Python down: there a C++ thread of torch.distributed can abort.
     os._exit(code)

@@ -141,14 +141,17 @@ def plain_documents(path, max_chars):
 def parquet_records(path, text_key):
     """Yield a dict of each row, of the column text_key alone if there is one."""
     try:
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ValueError(f"{path}: .parquet needs `pip install pyarrow` ({error})") from error
-
-    file = ParquetFile(path)
-    columns = [text_key] if text_key in file.schema_arrow.names else None
-    for batch in file.iter_batches(columns=columns):
-        yield from batch.to_pylist()
+        raise ValueError(f"{path}: to read .parquet, `pip install pyarrow` ({error})") from error
+    try:
+        file = ParquetFile(path, page_checksum_verification=True)
+        columns = [text_key] if text_key in file.schema_arrow.names else None
+        for batch in file.iter_batches(columns=columns):
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise ValueError(f"{path}: damaged or not Parquet ({error})") from error
 
 
 def file_format(path):

@@ -18,6 +18,8 @@ from conftest import (SCRIPT, files_in, fixed_data, launch, on_ranks, parse, tin
 
 import train_gpt as t
 
+pytestmark = pytest.mark.slow  # most train two or three times
+
 
 class Halt(Exception):
     """Stands for a machine that dies."""
@@ -203,7 +205,6 @@ def test_killed_process_goes_on_bit_equal(run, whole, tmp_path, mark):
     assert not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.slow
 def test_signal_to_two_ranks_leaves_a_checkpoint_and_no_traceback(run, whole, tmp_path):
     """Ctrl-C in a terminal reaches torchrun and every rank at once."""
     process = launch(whole.env | dict(OUT_DIR=str(tmp_path), ITERATIONS="1000000"), 2)

@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, TINY, files_in, launch, parse,
-                      tiny_config, tiny_model, values)
+from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, TINY, files_in, fixed_data, launch,
+                      parse, tiny_config, tiny_model, values, weights_of)
 
 import train_gpt as t
 
@@ -53,7 +53,7 @@ def test_run_id_with_a_slash_is_a_folder_of_the_runs_files(whole):
 
 
 def test_console_and_log_file_are_the_same_text(whole):
-    assert whole.out == (whole.folder / "night" / "run.txt").read_text()
+    assert whole.out.split("\n\n")[0] + "\n" == (whole.folder / "night" / "run.txt").read_text()
 
 
 def test_events_come_in_the_order_of_the_run(whole):
@@ -66,7 +66,8 @@ def test_events_come_in_the_order_of_the_run(whole):
 
 
 def test_every_line_is_in_the_grammar_or_one_of_the_verbatim_forms(whole):
-    outside = [line for line in whole.out.splitlines() if not LINE.fullmatch(line)]
+    log = (whole.folder / "night" / "run.txt").read_text()
+    outside = [line for line in log.splitlines() if not LINE.fullmatch(line)]
     assert [bool(VERBATIM.fullmatch(line)) for line in outside] == [True, True]  # the two sizes
 
 
@@ -129,9 +130,52 @@ def test_verdict_is_ok_by_every_check(whole):
         assert found[check] == "ok", check
 
 
+def test_the_last_screen_is_a_summary_for_a_person(whole):
+    lines = whole.out.split("\n\n")[1].splitlines()
+    found = dict(line.split(maxsplit=1) for line in lines)
+    told, final = values(whole.out, "compliance"), values(whole.out, "final")
+    run = f"{whole.folder}/night/run"
+    assert found == dict(
+        score=f"{float(final['val_bpb']):.4f} bits per byte, verdict ok",
+        bytes=f"{int(told['total_bytes']):,} of 16,000,000",
+        seconds=f"{told['train_s']} training, {told['eval_s']} evaluation",
+        files=f"{run}.txt {run}.artifact",
+        next=f"python logs/tools/report.py {run}.txt --html page.html")
+
+
+def test_a_long_evaluation_tells_how_far_it_is(tiny_model, capsys, monkeypatch):
+    cfg = tiny_config(eval_batch_tokens=64)
+    data = fixed_data(cfg)
+    clock = iter(range(0, 10_000, 9))  # each look at the clock is 9 s later
+    monkeypatch.setattr(t.time, "perf_counter", lambda: float(next(clock)))
+    for method in ("exact", "sliding", "roundtrip"):
+        t.evaluate(tiny_model(cfg), data.val, data.table, method, run=t.Run())
+        found = [pairs for event, pairs in parse(capsys.readouterr().out) if event == "scoring"]
+        shares = [int(pairs["done"].rstrip("%")) for pairs in found]
+        assert len(shares) > 3 and shares == sorted(shares) and 0 <= shares[0] < shares[-1] <= 100
+
+
+@pytest.mark.parametrize("method, num_tokens", [
+    ("ttt", 3 * 100 + 1), ("exact", 1201), ("sliding", 256 + 1), ("roundtrip", 256 + 1)])
+def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, tiny_model, capsys,
+                                                            monkeypatch):
+    cfg = tiny_config()  # chunks of 100 tokens, batches of 256
+    model = tiny_model(cfg)
+    weights = weights_of(model)
+    lengths = []
+    evaluate = t.evaluate
+    monkeypatch.setattr(t, "evaluate", lambda model, tokens, *rest, **options: (
+        lengths.append(len(tokens)), evaluate(model, tokens, *rest, **options)))
+    t.warm_up_evaluation(model, method, 1200, t.Run())
+    assert lengths == [num_tokens]
+    assert capsys.readouterr().out == f"warm_up compile:0 evaluation:{method}\n"
+    assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
+
+
 # ---- an artifact alone ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
     """No setting of the model is repeated: all of them come from the file."""
     kept = {*EVALUATION, "PRESET", "DEVICE", "DATA_PATH", "TTT_CHUNK_TOKENS"}
@@ -391,13 +435,15 @@ def test_batch_that_the_ranks_cannot_share_names_the_nearest():
         t.micro_batch_rows(cfg, t.Run(0, 3))
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 8])
 def test_any_number_of_ranks_gives_the_scores_of_one(whole, tmp_path, ranks):
     env = whole.env | dict(OUT_DIR=str(tmp_path), RUN_ID="many", EVAL_DIAGNOSTICS="0",
                            FINAL_SCORE="ttt", VAL_LOSS_EVERY="0")
     code, out, err = finish(launch(env, ranks))
     assert code == 0, err
-    assert out == (tmp_path / "many.txt").read_text()  # the other ranks are silent
+    log = (tmp_path / "many.txt").read_text()
+    assert out.split("\n\n")[0] + "\n" == log  # the other ranks are silent
     for event in ("pre_quantization_post_ema", "final_int6_ttt"):
         one = float(values(whole.out, event)["val_bpb"])
         assert float(values(out, event)["val_bpb"]) == pytest.approx(one, rel=1e-5), event

@@ -80,6 +80,7 @@ def corpus(tmp_path):
     return ["--train", train, "--val", write(tmp_path / "val.txt", DOCUMENTS[50:])]
 
 
+@pytest.mark.slow
 def test_sample_is_rebuilt_byte_for_byte(tmp_path):
     command = [sys.executable, ROOT / "data" / "prepare.py", "--sample", "--out", tmp_path]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -136,6 +137,24 @@ def test_one_plain_text_is_split_into_documents(tmp_path):
 
 def zstd(raw):  # in two frames: tools that compress in parallel write many
     return zstandard.compress(raw[:999]) + zstandard.compress(raw[999:])
+
+
+@pytest.mark.parametrize("damage", ["missing", "short", "cut"])
+def test_parquet_that_cannot_be_read_is_one_clear_error(tmp_path, monkeypatch, damage):
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 text")
+    if damage == "missing":
+        monkeypatch.setitem(sys.modules, "pyarrow", None)
+    else:
+        pyarrow = pytest.importorskip("pyarrow", reason=".parquet input needs pyarrow")
+    if damage == "cut":
+        table = pyarrow.table({"text": [text * 100 for text in DOCUMENTS]})
+        pytest.importorskip("pyarrow.parquet").write_table(table, path, compression="none")
+        whole = path.read_bytes()
+        path.write_bytes(whole[:4] + bytes(40) + whole[44:])
+    told = "pip install pyarrow" if damage == "missing" else "damaged or not Parquet"
+    with pytest.raises(ValueError, match=f"a.parquet: .*{told}"):
+        list(prepare.read_documents([path], "text"))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.parquet"])

@@ -1,6 +1,7 @@
 """logs/tools/plan.py and generate.py: runs that were made, a continuation by carried state."""
 
 import re
+import shutil
 
 import pytest
 import torch
@@ -25,12 +26,46 @@ def test_plan_of_runs_that_were_made(capsys):
     assert 15_900_000 < numbers(lines, "bytes")[1] < 16_000_000
     assert 3 < numbers(lines, "bits")[0] < 3.3
     eight = plan.plan(dict(GPUS="8", PRICE="3"))
-    assert numbers(eight, "speed")[0] == 8 * numbers(lines, "speed")[0] and "dollars" in eight[-1]
+    assert numbers(eight, "speed")[0] == 8 * numbers(lines, "speed")[0]
+    seconds = [float(line.split()[1].replace(",", "")) for line in eight if "seconds" in line[:7]]
+    assert seconds[-1] == pytest.approx(sum(seconds[:-1]), abs=0.4)  # each has one decimal
+    dollars = float(re.search(r"([\d.]+) dollars at PRICE=3$", eight[-1])[1])
+    assert dollars == pytest.approx(8 * seconds[-1] / 3600 * 3, abs=0.01)
     lines = plan.plan(dict(PRESET="sample", GPU="CPU"))  # logs/sample/record.txt
     assert numbers(lines, "steps")[0] == pytest.approx(267, rel=0.1)
     assert numbers(lines, "bytes")[0] == pytest.approx(835_499, rel=0.15)
     assert plan.main(dict(MODEL_DIM="1024")) == 0 and "\nwarning" in capsys.readouterr().out
-    assert plan.main(dict(GPU="abacus")) == 2 and "GPU=abacus" in capsys.readouterr().err
+
+
+def test_plan_of_a_gpu_that_was_not_measured():
+    half = plan.plan(dict(GPU="a100", SPEED="0.5", MEMORY_GB="40", MAX_WALLCLOCK_SECONDS="300"))
+    whole = plan.plan(dict(MAX_WALLCLOCK_SECONDS="300"))
+    assert numbers(half, "speed")[0] == numbers(whole, "speed")[0] / 2
+    assert numbers(half, "memory")[1] == 40 and half[0].startswith("machine    1 x A100")
+    small = plan.plan(dict(SPEED="1", MEMORY_GB="2", MICRO_BATCH_TOKENS="131072"))
+    assert any(line.startswith("warning    more memory") for line in small)
+
+
+@pytest.mark.parametrize("env, message", [
+    (dict(GPU="abacus"), "GPU=ABACUS: measured are H100, H200, CPU; for another one add SPEED"),
+    (dict(GPUS="eight"), "GPUS=eight: must be a whole number above 0"),
+    (dict(GPUS="0"), "GPUS=0: must be a whole number above 0"),
+    (dict(PRICE="-1"), "PRICE=-1: must be a number above 0"),
+    (dict(SPEED="nan"), "SPEED=nan: must be a number above 0")])
+def test_plan_refuses_in_one_line(env, message, capsys):
+    assert plan.main(env) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1 and not out
+
+
+def test_the_measured_table_is_printed(capsys):
+    assert plan.main({}) == 0
+    table = capsys.readouterr().out.split("\nMeasured")[1]
+    for name, machine in plan.MEASURED.items():
+        [row] = [line for line in table.splitlines() if line.startswith(name)]
+        found = [float(n.replace(",", "")) for n in re.findall(r"(?<=\s)[\d,.]+", row)]
+        assert found == [machine.train_tok_s, machine.score_tok_s, machine.ttt_tok_s,
+                         machine.ttt_step_s, machine.start_s, machine.export_s, machine.params]
 
 
 def test_generate(tmp_path, capsys, monkeypatch):
@@ -53,3 +88,12 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert generate.main([str(TOOLS), "x"]) == 2 and str(TOOLS) in capsys.readouterr().err
     monkeypatch.setenv("TOKENIZER_PATH", "none.model")
     assert generate.main(options) == 2 and "TOKENIZER_PATH=none" in capsys.readouterr().err
+    monkeypatch.delenv("TOKENIZER_PATH")
+    monkeypatch.delenv("PRESET")  # which sets the sample's tokenizer
+    assert generate.main(options) == 2
+    (tmp_path / "a.txt").write_text(f"run x:1\nsettings tokenizer_path:{cfg.tokenizer_path} a:b\n")
+    assert generate.main(options) == 0  # by the run's log
+    (tmp_path / "a.txt").unlink()
+    shutil.copyfile(cfg.tokenizer_path, tmp_path / "tokenizer.model")
+    assert generate.main(options) == 0  # by the file beside it
+    assert capsys.readouterr().out == 2 * shown[0]

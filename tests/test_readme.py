@@ -45,6 +45,7 @@ def update():
 def links(name):
     """Relative targets of a document's links and images, without their #anchor."""
     targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", read(name))
+    targets += re.findall(r'\bsrc(?:set)?="([^"\s]+)"', read(name))
     return [target for target in targets if "://" not in target]
 
 
@@ -65,6 +66,12 @@ def rows(name):
 @pytest.mark.parametrize("mark", COMMANDS)
 def test_commands_stand_behind_their_marks(mark):
     assert f"<!-- {mark} -->\n```bash\n{COMMANDS[mark]}\n```\n" in read("README.md")
+
+
+def test_readme_has_its_pictures_for_light_and_dark_pages():
+    found = [link for link in links("README.md") if link.endswith(".png")]
+    assert len(found) == 4 and {name.replace("_dark.png", ".png") for name in found} == {
+        "logs/figures/architecture.png", "logs/figures/evaluation.png"}
 
 
 def test_readme_is_short():

@@ -1,20 +1,26 @@
-"""logs/tools/report.py and figures.py: logs of known numbers, and logs of other scripts."""
+"""logs/tools/report.py, figures.py, page.py: logs of known numbers, and of other scripts."""
 
 import html
 import json
 import math
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+from html.parser import HTMLParser
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 TOOLS = ROOT / "logs" / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import figures  # noqa: E402
 import report  # noqa: E402
 
 SEEDS, BPBS = (1337, 42, 7), (1.05612345, 1.05633333, 1.05598765)
@@ -99,6 +105,16 @@ def test_one_log(logs):
         logs[0].write_text(text.replace("peak_mem_mib", "peak_mem_mb"))
         log = report.parse_log(logs[0])
         assert log.config == found and log.peak_mib == 31206
+
+
+def test_the_screen_says_the_same_as_the_log(logs, tmp_path):
+    summary = ("\nscore    1.0561 bits per byte, verdict ok\nbytes    15,900,061 of 16,000,000\n"
+               "seconds  598.1 training, 5.2 evaluation\nfiles    logs/x.txt logs/x.artifact\n"
+               "next     python logs/tools/report.py logs/x.txt --html page.html\n")
+    (tmp_path / "screen.txt").write_text(logs[0].read_text() + summary)
+    log, screen = report.parse_log(logs[0]), report.parse_log(tmp_path / "screen.txt")
+    assert screen.left_out == [] and screen.events == log.events
+    assert (screen.final, screen.scores, screen.verdict) == (log.final, log.scores, "ok")
 
 
 def test_damaged_logs_are_read_or_refused(logs, tmp_path):
@@ -300,9 +316,11 @@ def drawn(tmp_path_factory):
 
 
 FINDINGS = [
-    ("curves", "(base, mean of 3 seeds)", "base, seed 42: ", "training loss [nats]"),
-    ("time", "Longest training 600 s, longest evaluation 5.2 s", "calibration 5.9", "seed 1337"),
-    ("roles", "of 16 MB, 51% of it mlp", "7,700.0 kB, 5.87 bits per symbol", "train_gpt.py"),
+    ("curves", "(base, mean of 3 seeds)", "base, seed 42: ", "training loss [nats]",
+     f"; the artifact scores {statistics.mean(BPBS):.4f}"),
+    ("time", "Longest training 600 s, longest evaluation 5.2 s", "calibration 5.9",
+     "mean of 3 seeds"),
+    ("roles", "of 16 MB, 51% of it mlp", "7,700.0 kB, 5.87 bits per number", "train_gpt.py"),
     ("gptq", "mlp.up", "relative quantization error x 1000; largest"),
     ("ttt", "Test-time training gains 0.0123 bpb (ttt, seed 5)", "not trained (dashed): 1.0574",
      "ttt, seed 5: +0.0123", "still, seed 5: 1.0574"),
@@ -318,6 +336,144 @@ def test_figures_show_what_they_say(row, drawn):
     assert drawn[f"{row[0]}.png"].stat().st_size < 150_000
     if row[0] == "curves":  # the title is the mean of the ends
         ends = [float(end) for end in re.findall(r"base, seed \d+: (\d\.\d{4})", text)][:3]
-        title = float(re.search(r"Validation bpb ends at (\d\.\d+)", text)[1])
+        title = float(re.search(r"Validation bpb while training ends at (\d\.\d+)", text)[1])
         assert title == pytest.approx(sum(ends) / 3, abs=1e-4) and len(set(ends)) == 3
+
+
+def ttt_lines(*chunks):
+    return "\n".join(f"ttt chunk:{i}/9 scored_tokens:{i}00000 running_bpb:{bpb}"
+                     for i, bpb in chunks)
+
+
+def test_the_ttt_curve_ends_at_the_score_and_says_what_it_is_compared_with(logs):
+    text = log_text().replace("int6_exact", "int6_ttt").replace("method:exact", "method:ttt")
+    logs[0].write_text(with_lines(text, "final m", ttt_lines((1, 1.2), (8, 1.1))))
+    log = report.parse_log(logs[0])
+    name, finding, fig = figures.figure_ttt([log])
+    top = fig.axes[0]
+    curve, dashed = top.lines
+    assert curve.get_xydata()[-1].tolist() == pytest.approx([TOKENS / 1e6, BPBS[0]])
+    gain = BPBS[0] + 0.004 - BPBS[0]
+    assert dashed.get_ydata()[0] == pytest.approx(BPBS[0] + gain)
+    assert finding == (f"With test-time training {gain:.4f} bpb below “not trained, windows” "
+                       f"({figures.label(log)})")
+    logs[0].write_text(re.sub("final_int6_round.*|pre_quant.*", "", logs[0].read_text()))
+    _, finding, _ = figures.figure_ttt([report.parse_log(logs[0])])
+    assert finding.endswith("; these logs have no score without it")
+
+
+def test_labels_at_the_ends_of_lines_stand_apart():
+    fig, [[ax]] = figures.new_figure(3.0)
+    ax.set_ylim(0, 1)
+    figures.label_ends(ax, [(0.99 + 0.001 * i, str(i), "black", "--") for i in range(9)])
+    places = sorted(text.get_position()[1] for text in ax.texts)
+    assert len(places) == 9 and places[-1] <= 1.0
+    assert min(b - a for a, b in zip(places, places[1:])) > 0.04
+
+
+def test_bytes_by_kind_of_matrix_where_the_log_has_no_roles(logs):
+    line = "gptq name:blocks.0.{} bits:8 rows:100 columns:200 rel_err:0.1 bits_per_weight:4.0"
+    lines = "\n".join(line.format(name) for name in ("mlp.up", "mixer.q_proj", "mlp.down"))
+    text = re.sub("gptq .*\n", "", log_text())
+    logs[0].write_text(with_lines(text, "stopping", lines))
+    found = figures.roles(report.parse_log(logs[0]))
+    assert found == [("mlp", 20_000, 40_000, 4.0), ("mixer", 10_000, 20_000, 4.0),
+                     ("steps, vectors", MODEL_BYTES - 30_000, MODEL_BYTES - 30_000, None)]
+
+
+class Balanced(HTMLParser):
+    """Raises if an element is closed that is not open; collects attributes that could load."""
+
+    VOID = {"meta", "path", "use", "rect", "circle", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.cells = [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
+        self.open += [tag] if tag not in self.VOID else []
+
+    def handle_startendtag(self, tag, attrs):
+        self.loads += [v for k, v in attrs if k in ("src", "href", "xlink:href", "srcset")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.cells.append(data)
+
+
+@pytest.fixture
+def page(logs, tmp_path):
+    """The page of two seeds, of which one fails a check, and of a run of another script."""
+    logs[1].write_text(with_lines(log_text(42, BPBS[1]), "final m", ttt_lines((1, 1.1))).replace(
+        "causal:ok", "causal:fail").replace("verdict:ok", "verdict:fail"))
+    (tmp_path / "foreign&co.log").write_text(BASELINE)
+    paths = [*map(str, logs[:2]), str(tmp_path / "foreign&co.log")]
+    assert report.main([*paths, "--html", str(tmp_path / "page.html")]) == 0
+    return tmp_path / "page.html"
+
+
+def test_page_is_whole_and_loads_nothing(page):
+    text = page.read_text(encoding="utf-8")
+    parsed = Balanced(text)
+    assert parsed.open == [] and "<script" not in text and "@import" not in text
+    assert all(target.startswith("#") for target in parsed.loads) and "url(http" not in text
+    svgs = re.findall(r"(?s)<svg.*?</svg>", text)
+    ids = [svg_id for svg in svgs for svg_id in re.findall(r' id="([^"]+)"', svg)]
+    assert len(svgs) >= 4 and len(ids) == len(set(ids))
+    for svg in svgs:
+        elements = list(ElementTree.fromstring(svg).iter())
+        named = {e.get("id") for e in elements}
+        used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', svg)
+        assert set(used) <= named and len(elements) > 20
+    for scheme in ("#ffffff", "#000000", "#0072b2"):  # every color has a dark counterpart
+        assert scheme not in "".join(svgs)
+
+
+def test_page_shows_what_the_logs_say(page):
+    cells = Balanced(page.read_text(encoding="utf-8")).cells
+    for shown in ("1.05612", "1.22437", "15,863,489", "598.1", "5.2", "fail", "seed1337", "ab12",
+                  "foreign&co", "1 of 3 without the verdict ok.", "causal", "bits per weight"):
+        assert any(shown in cell for cell in cells), shown
+    assert "int8" not in " ".join(cells)
+
+
+def test_every_color_of_the_figures_has_a_dark_one():
+    import page as module
+    used = {*figures.COLORS, *figures.PARTS.values()}
+    assert used == set(module.SERIES)
+
+
+def test_page_without_matplotlib_has_the_table_and_says_what_is_missing(logs, tmp_path):
+    code = ("import runpy, sys; sys.modules.update(numpy=None, matplotlib=None, torch=None); "
+            "sys.argv = ['report.py', 'seed7.txt', '--html', 'page.html']; "
+            f"sys.path.insert(0, {str(TOOLS)!r}); "
+            "runpy.run_path(PATH, run_name='__main__')")
+    command = [sys.executable, "-S", "-c", code.replace("PATH", repr(str(TOOLS / "report.py")))]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert done.returncode == 0 and f"{BPBS[2]:.5f}" in text
+    assert "pip install matplotlib" in text and "<svg" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+def test_page_in_a_browser(page, tmp_path):
+    """Both color schemes, drawn by a real browser, as wide as the window."""
+    darkness = []
+    for options in ([], ["--blink-settings=preferredColorScheme=0"]):
+        shot = tmp_path / "shot.png"
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                   "--window-size=1200,3000", f"--user-data-dir={tmp_path}/profile",
+                   f"--screenshot={shot}", *options, page.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        with Image.open(shot) as image:
+            pixels = np.asarray(image.convert("L"))
+        assert pixels.shape == (3000, 1200) and pixels.std() > 15  # not blank
+        darkness.append(np.median(pixels))
+    assert darkness[0] > 240 and darkness[1] < 30
 

@@ -37,6 +37,7 @@ def quick(tmp_path, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_the_script_runs_and_the_sweep_goes_on(tiny, tmp_path, capsys):
     settings = " ".join(f"{name}='{value}'" for name, value in tiny.items())
     (tmp_path / "table.txt").write_text(f"all {settings} SEED=5\nbase\nfast MATRIX_LR=0.05\n")

@@ -2,17 +2,20 @@
 
     python logs/tools/generate.py ARTIFACT "text" [--tokens 100] [--temperature 0.7] [--seed 1337]
 
-ARTIFACT is an artifact file of train_gpt.py; TOKENIZER_PATH is its tokenizer, as for train_gpt.py.
+ARTIFACT is an artifact file of train_gpt.py. Its tokenizer is TOKENIZER_PATH; without it
+tokenizer.model beside the artifact, or the one that the run's log names.
 """
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+# Behind the script's own folder: in one made by publish.py, train_gpt.py stands beside this file.
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 import train_gpt as t  # noqa: E402
 
@@ -55,6 +58,17 @@ def continuation(model, sp, text, count, temperature, seed):
             shown = decoded
 
 
+def tokenizer_of(artifact):
+    """{"TOKENIZER_PATH": path} as far as the files beside the artifact say, else {}."""
+    artifact = Path(artifact)
+    log = artifact.with_suffix(".txt")
+    if (beside := artifact.with_name("tokenizer.model")).is_file():
+        return {"TOKENIZER_PATH": str(beside)}
+    text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+    found = re.search(r"^settings .*\btokenizer_path:(\S+)", text, re.MULTILINE)
+    return {"TOKENIZER_PATH": found[1]} if found else {}
+
+
 def main(argv=None):
     """The command line; returns the exit code."""
     p = argparse.ArgumentParser(prog="generate.py", description="Continues a text.")
@@ -65,7 +79,7 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=1337)
     args = p.parse_args(argv)
     try:
-        cfg = t.Config.from_env(os.environ)
+        cfg = t.Config.from_env(tokenizer_of(args.artifact) | dict(os.environ))
         on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
         # The plain operations: one token at a time is no work for the fast ones.
         device = "cuda" if on_gpu else "cpu"

@@ -1,10 +1,13 @@
 """What a run would need, without running it: parameters, bytes, memory, steps, seconds, dollars.
 
     GPUS=8 GPU=H100 PRICE=3 DATA_PATH=... MODEL_DIM=640 python logs/tools/plan.py
+    GPUS=4 GPU=A100 SPEED=0.4 MEMORY_GB=40 python logs/tools/plan.py
 
 takes the environment variables of train_gpt.py, and GPUS (1), GPU (H100, H200, or CPU for two
-cores) and PRICE [dollars per GPU and hour]. It needs no GPU. Times follow from the table below, in
-proportion to the number of parameters, which misleads for models much smaller than the measured.
+cores) and PRICE [dollars per GPU and hour]. Any other GPU needs SPEED, its speed over an H100's,
+and MEMORY_GB. It runs anywhere and needs no GPU. Times follow from the measured table that it
+prints, in proportion to the number of parameters and GPUS; that misleads for models much smaller
+than the measured.
 """
 
 import math
@@ -35,10 +38,11 @@ class Machine(NamedTuple):
     model: str
 
 
-MEASURED = {  # training at commit d474b71, the rest earlier: logs/ladder, evaluation and speed
+MEASURED = {  # from logs/ladder, evaluation and speed; the H200's TTT and scoring are older
     "H100": Machine(80, 39_712_608, 1.13e6, 1.4e6, 1.37e6, 0.019, 50, 13, "default"),
-    "H200": Machine(141, 39_712_608, 1.24e6, 1.6e6, 1.37e6, 0.019, 50, 13, "default; TTT: H100"),
+    "H200": Machine(141, 39_712_608, 1.31e6, 1.6e6, 1.37e6, 0.019, 57, 15, "default; TTT: H100"),
     "CPU": Machine(8, 964_865, 7.4e3, 1.6e4, 1.0e4, 0.0, 2, 0.4, "PRESET=sample")}
+OWN = ("GPUS", "GPU", "PRICE", "SPEED", "MEMORY_GB")  # the variables that are not the script's
 VAL_TOKENS = 62_021_846  # of the challenge's split with its 1024 pieces
 FEWEST_BITS = 2.5  # a weight; 2.6 is the least that was run at full size
 
@@ -98,14 +102,50 @@ def evaluation_seconds(cfg, machine, slower, tokens, gpus):
     return scoring, steps * step_s
 
 
+def diagnostic_seconds(cfg, machine, slower, tokens, gpus):
+    """Seconds of the scores that do not count: before the export, and by the other methods."""
+    others = [method for method in t.FINAL_EVENTS if method != cfg.final_score]
+    methods = ["roundtrip", *(others if cfg.eval_diagnostics else [])]
+    return sum(sum(evaluation_seconds(replace(cfg, final_score=method), machine, slower, tokens,
+                                      gpus)) for method in methods)
+
+
+def variable(env, name, default, kind=float):
+    """The positive number in a variable of this tool."""
+    text = env.get(name, default)
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e6:
+        what = "a whole number" if kind is int else "a number"
+        raise t.SettingError(f"{name}={text}: must be {what} above 0")
+    return value
+
+
+def machine_of(env):
+    """(name, Machine) of GPU: a measured one, or any other by SPEED and MEMORY_GB."""
+    name = env.get("GPU", "H100").upper()
+    if "SPEED" not in env and name not in MEASURED:
+        raise t.SettingError(f"GPU={name}: measured are {', '.join(MEASURED)}; for another one add "
+                             "SPEED, its speed over an H100's, and MEMORY_GB")
+    machine = MEASURED.get(name, MEASURED["H100"])
+    if "SPEED" in env:
+        speed = variable(env, "SPEED", "1")
+        machine = MEASURED["H100"]
+        machine = machine._replace(
+            train_tok_s=speed * machine.train_tok_s, score_tok_s=speed * machine.score_tok_s,
+            ttt_tok_s=speed * machine.ttt_tok_s, ttt_step_s=machine.ttt_step_s / speed,
+            export_s=machine.export_s / speed, model="the H100's times SPEED")
+    return name, machine._replace(
+        memory_gb=variable(env, "MEMORY_GB", str(machine.memory_gb)))
+
+
 def plan(env):
     """The lines of the plan for the environment variables in `env`."""
-    cfg = t.Config.from_env({k: v for k, v in env.items() if k not in ("GPUS", "GPU", "PRICE")})
-    kind = env.get("GPU", "H100")
-    if kind not in MEASURED:
-        raise t.SettingError(f"GPU={kind}: must be one of {', '.join(MEASURED)}")
-    machine = MEASURED[kind]
-    gpus, price = int(env.get("GPUS", "1")), float(env.get("PRICE", "0"))
+    cfg = t.Config.from_env({k: v for k, v in env.items() if k not in OWN})
+    kind, machine = machine_of(env)
+    gpus = variable(env, "GPUS", "1", int)
     run = t.Run(world_size=gpus)
     cfg = t.settle_batch(cfg, run)
     ops = t.REFERENCE if kind == "CPU" else t.REFERENCE._replace(mlp=None)  # a fused one
@@ -117,7 +157,8 @@ def plan(env):
     with torch.device("meta"):
         model = t.LM(cfg)
     params = sum(p.numel() for p in model.parameters())
-    memory = (16 * params + micro_tokens * token_bytes) / 1e9
+    torch_gb = 1.0 if kind == "CPU" else 0.0  # the libraries themselves
+    memory = (16 * params + micro_tokens * token_bytes) / 1e9 + torch_gb
     artifact, bits = expected_artifact(model)
     total = artifact + len(t.code_bytes())
     slower = params / machine.params
@@ -131,20 +172,28 @@ def plan(env):
     scoring_s, ttt_s = evaluation_seconds(cfg, machine, slower, tokens, gpus)
     phases = {"start-up": machine.start_s, "training": train_tokens / tok_s,
               "calibration": reserve_s, "export": slower * machine.export_s,
-              "scoring": scoring_s, "test-time training": ttt_s}
+              "scoring": scoring_s, "test-time training": ttt_s,
+              "scores that do not count": diagnostic_seconds(cfg, machine, slower, tokens, gpus)}
     total_s = sum(phases.values())
-    cost = gpus * total_s / 3600 * price
+    hours = gpus * total_s / 3600
+    cost = f"{hours:.2f} hours of {kind}"
+    if "PRICE" in env:
+        price = variable(env, "PRICE", "")
+        cost += f", {hours * price:.2f} dollars at PRICE={price:g}"
     lines = [
+        f"machine    {gpus} x {kind}, {machine.model}",
         f"model      {params:,} parameters, {len(t.parse_stack(cfg.stack))} layers, "
         f"{len(t.stored_bits(model, cfg))} matrices",
         f"bytes      {artifact:,} artifact, {total:,} with the script",
         f"bits       {bits:.2f} a weight at CAP_BYTES={cfg.cap_bytes:,}",
-        f"memory     {memory:.1f} of {machine.memory_gb} GB; {micro_tokens:,} tokens a pass",
+        f"memory     {memory:.1f} of {machine.memory_gb:g} GB; {micro_tokens:,} tokens a pass",
         f"steps      {steps:,} of {cfg.train_batch_tokens:,} tokens, together {train_tokens:,}",
         f"speed      {tok_s:,.0f} tokens/s",
         f"targets    {tokens - 1:,}",
         *(f"seconds    {seconds:,.1f} {phase}" for phase, seconds in phases.items()),
-        f"seconds    {total_s:,.1f} together; {cost:.2f} dollars at PRICE={price:g}"]
+        f"seconds    {total_s:,.1f} together; {cost}"]
+    if memory > machine.memory_gb:
+        lines.append("warning    more memory than there is: lower MICRO_BATCH_TOKENS or MODEL_DIM")
     if total > cfg.cap_bytes or bits < FEWEST_BITS:
         lines.append("warning    few bits are left for each weight: lower MODEL_DIM or MLP_MULT")
     if scoring_s + ttt_s > cfg.eval_budget_seconds:
@@ -159,10 +208,14 @@ def main(env):
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\nMeasured tokens/s: training, scoring, test-time training; of a model of parameters")
+    print("\nMeasured on one GPU, or two CPU cores; train, score and TTT in tokens/s:\n"
+          "kind      train     score       TTT  s/TTT step  start-up s  export s  parameters")
     for name, m in MEASURED.items():
-        speeds = f"{m.train_tok_s:11,.0f} {m.score_tok_s:11,.0f} {m.ttt_tok_s:11,.0f}"
-        print(f"{name:<9} {speeds} {m.params:12,} ({m.model})")
+        speeds = f"{m.train_tok_s:9,.0f} {m.score_tok_s:9,.0f} {m.ttt_tok_s:9,.0f}"
+        times = f"{m.ttt_step_s:11.3f} {m.start_s:11g} {m.export_s:9g}"
+        print(f"{name:<5} {speeds} {times} {m.params:11,} ({m.model})")
+    print("Several GPUs count as so many times one: 2 x H200 measured 2.50 M tokens/s in training\n"
+          "(logs/speed/h200x2_120s.txt); more than two were never measured.")
     return 0
 
 

@@ -1,13 +1,14 @@
-"""Logs -> Markdown table, index, figures, submission.json, and the test against a record.
+"""Logs -> Markdown table, index, page, figures, submission.json, and the test against a record.
 
     python logs/tools/report.py LOG...                    the table
     python logs/tools/report.py LOG... --record-bpb X     and whether the scores beat a record
+    python logs/tools/report.py LOG... --html FILE        and one page with figures, for a browser
     python logs/tools/report.py LOG... --figures DIR      and figures (figures.py draws them)
     python logs/tools/report.py LOG... --submission FILE  and submission.json; see --help
     python logs/tools/report.py --index                   writes logs/INDEX.md, one row per log
 
 A LOG is a log of train_gpt.py, a log of another script of the challenge, or a folder of logs.
-Only --figures needs more than the standard library: matplotlib.
+Only --figures needs more than the standard library: matplotlib; --html has figures with it.
 Reading order: parse_log(), RunLog, table(), submission(), main().
 """
 
@@ -380,6 +381,33 @@ def by_configuration(logs):
     return list(groups.values())
 
 
+def stream(log, key):
+    """{tokens scored: bits per byte} along test-time training; key: running_bpb or chunk_bpb."""
+    return dict(log.series("ttt", "scored_tokens", key))
+
+
+def untrained(log, logs):
+    """A log of the same artifact and text without training, best with the same chunks; or None."""
+    same = [other for other in logs if other.final and other.model_bytes == log.model_bytes
+            and other.final.tokens == log.final.tokens and other is not log]
+    rates = [(other.config.get("ttt_lr"), other.config.get("ttt_epochs")) for other in same]
+    still = [other for other, rate in zip(same, rates) if 0 in map(number, rate)]
+    return next(iter(still + [other for other in same if other.final.method != "ttt"]), None)
+
+
+def baseline(log, other):
+    """(bpb without test-time training, what it is) from the log, or from its `other`."""
+    if "exact" in log.scores:
+        return log.scores["exact"].bpb, "not trained"
+    if other:
+        return other.final.bpb, "not trained"
+    for method, what in (("sliding", "sliding windows"), ("roundtrip", "windows"),
+                         ("pre", "windows, before export")):
+        if method in log.scores:
+            return log.scores[method].bpb, f"not trained, {what}"
+    return None
+
+
 # Columns: title, value of a RunLog, format of a number or None for text. Scores come in between.
 FIRST_COLUMNS = (
     ("run", lambda log: log.name, None),
@@ -583,6 +611,7 @@ def parser():
     p = argparse.ArgumentParser(prog="report.py", description="Logs as a table and figures; the "
                                 "submission.json and record test of seeds of one configuration.")
     p.add_argument("logs", nargs="*", metavar="LOG", help="log files, or folders of logs")
+    p.add_argument("--html", metavar="FILE", help="write one page that needs no network")
     p.add_argument("--figures", metavar="DIR", help="draw what the logs hold, as PNG and SVG")
     p.add_argument("--index", action="store_true", help="write INDEX.md of folder LOG, or logs/")
     p.add_argument("--record-bpb", type=float, metavar="X", help="score to beat [bits per byte]")
@@ -624,6 +653,10 @@ def run(args):
         raise ReportError("give logs, or --index; --help lists the options")
     logs = collect(args.logs)
     print(table(logs))
+    if args.html:
+        from page import page
+        Path(args.html).write_text(page(logs), encoding="utf-8")
+        print(f"\n{args.html}: open it in a browser")
     if args.figures:
         try:
             from figures import draw
