@@ -410,11 +410,9 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
-        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        try:
-            rank, world_size, local_rank = [int(env.get(*item)) for item in names.items()]
-        except ValueError:
-            raise SettingError(f"{', '.join(names)}: must be numbers, set by torchrun") from None
+        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them
+        rank, world_size, local_rank = (
+            parse_value(name, env.get(name, one), int) for name, one in names.items())
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
@@ -3906,7 +3904,7 @@ def make_artifact(data, cfg, run):
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
     try:  # what would fail after training only
-        codec = side_codec(cfg.compressor)
+        codec = side_codec(cfg)
         decompress(compress(b"works", codec), codec, 5)
     except Exception as error:  # a package that is missing, damaged, or older than its interface
         raise SettingError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None

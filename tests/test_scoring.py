@@ -413,9 +413,9 @@ def test_causality_probe_follows_the_carried_state(method):
     model = Knows(None)
     nats = t.Scorer.nats
 
-    def peeking(scorer, ids, targets, T):
+    def peeking(scorer, ids, *rest):
         model.last = ids[:, -1:]
-        return nats(scorer, ids, targets, T)
+        return nats(scorer, ids, *rest)
     with mock.patch.object(t.Scorer, "nats", peeking):
         assert probed(model, 3000, method).causal > 1e-3
 
