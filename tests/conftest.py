@@ -18,6 +18,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -28,6 +29,8 @@ SCRIPT = ROOT / "train_gpt.py"
 SAMPLE = ROOT / "data" / "sample"
 
 torch.set_num_threads(1)  # the shapes are tiny: more threads are slower
+settings.register_profile("busy", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("busy")
 
 
 def tiny_config(**overrides):
