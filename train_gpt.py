@@ -444,9 +444,8 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
-        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them
-        rank, world_size, local_rank = (
-            parse_value(name, env.get(name, one), int) for name, one in names.items())
+        rank, world_size, local_rank = (parse_value(name, env.get(name, one), int) for name, one in
+                                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
@@ -770,11 +769,10 @@ def check_encoding(sp, table, shard, cfg):
     tokens = shard[:50_000].astype(np.int64)
     check_vocabulary(shard.path, tokens, cfg.vocab_size)
     runs = [run[:256] for run in text_runs(table, tokens)]
-    same = 0
-    for run, again in zip(runs, sp.encode(sp.decode(runs))):
-        inner = run[8:-8] or run  # a word that is cut at an end may be encoded otherwise
-        same += str(inner)[1:-1] in str(again)
-    if 2 * same < len(runs):
+    # A word that is cut at an end may be encoded otherwise.
+    same = [str(run[8:-8] or run)[1:-1] in str(again)
+            for run, again in zip(runs, sp.encode(sp.decode(runs)))]
+    if 2 * sum(same) < len(same):
         raise DataError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
                         "encode to other tokens: set it to the tokenizer that made DATA_PATH")
 
@@ -2750,19 +2748,17 @@ def calibrate(model, loader, cfg, run, clock):
 #
 # The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header packed and unpacked, bytes of
 # the payload, SHA-256 of all that follows.  Header: zlib'd JSON with "config" (the model's
-# settings), "tokenizer" (SHA-256 of its file, null or absent if unknown), "compressor", "tensors"
-# in named_parameters() order [name, shape, coding, bits] and "streams" [name, codec, raw bytes,
-# packed bytes].  Payload: the streams.  Coding "rows": int8 (R, C) in stream
-# "integers" and R scales in "f16"; "grid": C more scales, the weight is Q * row * column; "f16" and
-# "f32": floats in the stream of that name.  Each stream holds its tensors in table order; streams
-# of floats are byte planes: all low bytes first.  Codec "rans": see rans_encode.  Nothing is
-# executed, and every length is checked before anything is allocated.
+# settings), "tokenizer" (SHA-256 of its file, if known), "tensors" in named_parameters() order
+# [name, shape, coding, bits] and "streams" [name, codec, raw bytes, packed bytes].  Payload: the
+# streams.  Coding "rows": int8 (R, C) in stream "integers" and R scales in "f16"; "grid": C more
+# scales, the weight is Q * row * column; "f16" and "f32": floats in the stream of that name.  Each
+# stream holds its tensors in table order; streams of floats are byte planes: all low bytes first.
+# Codec "rans": see rans_encode.  Nothing is executed, every length is checked before allocation.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 3
 ARTIFACT_HEAD = struct.Struct("<8sIIIQ32s")
 MAX_HEADER_BYTES = 1 << 22
-MAX_ARTIFACT_BYTES = 1 << 28
 SPARE_WEIGHTS = 1 << 23  # n bytes hold at most 8 n weights and these; 16 MB then load in 2 GB
 STREAM_BYTES = 1 << 22  # longer streams are cut into pieces, compressed on all cores
 PLANES = {"table": 2, "f16": 2, "f32": 4}  # streams stored as byte planes, with their item's width
@@ -3230,8 +3226,8 @@ def rans_pack(integers):
 def read_artifact(path, cfg=None):
     """The bytes of a whole artifact file, made with cfg's tokenizer; ArtifactError naming it."""
     try:
-        if not Path(path).is_file() or Path(path).stat().st_size > MAX_ARTIFACT_BYTES:
-            raise ArtifactError(f"No such file of at most {MAX_ARTIFACT_BYTES} bytes")
+        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 28:
+            raise ArtifactError("No such file, or more than 256 MiB")
         blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
         if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
@@ -3971,12 +3967,11 @@ def commit():
     """The git commit of this script, -dirty if the file differs from it; unknown without git."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     try:
-        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True,
-                               check=True).stdout.strip()[:12]
-        same = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "train_gpt.py"], check=False)
+        found = subprocess.check_output([*git, "rev-parse", "HEAD"], stderr=subprocess.DEVNULL)
+        dirty = subprocess.call([*git, "diff", "--quiet", "HEAD", "--", "train_gpt.py"])
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return found + ("-dirty" if same.returncode else "")
+    return found.decode()[:12] + ("-dirty" if dirty else "")
 
 def name_run(cfg, run):
     """cfg with RUN_ID settled: the user's, the checkpoint's, or time, preset and seed."""

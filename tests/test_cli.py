@@ -295,7 +295,7 @@ def test_artifact_that_is_no_file_or_too_large_is_not_read(run, tmp_path, size):
         os.truncate(path, size)
     else:
         os.mkfifo(path)
-    assert_one_line(run(ARTIFACT=str(path)), f"ARTIFACT={path}", "No such file of at most")
+    assert_one_line(run(ARTIFACT=str(path)), f"ARTIFACT={path}", "No such file, or more than")
 
 
 @pytest.mark.parametrize("name, module", [
