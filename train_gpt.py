@@ -53,10 +53,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-
-if __name__ == "__main__":  # read when torch loads: threads that wait must not spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -4189,6 +4185,9 @@ def entry():
             signal.signal(number, STOP.handle)
     with suppress(AttributeError):  # of a stdout that is no text file
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
+    # OpenMP's threads spin while one of them has no CPU: on all, beside other jobs, that is slow.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text())
