@@ -53,10 +53,6 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
-
-if __name__ == "__main__":  # read when torch loads: threads that wait must not spin
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -410,9 +406,8 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
-        names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # as torchrun sets them
-        rank, world_size, local_rank = (
-            parse_value(name, env.get(name, one), int) for name, one in names.items())
+        rank, world_size, local_rank = (parse_value(name, env.get(name, one), int) for name, one in
+                                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
@@ -730,11 +725,10 @@ def check_encoding(sp, table, shard, cfg):
     tokens = shard[:50_000].astype(np.int64)
     check_vocabulary(shard.path, tokens, cfg.vocab_size)
     runs = [run[:256] for run in text_runs(table, tokens)]
-    same = 0
-    for run, again in zip(runs, sp.encode(sp.decode(runs))):
-        inner = run[8:-8] or run  # a word that is cut at an end may be encoded otherwise
-        same += str(inner)[1:-1] in str(again)
-    if 2 * same < len(runs):
+    # A word that is cut at an end may be encoded otherwise.
+    same = [str(run[8:-8] or run)[1:-1] in str(again)
+            for run, again in zip(runs, sp.encode(sp.decode(runs)))]
+    if 2 * sum(same) < len(same):
         raise DataError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
                         "encode to other tokens: set it to the tokenizer that made DATA_PATH")
 
@@ -2662,7 +2656,6 @@ ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 4
 ARTIFACT_HEAD = struct.Struct("<8sII32s")
 MAX_HEADER_BYTES = 1 << 22
-MAX_ARTIFACT_BYTES = 1 << 28
 SPARE_WEIGHTS = 1 << 23  # n bytes hold at most 8 n weights and these; 16 MB then load in 2 GB
 PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
 # What the streams hold, besides the bytes of "words".
@@ -3086,8 +3079,8 @@ def rans_pack(integers):
 def read_artifact(path, cfg=None):
     """The bytes of a whole artifact file, made with cfg's tokenizer; ArtifactError naming it."""
     try:
-        if not Path(path).is_file() or Path(path).stat().st_size > MAX_ARTIFACT_BYTES:
-            raise ArtifactError(f"No such file of at most {MAX_ARTIFACT_BYTES} bytes")
+        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 28:
+            raise ArtifactError("No such file, or more than 256 MiB")
         blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
         if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
@@ -4077,6 +4070,9 @@ def entry():
             signal.signal(number, STOP.handle)
     with suppress(AttributeError):  # of a stdout that is no text file
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
+    # OpenMP's threads spin while one of them has no CPU: on all, beside other jobs, that is slow.
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text(), flush=True)

@@ -56,8 +56,8 @@ FOUND = {
     "public definition without a docstring": [
         node.name for node in set(DEFINITIONS) - set(inside(*FUNCTIONS))
         if node.name[0] != "_" and not ast.get_docstring(node)],
-    "environment read outside entry() and `if __name__ == ...`": [
-        name for name, attr in attributes(top for top in TREE.body if not isinstance(top, ast.If))
+    "environment read outside entry()": [
+        name for name, attr in attributes(TREE.body)
         if attr in ("environ", "getenv") and name != "entry"],
     "setting that nothing uses": [f.name for f in fields(t.Config) if f.name not in USED],
 }
