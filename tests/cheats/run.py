@@ -140,7 +140,7 @@ def examine(cheat, queue=None):
                 found = ("verify", caught_by_verify(folder))
         except Exception:
             found = ("error", traceback.format_exc())
-    found = found if found[1] else ("nobody", "")
+    found = (found[0], found[1].replace(f"{scratch}/", "")) if found[1] else ("nobody", "")
     if queue:
         queue.put(found)
     return found
