@@ -240,6 +240,8 @@ class Config:
              "be 0 with DETERMINISTIC=1, which must not depend on the clock; use ITERATIONS"),
             ("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name"),
             ("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored"),
+            ("average_every", self.average_every == 0 or self.min_lr < 1 and self.warmdown_frac > 0,
+             "be 0 without a warm-down: MIN_LR below 1 and WARMDOWN_FRAC above 0"),
             ("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip"),
             ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
              "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens"))
@@ -677,9 +679,6 @@ def open_data(cfg):
         shards = open_shards(cfg.data_path, "val")
         val = np.concatenate([shard[:] for shard in shards])
         table = table._replace(sidecar=open_sidecar(cfg, val, shards, sp, table))
-        for shard in train:
-            if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
-                raise DataError(f"{shard.path}: is validation text; take it out of DATA_PATH")
     check_vocabulary(shards[0].path, val, cfg.vocab_size)
     if len(val) < 2 or int(target_bytes(table, val).sum()) == 0:
         raise DataError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
@@ -692,6 +691,9 @@ def open_data(cfg):
     if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
         raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
                         f"{by_text} bytes of text, so that scores would be wrong; use another")
+    for shard in () if cfg.holdout_tokens else train:
+        if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
+            raise DataError(f"{shard.path}: is validation text; take it out of DATA_PATH")
     return Data(train, val, sp, table)
 
 def open_tokenizer(cfg):
@@ -853,7 +855,8 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
     firsts = sp.decode([run[:1] for run in runs])  # some tokenizers drop a text's first space
     if case_marks(sp):  # a small letter has as many bytes as the capital that it stands for
-        texts = [re.sub("\ue004.|[\ue001-\ue003]", "", text, flags=re.DOTALL) for text in texts]
+        texts = [re.sub("\ue004(.)|[\ue001-\ue003]", r"\1", text, flags=re.DOTALL)
+                 for text in texts]
     spaces = sum(first.startswith(" ") for first in firsts)
     return counted, sum(len(text.encode()) for text in texts) - spaces
 
@@ -2433,8 +2436,13 @@ class Training:
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
-                save_tensors(path, self.tensors(), facts or self.facts())
-                for old in sorted(path.parent.glob("step_*.npz"))[:-2]:
+                tensors = self.tensors()
+                if not all(x.isfinite().all() for x in tensors.values()):
+                    raise OSError("weights or moments are not finite")
+                save_tensors(path, tensors, facts or self.facts())
+                # By step: a run that went back to an earlier step must not delete what it writes.
+                older = [p for p in path.parent.glob("step_*.npz") if p.stem <= path.stem]
+                for old in sorted(older)[:-2]:
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
@@ -3140,8 +3148,8 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
     base: Config of what the file does not fix (evaluation).   Raises ArtifactError.
     """
-    base = base or Config()
     blob = path if isinstance(path, bytes) else read_artifact(path, base)
+    base = base or Config()
     try:
         header, payload = read_header(memoryview(blob))
         stored = {name: header["config"][name] for name in STORED_FIELDS}

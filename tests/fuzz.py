@@ -142,12 +142,13 @@ def claim(rng, folder):
         shapes = {name: list(p.shape) for name, p in t.LM(cfg).named_parameters()}
     table, sizes = [], dict.fromkeys(("integers", "f16", "f32"), 0)
     for name, shape in shapes.items():
-        rows, columns = t.matrix_shape(shape)
-        coding = rng.choice(["rows", "grid", "f16", "f32"] if rng.random() < 0.1 else ["rows"])
-        table.append([name, shape, coding, 8])
-        whole = "integers" if coding in ("rows", "grid") else coding
-        sizes[whole] += rows * columns * int(coding[1:] if coding[0] == "f" else 8) // 8
-        sizes["f16"] += 2 * rows * (whole == "integers") + 2 * columns * (coding == "grid")
+        rows, columns = t.math.prod(shape[:-1]), shape[-1]
+        coding = rng.choice(["int8", "f16", "f32"] if rng.random() < 0.1 else ["int8"])
+        table.append([name, shape, coding])
+        matrix = coding == "int8"
+        sizes["integers" if matrix else coding] += rows * columns * int(coding.strip("intf")) // 8
+        sizes["f16"] += 2 * rows * matrix
+        sizes["column"] += 2 * columns * matrix
     codec = rng.choice(["brotli", "lzma", "zstd"])
     streams, body = [], b""
     for name, size in sizes.items():
@@ -156,13 +157,12 @@ def claim(rng, folder):
             out = FASTEST[codec](data)
             streams.append([name, codec, size, len(out)])
             body += out
-    config = {name: getattr(cfg, name) for name in t.MODEL_FIELDS}
-    header = dict(config=config, tensors=table, streams=streams, compressor=codec)
-    text = json.dumps(header).encode()
-    head = t.zlib.compress(text)
+    config = {name: getattr(cfg, name) for name in t.STORED_FIELDS}
+    header = dict(config=config, tensors=table, streams=streams)
+    head = t.zlib.compress(json.dumps(header).encode())
     digest = t.hashlib.sha256(head + body).digest()
-    t.load_artifact(t.ARTIFACT_HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head),
-                                         len(text), len(body), digest) + head + body)
+    t.load_artifact(t.ARTIFACT_HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head), digest)
+                    + head + body)
 
 
 FASTEST = dict(brotli=lambda data: brotli.compress(data, quality=1, lgwin=24),

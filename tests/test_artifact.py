@@ -342,7 +342,8 @@ def test_forged_header_is_refused(blob, forgery):
 @pytest.mark.parametrize("text", ["\x1b[31m\nok", "é" * 1000], ids=["control", "long"])
 def test_text_of_a_hostile_file_is_not_printed_raw(blob, text):
     for change in (lambda h: h["streams"][0].__setitem__(1, text),
-                   lambda h: h["tensors"][0].__setitem__(2, text), lambda h: h["config"].update(stack=text)):
+                   lambda h: h["tensors"][0].__setitem__(2, text),
+                   lambda h: h["config"].update(stack=text)):
         message = fault(forged(blob, change))
         assert message.isascii() and message.isprintable() and len(message) < 700
 

@@ -336,7 +336,7 @@ def test_missing_package_is_named(tmp_path, corpus, monkeypatch):
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     arguments = (tmp_path / "out", "--train", tmp_path / "a.parquet", *corpus[2:])
-    assert "a.parquet: .parquet needs `pip install pyarrow`" in refusal(run_prepare, *arguments)
+    assert "a.parquet: to read .parquet, `pip install pyarrow`" in refusal(run_prepare, *arguments)
 
 
 def test_too_little_text_is_refused(tmp_path, corpus):
