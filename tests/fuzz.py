@@ -140,7 +140,7 @@ def claim(rng, folder):
     cfg = tiny_config(**near, stack=stack)
     with torch.device("meta"):
         shapes = {name: list(p.shape) for name, p in t.LM(cfg).named_parameters()}
-    table, sizes = [], dict.fromkeys(("integers", "f16", "f32"), 0)
+    table, sizes = [], dict.fromkeys(("integers", "f16", "column", "f32"), 0)
     for name, shape in shapes.items():
         rows, columns = t.math.prod(shape[:-1]), shape[-1]
         coding = rng.choice(["int8", "f16", "f32"] if rng.random() < 0.1 else ["int8"])

@@ -128,8 +128,9 @@ def test_tokenizer_that_does_not_fit_is_named(tmp_path, name, content, fault):
 
 
 def test_validation_text_among_the_training_shards_is_refused(tmp_path):
-    write_split(tmp_path, "train", range(300), range(500, 800))
-    write_split(tmp_path, "val", range(100), range(500, 800))
+    one, two, three = [[BOS, *SP.encode(text)] for text in ("One text.", "Two texts.", "Three.")]
+    write_split(tmp_path, "train", one, two)
+    write_split(tmp_path, "val", three, two)
     with pytest.raises(t.DataError, match="fineweb_train_000001.bin: is validation text"):
         t.open_data(sample_config(tmp_path))
 
@@ -137,7 +138,7 @@ def test_validation_text_among_the_training_shards_is_refused(tmp_path):
 def test_sidecar_without_case_marks_must_count_what_the_pieces_have(tmp_path):
     tokens = [BOS, *SP.encode("It was the best of times")]
     counts = [0, *t.target_bytes(TABLE, np.array(tokens)).tolist()]
-    write_split(tmp_path, "train", range(300))
+    write_split(tmp_path, "train", SP.encode("It was the worst of times"))
     write_split(tmp_path, "val", tokens)
     write_split(tmp_path, "val_bytes", counts)
     assert t.open_data(sample_config(tmp_path)).table.sidecar.tolist() == counts
@@ -346,7 +347,7 @@ def test_tokenizer_must_be_the_one_of_the_manifest(tmp_path):
 def test_begin_of_document_must_be_the_tokenizers(tmp_path):
     with pytest.raises(t.DataError, match="BOS_ID=3: the tokenizer's is 1; set BOS_ID to it"):
         t.open_tokenizer(sample_config(tmp_path, bos_id=3))
-    write_split(tmp_path, "train", [*SP.encode("the end of it"), 2])
+    write_split(tmp_path, "train", [*SP.encode("the end of all"), 2])
     write_split(tmp_path, "val", [*SP.encode("the end of it"), 2])  # EOS ends a document, no BOS
     with pytest.raises(t.DataError, match=r"BOS_ID=1: is not in .*val.*the tokenizer's EOS is 2"):
         t.open_data(sample_config(tmp_path))
@@ -380,8 +381,9 @@ def test_shards_of_another_tokenizer_of_this_size_are_refused(tmp_path, document
     cfg = tiny_config(data_path=str(tmp_path), vocab_size=400,
                       tokenizer_path=str(tmp_path / "mine.model"))
     for name, sp in dict(train=mine, val=mine, other=theirs).items():
-        ids = [i for text in documents for i in [BOS, *sp.encode(text)]]
-        write_split(tmp_path, split if name == "other" else name, ids)
+        part = split if name == "other" else name
+        texts = documents[::2] if part == "val" else documents[1::2]
+        write_split(tmp_path, part, [i for text in texts for i in [BOS, *sp.encode(text)]])
         if name == "val":
             t.open_data(cfg)
     with pytest.raises(t.DataError, match=f"fineweb_{split}_000000.bin: .*mine.model, encode to"):

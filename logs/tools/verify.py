@@ -23,6 +23,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -466,8 +467,9 @@ def verify(log, args):
     table.check("artifact on disk", f"{size:,}, log {log.model_bytes:,}", size == log.model_bytes)
     tokens = read_shards(args.data)
     num_bytes = check_text(log, tokens, args, table)
-    cfg = log_config(log, t)
-    ops = (lambda cfg: t.fast_ops(cfg, t.Run(device=args.device))) if args.fast else t.REFERENCE
+    cfg = replace(log_config(log, t), tokenizer_path=str(args.tokenizer))
+    run = t.Run(device=args.device)
+    ops = partial(t.fast_ops, run=run) if args.fast else lambda cfg: t.REFERENCE
     model = t.load_artifact(args.artifact, ops, args.device, cfg).requires_grad_(False)
     check_start(log, t, cfg, table)
     places = args.places or (32 if args.sample and args.device == "cpu" else 320)
