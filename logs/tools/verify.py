@@ -18,6 +18,7 @@ import argparse
 import ast
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -39,6 +40,7 @@ MARKS = "\ue001\ue002\ue003\ue004"  # of CaseOps; their sidecars may differ by
 CASE_SLACK = 1e-3
 LOGITS = 2**24  # most logits of one forward
 LIMIT_S = report.TIME_LIMIT_S
+LOADED = itertools.count()
 
 
 class Table(list):
@@ -434,11 +436,16 @@ def check_start(log, t, cfg, table):
 
 
 def load_script(path):
-    """The module of a train_gpt.py."""
-    spec = importlib.util.spec_from_file_location("verified_script", path)
+    """The module of a train_gpt.py; its operators get a namespace of their own.
+
+    A second registration would destroy those of a train_gpt that this process has loaded already.
+    """
+    name = f"verified_script_{next(LOADED)}"
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # for dataclasses
+    code = Path(path).read_text(encoding="utf-8").replace("gdn_swa::", f"{name}::")
+    exec(compile(code, str(path), "exec"), module.__dict__)
     return module
 
 
