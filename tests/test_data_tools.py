@@ -458,8 +458,8 @@ def test_download_offline_or_without_the_library_says_what_to_do(tmp_path, hub, 
     run_download(tmp_path / "a")
     hub.is_offline = True
     run_download(tmp_path / "a")  # all is there
-    for settings in ("b",), ("a", "--dry-run"), ("a", "--train-shards=3"):
-        message = refusal(run_download, tmp_path / settings[0], *settings[1:])
+    for options in ("b",), ("a", "--dry-run"), ("a", "--train-shards=3"):
+        message = refusal(run_download, tmp_path / options[0], *options[1:])
         assert "offline" in message and "copy data/datasets" in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install --upgrade huggingface_hub" in refusal(run_download, tmp_path / "b")
