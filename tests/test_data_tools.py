@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import zstandard
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +220,7 @@ def test_bytes_are_compared_with_the_source_text(tmp_path):
     assert sums["text_bytes"] == sums["decoded_bytes"] == sums["counted_bytes"]
 
 
+@settings(deadline=None)
 @given(st.text(st.one_of(st.sampled_from("ab 1\n\t\u2581\u00a0\u3000é\ufb01"), st.characters())))
 def test_byte_table_counts_the_normalized_source_text(text):
     sp = prepare.load_tokenizer(MODEL.read_bytes(), MODEL.name, False)
@@ -238,6 +239,7 @@ def test_case_ops_writes_the_public_format():
         assert caseops.encode(text) == coded.translate(symbols)
 
 
+@settings(deadline=None)
 @given(st.text(st.one_of(st.sampled_from("abYZ '\n1É" + "".join(caseops.MARKS)), st.characters())))
 def test_case_ops_loses_nothing(text):
     coded = caseops.encode(text)
@@ -475,8 +477,8 @@ def test_download_offline_or_without_the_library_says_what_to_do(tmp_path, hub, 
     run_download(tmp_path / "a")
     hub.is_offline = True
     run_download(tmp_path / "a")  # all is there
-    for settings in ("b",), ("a", "--dry-run"), ("a", "--train-shards=3"):
-        message = refusal(run_download, tmp_path / settings[0], *settings[1:])
+    for options in ("b",), ("a", "--dry-run"), ("a", "--train-shards=3"):
+        message = refusal(run_download, tmp_path / options[0], *options[1:])
         assert "offline" in message and "copy data/datasets" in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install --upgrade huggingface_hub" in refusal(run_download, tmp_path / "b")
