@@ -4078,9 +4078,6 @@ def entry():
             signal.signal(number, STOP.handle)
     with suppress(AttributeError):  # of a stdout that is no text file
         sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
-    # OpenMP's threads spin while one of them has no CPU: on all, beside other jobs, that is slow.
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, torch.get_num_threads() // 2))
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text(), flush=True)

@@ -370,14 +370,6 @@ def test_closed_streams_end_no_run(tiny, tmp_path, closed):
     assert "verdict:ok" in (tmp_path / "x.txt").read_text()
 
 
-def test_half_the_cpus_are_used_unless_the_user_says_so(run, monkeypatch):
-    found = []
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
-    monkeypatch.setattr(torch, "set_num_threads", found.append)
-    assert run("--help", OMP_NUM_THREADS="8").code == run("--help").code == 0
-    assert found == [4]
-
-
 def test_where_posix_is_missing_the_run_is_the_same(run, monkeypatch):
     """Windows has no module resource and no SIGHUP."""
     monkeypatch.setitem(sys.modules, "resource", None)
