@@ -4,6 +4,7 @@
 """
 
 import ast
+import json
 import re
 import statistics
 import sys
@@ -116,9 +117,9 @@ def test_results_table_holds_final_scores_and_bytes():
         before = re.search(r"^pre_quantization_post_ema .*val_bpb:(\S+)", log, re.MULTILINE)[1]
         cells = set(row.replace("|", " ").split())
         assert {f"{float(before):.4f}", scores(log)[-1], f"{total:,}"} <= cells, row
-        if "| seed" in row or "seed 1337 | H100 | 334" in row:
+        if "logs/record/" in row:
             seeds.append(float(re.search(r"^final .*val_bpb:(\S+)", log, re.MULTILINE)[1]))
-    assert len(seeds) == 3
+    assert len(seeds) == len(json.loads(read("submission.json"))["seeds"]) >= 2
     assert part.count(f"**{statistics.mean(seeds):.4f} ± {statistics.stdev(seeds):.4f}**") == 1
 
 
