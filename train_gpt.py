@@ -604,8 +604,7 @@ def copy_all(targets, values):
 # same for any number of ranks.  The bytes of a token are counted by the challenge's rule, or read
 # from the sidecar fineweb_val_bytes_*.bin (one uint16 a token) where CaseOps [7] changed the text.
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+SHARD_HEAD = [20240520, 1]  # magic, version
 HEADER_BYTES = 1024
 CASE_SLACK = 1e-3  # published sidecars count a no-break space before normalization: 2 bytes, not 1
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # title, all capitals, next letter capital, escape
@@ -634,14 +633,14 @@ def open_shards(data_path, split):
     shards = []
     for path in sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin")):
         size = path.stat().st_size
-        header = np.fromfile(path, "<i4", 3)
-        if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-            raise DataError(f"{path}: begins with {header.tolist()}, expected {SHARD_MAGIC}, "
-                            f"{SHARD_VERSION}: not a token shard of this challenge")
-        shards.append(Shard(path, tokens=int(header[2])))
-        expected = HEADER_BYTES + 2 * shards[-1].tokens
-        if shards[-1].tokens <= 0 or size != expected:
-            raise DataError(f"{path}: {size} bytes, but a shard of {shards[-1].tokens} tokens has "
+        header = np.fromfile(path, "<i4", 3).tolist()
+        if len(header) < 3 or header[:2] != SHARD_HEAD:
+            raise DataError(f"{path}: begins with {header}, expected {SHARD_HEAD}: not a token "
+                            "shard of this challenge")
+        shards.append(Shard(path, tokens=header[2]))
+        expected = HEADER_BYTES + 2 * header[2]
+        if header[2] <= 0 or size != expected:
+            raise DataError(f"{path}: {size} bytes, but a shard of {header[2]} tokens has "
                             f"{expected}: empty, truncated or altered")
     if not shards and split != "val_bytes":  # the sidecar, which few texts have
         raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
@@ -656,10 +655,9 @@ def check_vocabulary(path, tokens, vocab_size):
                         "and TOKENIZER_PATH to those that the shards were made with")
 
 class Data(NamedTuple):
-    """What a run reads: training shards, validation tokens np.uint16 (n,), tokenizer, bytes."""
+    """What a run reads: training shards, validation tokens np.uint16 (n,), bytes of tokens."""
     train: list
     val: np.ndarray
-    sp: object
     table: "ByteTable"
 
 def open_data(cfg):
@@ -694,7 +692,7 @@ def open_data(cfg):
     for shard in () if cfg.holdout_tokens else train:
         if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
             raise DataError(f"{shard.path}: is validation text; take it out of DATA_PATH")
-    return Data(train, val, sp, table)
+    return Data(train, val, table)
 
 def open_tokenizer(cfg):
     """The SentencePiece processor of TOKENIZER_PATH; raises DataError."""
@@ -711,8 +709,6 @@ def open_tokenizer(cfg):
     if sp.vocab_size() != cfg.vocab_size:
         raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
-    if manifest_says(cfg, "tokenizer", "sha256") not in (None, tokenizer_hash(cfg)):
-        raise DataError(f"TOKENIZER_PATH={path}: not the tokenizer of DATA_PATH's manifest.json")
     if min(cfg.bos_id, sp.bos_id()) >= 0 and cfg.bos_id not in (sp.bos_id(), sp.eos_id()):
         raise DataError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
@@ -740,16 +736,6 @@ def text_runs(table, tokens):
     runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
     return [run.tolist() for run in runs if not table.boundary[int(run[0])]]
 
-def manifest_says(cfg, *keys):
-    """The value under `keys` in the manifest.json of data/prepare.py, or None."""
-    try:
-        found = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())
-        for key in keys:
-            found = found[key]
-        return found
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or another tool's
-        return None
-
 def open_sidecar(cfg, val, shards, sp, table):
     """Bytes of original text of each validation token, np.uint16 (n,), or None; DataError."""
     name = f"DATA_PATH={cfg.data_path}: fineweb_val_bytes_*.bin"
@@ -766,14 +752,11 @@ def open_sidecar(cfg, val, shards, sp, table):
     counts = np.concatenate([part[:] for part in sidecars])
     if counts[val == cfg.bos_id].any():
         raise DataError(f"{name} counts bytes for BOS, so it belongs to other tokens")
-    total = int(counts.sum(dtype=np.int64))
-    stated = manifest_says(cfg, "splits", "val", "counted_bytes")
-    if stated not in (None, total):
-        raise DataError(f"{name} sums to {total} bytes, manifest.json says {stated}")
+    total = int(counts[1:].sum(dtype=np.int64))
     by_table = int(target_bytes(table, val).sum())
     # An escaped mark has 3 bytes of text, none by the table.
     slack = CASE_SLACK * by_table + 3 * int((val == marks[3]).sum()) if marks else 0
-    if abs(total - int(counts[0]) - by_table) > slack:
+    if abs(total - by_table) > slack:
         raise DataError(f"{name} counts {total} bytes, the pieces of the tokens have {by_table}")
     return counts
 
@@ -834,23 +817,17 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
     and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
     """
-    begin = 0
     tokens = tokens[:limit].astype(np.int64)
-    starts = np.flatnonzero(tokens == bos_id)
-    if len(starts) > 1:  # whole documents: a cut could split a character spelled in byte pieces
-        begin = starts[0]
-        tokens = tokens[begin:starts[-1]]
-    else:
-        while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
-            tokens = tokens[:-1]
-        while len(tokens) > 1 and sp.is_byte(int(tokens[0])):
-            begin += 1
-            tokens = tokens[1:]
+    cuts = np.flatnonzero(tokens == bos_id)
+    if len(cuts) < 2:  # elsewhere a cut could split a character that is spelled in byte pieces
+        cuts = np.flatnonzero(~np.array(sp.is_byte(tokens.tolist())))
+    part = slice(cuts[0], cuts[-1] + 1)
+    tokens = tokens[part]
+    table = byte_table(sp, sp.vocab_size())
     ids = torch.from_numpy(tokens)
-    table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
-    counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
+    counted = table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum()
     if sidecar is not None:
-        counted = int(sidecar[begin:begin + len(tokens)].sum(dtype=np.int64))
+        counted = sidecar[part].sum(dtype=np.int64)
     runs = text_runs(table, tokens)
     texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
     firsts = sp.decode([run[:1] for run in runs])  # some tokenizers drop a text's first space
@@ -858,7 +835,7 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
         texts = [re.sub("\ue004(.)|[\ue001-\ue003]", r"\1", text, flags=re.DOTALL)
                  for text in texts]
     spaces = sum(first.startswith(" ") for first in firsts)
-    return counted, sum(len(text.encode()) for text in texts) - spaces
+    return int(counted), sum(len(text.encode()) for text in texts) - spaces
 
 class Loader:
     """Training batches in random order, prefetched by a thread, the same for any number of ranks.
@@ -1117,10 +1094,8 @@ def region(function):
 def token_nll(logits, targets):
     """Negative log-likelihood of each target [nats], float32: cross entropy over the vocabulary.
 
-    logits: (B, T, vocab) float32.   targets, and the result: (B, T), or (B, T, n) of n candidates.
+    logits: (B, T, vocab) float32.   targets, and the result: (B, T).
     """
-    if targets.dim() == 3:
-        logits = logits.unsqueeze(2).expand(*targets.shape, -1)
     nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none")
     return nats.view(targets.shape)
 
@@ -1404,8 +1379,7 @@ class LM(nn.Module):
     def nll(self, ids, targets, state=None, bonus=None):
         """Nats of each target given the ids up to it, and the state behind the last.
 
-        ids, state: as `forward`.   targets: (B, T), or (B, T, n) for n candidates at each position.
-        bonus: None, or (hint (B, T), beta): see Embedding.nll.   Returns the shape of targets.
+        ids, state: as `forward`.   bonus: None, or (hint (B, T), beta): see Embedding.nll.
         """
         x, after = self.features(ids, state)
         return self.embed.nll(x, targets, *(bonus or (None, 0.0))), after
