@@ -1453,14 +1453,14 @@ def init_weights(model, seed):
 class Ledger:
     """Sums of nats and bytes over targets, each entered exactly once and in order.
 
-    The order is checked on the host, the sums stay on the device.  `next_target`: the only target
-    that may be entered next.  `causal`, `normalized`: the largest faults that the Scorer's probes
-    found; `probes`: how many places they tried.
+    The order is checked on the host, the sums stay on the device.  `next_target`: the only one that
+    may be entered next.  `causal`, `normalized`: the largest faults that the Scorer's `probes`
+    tests found.
     """
 
     def __init__(self, device="cpu"):
         self.next_target = 0
-        self.entered = []  # [first, behind the last] of what was entered, neighbours joined
+        self.entered = []  # (first, behind the last) of each call of add
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, negatives
         self.causal, self.normalized = math.inf, math.inf
         self.probes = 0
@@ -1480,10 +1480,7 @@ class Ledger:
         self.sums += torch.stack([nats.double().sum(), num_bytes.double().sum(),
                                   (nats < -1e-4).double().sum()])
         self.next_target += len(nats)
-        if self.entered and self.entered[-1][1] == first:
-            self.entered[-1][1] = self.next_target
-        else:
-            self.entered.append([first, self.next_target])
+        self.entered.append((first, self.next_target))
 
     def skip(self, last):
         """Targets up to last - 1 are entered by other ranks."""
@@ -1527,9 +1524,8 @@ class Ledger:
 def windows(num_targets, seq_len, stride):
     """Yield (start, end, score_from) of the windows over num_targets targets.
 
-    A window reads tokens start .. end - 1 and scores targets score_from .. end - 1.  The first
-    scores all of its targets, every later one its last `stride` or what is left of them; so each
-    target is scored exactly once.
+    A window reads tokens start .. end - 1 and scores targets score_from .. end - 1: the first
+    window all of its targets, every later one its last `stride` or what is left of them.
     """
     start = 0
     while start == 0 or start + seq_len - stride < num_targets:
@@ -1538,7 +1534,7 @@ def windows(num_targets, seq_len, stride):
 
 def spans(num_targets, count, warmup):
     """As `windows`: `count` parts of nearly equal size, each read from `warmup` tokens before."""
-    count = max(1, min(count, num_targets))
+    count = min(count, num_targets)
     edges = [num_targets * i // count for i in range(count + 1)]
     return [(max(0, a - warmup), b, a) for a, b in zip(edges, edges[1:])]
 
@@ -1580,8 +1576,7 @@ class Scorer:
         state, out = self.state, []
         for i in range(0, ids.shape[1], T):
             if progress and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
-                done = progress[0] + progress[1] * i / ids.shape[1]
-                self.run.log("scoring", done=f"{done:.0%}")
+                self.run.log("scoring", done=f"{progress[0] + progress[1] * i / ids.shape[1]:.0%}")
                 self.last_line = time.perf_counter()
             part, wanted = [x[:, i:i + T].contiguous() for x in (ids, targets)]
             nats, state = self.model.nll(part, wanted, state, self.bonus(part))
@@ -1591,10 +1586,10 @@ class Scorer:
     def probe(self, ids, targets, T, nats):
         """Test a batch that was just scored; `faults` keeps the largest leak and deviation.
 
-        Leaks: with other tokens from some random place on (another in each row, half of them where
-        a chunk of the kernels begins), no score before that place may change.   Normalization: at
-        random positions of the first two segments a score must be that of the softmax over the
-        whole vocabulary, made without the targets: on average, and up to rounding everywhere.
+        Leaks: other tokens from a random place on (half of these where a chunk of the kernels
+        begins) may change no score before it.   Normalization: at random positions of the first two
+        segments a score must be that of a softmax made without the targets: on average, and up to
+        rounding everywhere.
         """
         B, L = ids.shape
         vocab = self.cfg.vocab_size
@@ -1629,9 +1624,8 @@ class Scorer:
     def enter(self, parts, ledger, carry):
         """Score consecutive parts (start, end, score_from) side by side, and enter their targets.
 
-        carry: go through each part segment by segment with carried state (when adapting, the one
-        part, a chunk, goes on from the last chunk's).   Else a part is one pass of TRAIN_SEQ_LEN.
-        Batches 1, 4, 16, 64, ... are probed.
+        carry: each part in segments with carried state (when adapting, the one part, a chunk, goes
+        on from the last chunk's).   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
         """
         cfg, total = self.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
@@ -1674,14 +1668,13 @@ def compiles_evaluation(model, run, method, num_targets, adapting=False):
 @torch.inference_mode()
 def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False,
              compiled=None):
-    """Score every target of `tokens` exactly once; the only scorer of this script.
+    """Score every target of `tokens`, np.uint16 (n,), exactly once; the only scorer of this script.
 
-    model: LM; its cfg holds the evaluation settings.   tokens: np.uint16 (n,).   table: ByteTable.
     method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact
     (state carried through EVAL_SPANS spans; with an adapter through the whole text).
     adapter: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the
-    tokens scored so far, np.uint16, up to and including the last scored target; it cannot see what
-    is yet to be scored.   probing: check some batches (Scorer.probe).   compiled: default by size.
+    tokens up to the last scored target; it cannot see what is yet to be scored.
+    probing: test some batches (Scorer.probe).   compiled: by default, if the text is long.
     Returns the Ledger over all n - 1 targets, equal on all ranks; raises GolfError if any target is
     missing or a score is not finite.
     """
@@ -1728,7 +1721,8 @@ def finished(ledger, total, scorer, run):
     """The Ledger with the probes' results; raises GolfError if it is not whole and finite."""
     edges = [0, *[last for _, last in ledger.entered]]
     if [first for first, _ in ledger.entered] != edges[:-1] or edges[-1] != total:
-        raise GolfError(f"evaluation entered targets {ledger.entered}, expected 0 .. {total - 1}")
+        raise GolfError(f"evaluation entered targets {str(ledger.entered)[:200]}, expected "
+                        f"0 .. {total - 1}")
     nats, _, negative = ledger.sums.tolist()
     if not math.isfinite(nats) or negative:
         raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative, not "
@@ -1801,7 +1795,6 @@ class Adapter:
 
     `in_order` turns False if a weight or hint changed between two calls, or if a chunk is handed
     over twice.  `epochs`: passes over the newest chunk, TTT_EPOCHS or as many as the clock allows.
-    raw: with TTT_EMA the newest weights, while their average scores.
     """
 
     def __init__(self, model, num_targets, run):
@@ -1810,11 +1803,9 @@ class Adapter:
         self.run = run
         self.chunks = -(-num_targets // cfg.ttt_chunk_tokens)
         self.hints = Hints(num_targets + 1, run.device) if cfg.ttt_tilt else None
-        frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks]
-                  for p in block.parameters()}
+        model.blocks[:cfg.ttt_freeze_blocks].requires_grad_(False)
         treatment = {}  # name: (rule, learning rate, decay)
         for name, p in model.named_parameters():
-            p.requires_grad_(id(p) not in frozen)
             if p.requires_grad:
                 no_muon = cfg.ttt_optimizer == "muon" and route(name).optimizer != "muon"
                 treatment[name] = "sgd" if no_muon else cfg.ttt_optimizer, cfg.ttt_lr, 0.0
@@ -1828,14 +1819,13 @@ class Adapter:
             compiles_evaluation(model, run, cfg.ttt_scoring, num_targets, True))
         self.weights = self.optimizer.weights  # flat, what scores
         self.base = self.weights.clone()
-        self.raw = self.weights.clone() if cfg.ttt_ema else None
+        self.raw = self.weights.clone() if cfg.ttt_ema else None  # newest, while the average scores
         self.pending = []  # scored chunks of a phase, not trained on yet
-        self.seen = 0  # targets handed over
-        self.calls, self.in_order = 0, True
-        self.epochs = cfg.ttt_epochs
+        self.seen = self.calls = 0  # targets handed over, by how many calls
+        self.epochs, self.epochs_done = cfg.ttt_epochs, 0
+        self.in_order = True
         self.began = self.last_end = time.perf_counter()
         self.score_s, self.epoch_s = [], []  # seconds of each chunk, and of each pass over one
-        self.epochs_done = 0
         self.mark = self.fingerprint()
 
     def fingerprint(self):
@@ -1886,7 +1876,7 @@ class Adapter:
         starts = np.arange(first, last, T)
         a, b = self.run.share(len(starts))
         # A backward pass keeps its activations, so it gets a quarter of EVAL_BATCH_TOKENS.
-        most = max(1, self.cfg.eval_batch_tokens // 4 // T)
+        most = self.cfg.eval_batch_tokens // 4 // T
         size = max(1, min(most, -(-len(starts) // self.run.world_size)))
         mine = np.pad(starts[a:b], (0, (a - b) % size), constant_values=last)  # empty rows
         mine = torch.from_numpy(mine).to(self.run.device)
