@@ -61,15 +61,6 @@ from torch import Tensor, nn
 class GolfError(ValueError):
     """A fault that the user can mend: the message says what was found, expected, and to change."""
 
-class SettingError(GolfError):
-    """A setting has a bad value, an unknown name, or contradicts another."""
-
-class DataError(GolfError):
-    """A shard or the tokenizer is missing, damaged, or does not fit the settings."""
-
-class ArtifactError(GolfError):
-    """An artifact is truncated, altered, foreign, or of another version."""
-
 # --------------------------------------------------------------------------------------------------
 # 1. Settings
 # --------------------------------------------------------------------------------------------------
@@ -201,7 +192,7 @@ class Config:
     ttt_hash_lr: float = knob(0.003, "learning rate of that embedding", 0)
 
     def __post_init__(self):
-        """Raise SettingError for the first value outside its limits or against another's."""
+        """Raise GolfError for the first value outside its limits or against another's."""
         for f in fields(self):
             value = getattr(self, f.name)
             low, high = f.metadata["low"], f.metadata["high"]
@@ -211,10 +202,10 @@ class Config:
             elif not isinstance(value, str) and not low <= value <= high:  # NaN is refused too
                 rule = f"between {low} and {high}"
             if rule and value != f.default:
-                raise SettingError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
+                raise GolfError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
         for name, holds, rule in self.cross_rules():
             if not holds:
-                raise SettingError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
+                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
 
     def cross_rules(self):
         """Rules beyond limits: (name to blame, whether it holds, what it must)."""
@@ -248,16 +239,16 @@ class Config:
 
     @classmethod
     def from_env(cls, env):
-        """The Config of `env`, {variable: text}; SettingError also for names like ours."""
+        """The Config of `env`, {variable: text}; GolfError also for names like ours."""
         known = {f.name.upper(): f for f in fields(cls)}
         reject_strays(env, known)
         if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
-            raise SettingError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
+            raise GolfError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
         values = {}
         presets = [name for name in env.get("PRESET", "record").replace(" ", "").split(",") if name]
         for preset in presets:
             if preset not in PRESETS:
-                raise SettingError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
+                raise GolfError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
             values |= PRESETS[preset]
         for preset in presets if "sample" in presets else ():
             values |= WITH_SAMPLE.get(f"{preset},sample", {})
@@ -271,7 +262,7 @@ def parse_value(name, text, kind):
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise SettingError(f"{name}={text[:80]!r}: must be {expected}") from None
+        raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
 
 def plain(value):
     """A setting's value as the environment would spell it."""
@@ -288,16 +279,16 @@ ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:S
 OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
 
 def reject_strays(env, known):
-    """Raise SettingError for an unknown variable that resembles a setting or uses our words."""
+    """Raise GolfError for an unknown variable that resembles a setting or uses our words."""
     words = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
     for name in sorted(set(env) - set(known) - OTHERS):
         if name in ELSEWHERE:
-            raise SettingError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
+            raise GolfError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
         near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
         near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
         if near or words & set(name.split("_")):
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise SettingError(f"{name}: unknown setting{hint} (--help lists them all)")
+            raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
 
 class Layer(NamedTuple):
     """One layer: kind of its mixer, and the keys of mixer and MLP (equal keys share weights)."""
@@ -314,20 +305,20 @@ def parse_stack(text):
     while group := re.search(r"\(([^()]*)\)(?:\*([1-9]\d{0,2}))?", flat):
         flat = flat[:group.start()] + f" {group[1]} " * int(group[2] or 1) + flat[group.end():]
         if len(flat) > 10_000:
-            raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
+            raise GolfError(f"{fault}: names more than {MAX_LAYERS} layers")
     layers, kinds = [], {}
     for part in flat.split():
         m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?", part)
         if not m:
-            raise SettingError(f"{fault}: {part[:40]!r} must be gdn, swa or attn, then optionally "
-                               ":tag or ::tag, then optionally *count")
+            raise GolfError(f"{fault}: {part[:40]!r} must be gdn, swa or attn, then optionally "
+                            ":tag or ::tag, then optionally *count")
         kind, colons, tag = m.groups()
         if tag and kinds.setdefault(tag, kind) != kind:
-            raise SettingError(f"{fault}: tag {tag!r} names both {kinds[tag]} and {kind}")
+            raise GolfError(f"{fault}: tag {tag!r} names both {kinds[tag]} and {kind}")
         own = f"#{len(layers)}"
         layers.append(Layer(kind, tag or own, tag if colons == "::" else own))
     if not 1 <= len(layers) <= MAX_LAYERS:
-        raise SettingError(f"{fault}: names {len(layers)} layers, must be 1 to {MAX_LAYERS}")
+        raise GolfError(f"{fault}: names {len(layers)} layers, must be 1 to {MAX_LAYERS}")
     return layers
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
@@ -413,8 +404,8 @@ class Run:
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
-            raise SettingError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch finds no CUDA GPU; "
-                               "PRESET=sample runs on any machine in minutes, DEVICE=cpu insists")
+            raise GolfError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch finds no CUDA GPU; "
+                            "PRESET=sample runs on any machine in minutes, DEVICE=cpu insists")
         if cfg.deterministic:
             env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for this
             torch.use_deterministic_algorithms(True)
@@ -422,7 +413,7 @@ class Run:
         if has_cuda and cfg.device != "cpu":
             ranks, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
             if max(ranks, local_rank + 1) > gpus:
-                raise SettingError(f"{ranks} ranks on {gpus} GPUs: lower --nproc_per_node")
+                raise GolfError(f"{ranks} ranks on {gpus} GPUs: lower --nproc_per_node")
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         if world_size > 1 and not dist.is_initialized():
@@ -431,8 +422,8 @@ class Run:
             try:
                 dist.init_process_group(backend, rank=rank, world_size=world_size)
             except (ValueError, RuntimeError) as error:
-                raise SettingError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
-                                   "launch with torchrun, or unset it for one process") from None
+                raise GolfError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
+                                "launch with torchrun, or unset it for one process") from None
         return cls(rank, world_size, device)
 
     def close(self):
@@ -625,33 +616,33 @@ class Shard:
         start, stop, _ = part.indices(self.tokens)
         found = np.fromfile(self.path, "<u2", stop - start, offset=HEADER_BYTES + 2 * start)
         if len(found) != stop - start:
-            raise DataError(f"{self.path}: became shorter while the run was reading it")
+            raise GolfError(f"{self.path}: became shorter while the run was reading it")
         return found
 
 def open_shards(data_path, split):
-    """All shards of a split, by name, their headers and sizes checked; DataError names a fault."""
+    """All shards of a split, by name, their headers and sizes checked; GolfError names a fault."""
     shards = []
     for path in sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin")):
         size = path.stat().st_size
         header = np.fromfile(path, "<i4", 3).tolist()
         if len(header) < 3 or header[:2] != SHARD_HEAD:
-            raise DataError(f"{path}: begins with {header}, expected {SHARD_HEAD}: not a token "
+            raise GolfError(f"{path}: begins with {header}, expected {SHARD_HEAD}: not a token "
                             "shard of this challenge")
         shards.append(Shard(path, tokens=header[2]))
         expected = HEADER_BYTES + 2 * header[2]
         if header[2] <= 0 or size != expected:
-            raise DataError(f"{path}: {size} bytes, but a shard of {header[2]} tokens has "
+            raise GolfError(f"{path}: {size} bytes, but a shard of {header[2]} tokens has "
                             f"{expected}: empty, truncated or altered")
     if not shards and split != "val_bytes":  # the sidecar, which few texts have
-        raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
+        raise GolfError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
                         "fetches the shards; PRESET=sample uses the embedded ones")
     return shards
 
 def check_vocabulary(path, tokens, vocab_size):
-    """Raise DataError naming the file if a token is not below vocab_size."""
+    """Raise GolfError naming the file if a token is not below vocab_size."""
     top = int(tokens.max())
     if top >= vocab_size:
-        raise DataError(f"{path}: token {top} is outside VOCAB_SIZE={vocab_size}; set VOCAB_SIZE "
+        raise GolfError(f"{path}: token {top} is outside VOCAB_SIZE={vocab_size}; set VOCAB_SIZE "
                         "and TOKENIZER_PATH to those that the shards were made with")
 
 class Data(NamedTuple):
@@ -661,7 +652,7 @@ class Data(NamedTuple):
     table: "ByteTable"
 
 def open_data(cfg):
-    """Open and check everything before any time is spent; raises DataError or SettingError."""
+    """Open and check everything before any time is spent; raises GolfError."""
     sp = open_tokenizer(cfg)
     table = byte_table(sp, cfg.vocab_size)
     train = [] if cfg.artifact and not cfg.holdout_tokens else open_shards(cfg.data_path, "train")
@@ -669,8 +660,8 @@ def open_data(cfg):
         last = train[-1]
         kept = len(last) - cfg.holdout_tokens
         if kept <= cfg.train_seq_len:
-            raise SettingError(f"HOLDOUT_TOKENS={cfg.holdout_tokens}: the last training shard "
-                               f"{last.path} has only {len(last)} tokens")
+            raise GolfError(f"HOLDOUT_TOKENS={cfg.holdout_tokens}: the last training shard "
+                            f"{last.path} has only {len(last)} tokens")
         shards, val = [last], last[kept:]
         train[-1] = replace(last, tokens=kept)
     else:
@@ -679,23 +670,23 @@ def open_data(cfg):
         table = table._replace(sidecar=open_sidecar(cfg, val, shards, sp, table))
     check_vocabulary(shards[0].path, val, cfg.vocab_size)
     if len(val) < 2 or int(target_bytes(table, val).sum()) == 0:
-        raise DataError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
+        raise GolfError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
     for shard in (shards[0], *train[:1]):
         check_encoding(sp, table, shard, cfg)
     if cfg.bos_id >= 0 and not cfg.holdout_tokens and not (val == cfg.bos_id).any():
-        raise DataError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
+        raise GolfError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
                         f"between documents (the tokenizer's EOS is {sp.eos_id()}), or to -1")
     counted, by_text = decoded_bytes(sp, val, cfg.bos_id, 1_000_000, table.sidecar)
     if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
-        raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
+        raise GolfError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
                         f"{by_text} bytes of text, so that scores would be wrong; use another")
     for shard in () if cfg.holdout_tokens else train:
         if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
-            raise DataError(f"{shard.path}: is validation text; take it out of DATA_PATH")
+            raise GolfError(f"{shard.path}: is validation text; take it out of DATA_PATH")
     return Data(train, val, table)
 
 def open_tokenizer(cfg):
-    """The SentencePiece processor of TOKENIZER_PATH; raises DataError."""
+    """The SentencePiece processor of TOKENIZER_PATH; raises GolfError."""
     import sentencepiece  # here, so that the script can be imported without it
     path = Path(cfg.tokenizer_path)
     try:
@@ -704,13 +695,13 @@ def open_tokenizer(cfg):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
-        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
+        raise GolfError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
                         f"fetches it ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
-        raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
+        raise GolfError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
     if min(cfg.bos_id, sp.bos_id()) >= 0 and cfg.bos_id not in (sp.bos_id(), sp.eos_id()):
-        raise DataError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
+        raise GolfError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
 
 def tokenizer_hash(cfg):
@@ -719,7 +710,7 @@ def tokenizer_hash(cfg):
         return hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
 
 def check_encoding(sp, table, shard, cfg):
-    """Raise DataError unless most of the shard's first texts encode to the tokens that it holds."""
+    """Raise GolfError unless most of the shard's first texts encode to the tokens that it holds."""
     tokens = shard[:50_000].astype(np.int64)
     check_vocabulary(shard.path, tokens, cfg.vocab_size)
     runs = [run[:256] for run in text_runs(table, tokens)]
@@ -727,7 +718,7 @@ def check_encoding(sp, table, shard, cfg):
     same = [str(run[8:-8] or run)[1:-1] in str(again)
             for run, again in zip(runs, sp.encode(sp.decode(runs)))]
     if 2 * sum(same) < len(same):
-        raise DataError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
+        raise GolfError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
                         "encode to other tokens: set it to the tokenizer that made DATA_PATH")
 
 def text_runs(table, tokens):
@@ -737,27 +728,27 @@ def text_runs(table, tokens):
     return [run.tolist() for run in runs if not table.boundary[int(run[0])]]
 
 def open_sidecar(cfg, val, shards, sp, table):
-    """Bytes of original text of each validation token, np.uint16 (n,), or None; DataError."""
+    """Bytes of original text of each validation token, np.uint16 (n,), or None; GolfError."""
     name = f"DATA_PATH={cfg.data_path}: fineweb_val_bytes_*.bin"
     sidecars = open_shards(cfg.data_path, "val_bytes")
     marks = case_marks(sp)
     if not sidecars:
         if marks:
-            raise DataError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
+            raise GolfError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
                             "by the bytes of the original text; data/download.py fetches it")
         return None
     if [len(part) for part in sidecars] != [len(shard) for shard in shards]:
-        raise DataError(f"{name} holds {[len(part) for part in sidecars]} counts, the validation "
+        raise GolfError(f"{name} holds {[len(part) for part in sidecars]} counts, the validation "
                         f"shards {[len(shard) for shard in shards]} tokens")
     counts = np.concatenate([part[:] for part in sidecars])
     if counts[val == cfg.bos_id].any():
-        raise DataError(f"{name} counts bytes for BOS, so it belongs to other tokens")
+        raise GolfError(f"{name} counts bytes for BOS, so it belongs to other tokens")
     total = int(counts[1:].sum(dtype=np.int64))
     by_table = int(target_bytes(table, val).sum())
     # An escaped mark has 3 bytes of text, none by the table.
     slack = CASE_SLACK * by_table + 3 * int((val == marks[3]).sum()) if marks else 0
     if abs(total - by_table) > slack:
-        raise DataError(f"{name} counts {total} bytes, the pieces of the tokens have {by_table}")
+        raise GolfError(f"{name} counts {total} bytes, the pieces of the tokens have {by_table}")
     return counts
 
 class ByteTable(NamedTuple):
@@ -852,7 +843,7 @@ class Loader:
         self.epoch, self.row = self.place  # of the thread, which is ahead
         self.lengths = np.array([len(shard) for shard in shards])
         if not (self.lengths > cfg.train_seq_len).any():
-            raise DataError(f"{shards[0].path}: {self.lengths[0]} tokens, fewer than one row of "
+            raise GolfError(f"{shards[0].path}: {self.lengths[0]} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
         self._cut_rows()
         # Without set_device the thread would pin its memory through GPU 0.
@@ -2185,12 +2176,12 @@ def settle_batch(cfg, run):
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 def micro_batch_rows(cfg, run, ops=REFERENCE):
-    """Rows of one forward pass: a divisor of this rank's rows of a step; SettingError if none."""
+    """Rows of one forward pass: a divisor of this rank's rows of a step; GolfError if none."""
     rows = cfg.train_batch_tokens // cfg.train_seq_len
     if rows % run.world_size:
         near = max(1, round(rows / run.world_size)) * run.world_size * cfg.train_seq_len
-        raise SettingError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {run.world_size} ranks "
-                           f"cannot share {rows} rows of TRAIN_SEQ_LEN; set it to {near}")
+        raise GolfError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {run.world_size} ranks "
+                        f"cannot share {rows} rows of TRAIN_SEQ_LEN; set it to {near}")
     most = cfg.micro_batch_tokens or 2048  # larger ones fall out of a CPU's caches
     if run.on_cuda and not cfg.micro_batch_tokens:
         memory = torch.cuda.get_device_properties(run.device).total_memory
@@ -2432,8 +2423,8 @@ def find_checkpoint(cfg, run, data):
     if not files and cfg.resume != "auto":
         raise GolfError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
     if folder.exists() and folder.resolve() not in (path.resolve(), path.resolve().parent):
-        raise SettingError(f"RESUME={path}: RUN_ID={cfg.run_id} has checkpoints of its own; "
-                           "RESUME=auto goes on with those, another RUN_ID begins from this one")
+        raise GolfError(f"RESUME={path}: RUN_ID={cfg.run_id} has checkpoints of its own; "
+                        "RESUME=auto goes on with those, another RUN_ID begins from this one")
     for file in files:
         try:
             tensors, facts = load_tensors(file)
@@ -2448,7 +2439,7 @@ def find_checkpoint(cfg, run, data):
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
                      for name in then if then[name] != now.get(name)]
         if differing:
-            raise SettingError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
+            raise GolfError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
@@ -2555,7 +2546,7 @@ def stop_if_asked(job, told, last, bad_steps):
         raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} at step {job.step}; "
                           f"{job.save()}")
     if fault:
-        raise DataError(f"{fault}; stopped at step {job.step}; {job.save()}")
+        raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
     if bad_steps > job.cfg.max_bad_steps:
         raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
                         f"more than MAX_BAD_STEPS={job.cfg.max_bad_steps}; lower MATRIX_LR, "
@@ -2886,7 +2877,7 @@ def compress(data, codec):
     return data
 
 def decompress(data, codec, size):
-    """The inverse of `compress`; ArtifactError unless the data makes exactly `size` bytes."""
+    """The inverse of `compress`; GolfError unless the data makes exactly `size` bytes."""
     out = data
     try:
         if codec == "brotli":
@@ -2899,9 +2890,9 @@ def decompress(data, codec, size):
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
             out = decoder.decompress(data, max_length=size + 1)
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        raise ArtifactError(f"a stream of {ascii(codec)[:20]} is damaged ({error})") from None
+        raise GolfError(f"a stream of {ascii(codec)[:20]} is damaged ({error})") from None
     if len(out) != size:
-        raise ArtifactError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
+        raise GolfError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
     return out
 
 # Integers are coded by rANS [6]: many states side by side, so that numpy codes one symbol of each
@@ -2953,12 +2944,12 @@ def rans_encode(symbols, classes, freq):
     return states.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
 
 def rans_decode(data, classes, freq):
-    """The inverse of `rans_encode`: symbols uint8 (n,).  Raises ArtifactError."""
+    """The inverse of `rans_encode`: symbols uint8 (n,).  Raises GolfError."""
     count = len(classes)
     lanes = max(1, min(RANS_LANES, count >> 12))
     total = freq.sum(1, dtype=np.int64)
     if not np.isin(total, (0, 1 << RANS_BITS)).all() or not total[classes].all():
-        raise ArtifactError("its table of frequencies is not one that this script writes")
+        raise GolfError("its table of frequencies is not one that this script writes")
     start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel()
     # the symbol at each slot of each class, and where the class of each symbol begins
     symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())
@@ -2982,7 +2973,7 @@ def rans_decode(data, classes, freq):
         at += len(low)
         states[:len(x)] = x
     if at != len(words) or (states != RANS_LOW).any():
-        raise ArtifactError("a stream of integers does not end where it must")
+        raise GolfError("a stream of integers does not end where it must")
     return out
 
 def byte_planes(data, width):
@@ -3049,37 +3040,37 @@ def rans_pack(integers):
     return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
 
 def read_artifact(path, cfg=None):
-    """The bytes of a whole artifact file, made with cfg's tokenizer; ArtifactError naming it."""
+    """The bytes of a whole artifact file, made with cfg's tokenizer; GolfError naming it."""
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > 1 << 28:
-            raise ArtifactError("No such file, or more than 256 MiB")
+            raise GolfError("No such file, or more than 256 MiB")
         blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
         if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
-            raise ArtifactError(f"made with another tokenizer than TOKENIZER_PATH="
-                                f"{cfg.tokenizer_path}: set it to the artifact's own")
-    except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"ARTIFACT={path}: {error}") from None
+            raise GolfError(f"made with another tokenizer than TOKENIZER_PATH="
+                            f"{cfg.tokenizer_path}: set it to the artifact's own")
+    except (OSError, GolfError) as error:
+        raise GolfError(f"ARTIFACT={path}: {error}") from None
     return blob
 
 def read_header(blob):
-    """Check an artifact's head and checksum: its header (dict) and payload, or ArtifactError."""
+    """Check an artifact's head and checksum: its header (dict) and payload, or GolfError."""
     if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
-        raise ArtifactError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
+        raise GolfError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
     _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = blob[ARTIFACT_HEAD.size:]
     if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
+        raise GolfError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
     if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("the checksum differs: truncated or altered")
+        raise GolfError("the checksum differs: truncated or altered")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
         return dict(json.loads(text)), body[packed:]
     except (zlib.error, ValueError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"its header cannot be read ({type(error).__name__})") from None
+        raise GolfError(f"its header cannot be read ({type(error).__name__})") from None
 
 def read_streams(header, payload, most):
-    """An artifact's streams {name: array}; ArtifactError before more than `most` bytes are made."""
+    """An artifact's streams {name: array}; GolfError before more than `most` bytes are made."""
     parts = []
     at = 0
     for name, codec, raw, packed in header["streams"]:
@@ -3087,7 +3078,7 @@ def read_streams(header, payload, most):
         at += packed
     if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
             raw for _, _, raw, _ in parts):
-        raise ArtifactError(f"its streams do not fill its payload, or claim more than {most} bytes")
+        raise GolfError(f"its streams do not fill its payload, or claim more than {most} bytes")
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
@@ -3110,7 +3101,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
 
     path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
-    base: Config of what the file does not fix (evaluation).   Raises ArtifactError.
+    base: Config of what the file does not fix (evaluation).   Raises GolfError.
     """
     blob = path if isinstance(path, bytes) else read_artifact(path, base)
     base = base or Config()
@@ -3119,21 +3110,21 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
         stored = {name: header["config"][name] for name in STORED_FIELDS}
         for name, value in stored.items():
             if type(value) is not type(getattr(base, name)):
-                raise ArtifactError(f"its setting {name} is {value!r}")
+                raise GolfError(f"its setting {name} is {value!r}")
         cfg = replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0)
         with torch.device("meta"):
             model = LM(cfg)
         count = sum(p.numel() for p in model.parameters())
         listed = [(name, tuple(shape)) for name, shape, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
-            raise ArtifactError("its tensors are not those of the model that it describes")
+            raise GolfError("its tensors are not those of the model that it describes")
         if count > 8 * len(blob) + SPARE_WEIGHTS:
-            raise ArtifactError(f"claims {count} weights in {len(blob)} bytes")
+            raise GolfError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
     except Exception as error:  # a forged header makes numpy and torch raise a dozen kinds
-        raise ArtifactError(f"the artifact is damaged ({type(error).__name__}: "
-                            f"{ascii(' '.join(str(error).split()))[1:300]})") from None
+        raise GolfError(f"the artifact is damaged ({type(error).__name__}: "
+                        f"{ascii(' '.join(str(error).split()))[1:300]})") from None
     ops = ops(cfg)
     with torch.device("meta"):
         model = LM(cfg, ops).to_empty(device=device)
@@ -3141,7 +3132,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     return model
 
 def unpack_tensors(table, streams):
-    """The float32 weights of the header's table of tensors; ArtifactError if streams do not fit."""
+    """The float32 weights of the header's table of tensors; GolfError if streams do not fit."""
     def take(name, n):
         taken, streams[name] = np.split(streams[name], [n])
         return torch.from_numpy(taken.copy())
@@ -3155,7 +3146,7 @@ def unpack_tensors(table, streams):
         else:
             weights.append(take(coding, rows * columns).float().view(shape))
     if any(map(len, streams.values())):
-        raise ArtifactError("its streams hold more than its tensors")
+        raise GolfError("its streams hold more than its tensors")
     return weights
 
 # ---- the search that fills the cap
@@ -3250,10 +3241,10 @@ def save_artifact(path, model, cfg, calibration=UNCALIBRATED):
 # a machine without them.  Each is a torch.library operator, so that no graph breaks at it.
 
 def fast_ops(cfg, run):
-    """The Ops for this device by KERNEL; REFERENCE on the CPU.  Raises SettingError."""
+    """The Ops for this device by KERNEL; REFERENCE on the CPU.  Raises GolfError."""
     if not run.on_cuda or cfg.kernel == "reference":
         if cfg.kernel not in ("auto", "reference"):
-            raise SettingError(f"KERNEL={cfg.kernel}: needs a CUDA GPU; use auto on the CPU")
+            raise GolfError(f"KERNEL={cfg.kernel}: needs a CUDA GPU; use auto on the CPU")
         return REFERENCE
     hopper = torch.cuda.get_device_capability(run.device)[0] >= 9
     # FlashQLA takes heads of 128 on Hopper or later, and cannot compile for 5 heads.
@@ -3270,9 +3261,9 @@ def fast_ops(cfg, run):
     else:
         if "sample" in cfg.preset and cfg.kernel == "auto":
             return REFERENCE  # minutes at sample size; the log's kernel line says so
-        raise SettingError(f"KERNEL={cfg.kernel}: no delta-rule kernel for GDN_HEADS={heads} "
-                           f"GDN_HEAD_DIM={cfg.gdn_head_dim} ({'; '.join(missing)}); install "
-                           "fla-core (requirements.txt), or KERNEL=reference trains slowly")
+        raise GolfError(f"KERNEL={cfg.kernel}: no delta-rule kernel for GDN_HEADS={heads} "
+                        f"GDN_HEAD_DIM={cfg.gdn_head_dim} ({'; '.join(missing)}); install "
+                        "fla-core (requirements.txt), or KERNEL=reference trains slowly")
     attention_name, attend = pick_attention()
     fused_mlp = fuses_mlp(cfg)
     return Ops(partial(fast_gdn, kernel=name), fast_mlp if fused_mlp else mlp, attend,
@@ -3831,27 +3822,27 @@ def start_log(cfg, run):
         if cfg.resume and path.exists():
             text = path.read_text("utf-8", "replace")
             if "\ncompliance " in text:
-                raise SettingError(f"RUN_ID={cfg.run_id}: this run has ended, its score is in "
-                                   f"{path}; set another RUN_ID")
+                raise GolfError(f"RUN_ID={cfg.run_id}: this run has ended, its score is in "
+                                f"{path}; set another RUN_ID")
             then = dict(re.findall(r"(\w+):(\S+)", "".join(re.findall("\nsettings.*", text)[-1:])))
             differing = [name.upper() for name in fields_of("export", "evaluation",
                          "test-time training") if then.get(name) != changed.get(name)]
             if differing and re.search("^(final_|ttt )", text, re.M):
-                raise SettingError(f"{', '.join(differing)}: must stay as they were, because "
-                                   f"{path} holds a score by them")
+                raise GolfError(f"{', '.join(differing)}: must stay as they were, because "
+                                f"{path} holds a score by them")
             return
         for file in (path, path.with_suffix(".artifact"), checkpoint_folder(cfg)):
             if file.exists() and not (cfg.artifact and file != path):
-                raise SettingError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
-                                   "that run away, or go on with it by RESUME=auto")
+                raise GolfError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
+                                "that run away, or go on with it by RESUME=auto")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
     try:
         run.from_rank_0(begin)
     except OSError as error:
-        raise SettingError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
-                           ) from None
+        raise GolfError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
+                        ) from None
     run.log_path = path
     code = code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.on_cuda else "none"
@@ -3872,13 +3863,13 @@ def make_artifact(data, cfg, run):
         codec = side_codec(cfg)
         decompress(compress(b"works", codec), codec, 5)
     except Exception as error:  # a package that is missing, damaged, or older than its interface
-        raise SettingError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None
+        raise GolfError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None
     model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
     weights = sum(p.numel() for p in model.parameters())
     room = cfg.cap_bytes - len(code_bytes())
     if room <= 0 or weights > 8 * room + SPARE_WEIGHTS:
-        raise SettingError(f"CAP_BYTES={cfg.cap_bytes}: less the script's {len(code_bytes())} "
-                           f"bytes, too few for {weights} weights")
+        raise GolfError(f"CAP_BYTES={cfg.cap_bytes}: less the script's {len(code_bytes())} "
+                        f"bytes, too few for {weights} weights")
     start_log(cfg, run)
     if saved:
         run.before_s = saved[1]["elapsed_s"]
@@ -3935,8 +3926,8 @@ def evaluate_artifact(blob, data, cfg, run):
     began = time.perf_counter()
     model = load_artifact(blob, partial(fast_ops, run=run), run.device, cfg)
     if model.cfg.vocab_size != cfg.vocab_size:
-        raise ArtifactError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, "
-                            f"but the tokenizer has VOCAB_SIZE={cfg.vocab_size}")
+        raise GolfError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, "
+                        f"but the tokenizer has VOCAB_SIZE={cfg.vocab_size}")
     before = fingerprint(model)
     reload_s = time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms",
@@ -4047,8 +4038,8 @@ def entry():
             print(help_text(), flush=True)
             return 0
         if sys.argv[1:]:
-            raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
-                               "environment variables")
+            raise GolfError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
+                            "environment variables")
         from torch.distributed.elastic.multiprocessing.errors import record
         return record(main)(os.environ)  # torchrun's summary shows its errors
     except (GolfError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:

@@ -62,7 +62,7 @@ GOOD = shard_bytes(range(100))
 def test_damaged_shard_is_named_with_its_fault(tmp_path, raw, fault):
     path = tmp_path / "fineweb_val_000000.bin"
     path.write_bytes(raw)
-    with pytest.raises(t.DataError, match=f"{path}: .*{fault}"):
+    with pytest.raises(t.GolfError, match=f"{path}: .*{fault}"):
         t.open_shards(tmp_path, "val")
 
 
@@ -90,14 +90,14 @@ def test_shard_that_shrinks_while_it_is_read_is_named(tmp_path):
     write_split(tmp_path, "val", range(100))
     [shard] = t.open_shards(tmp_path, "val")
     os.truncate(shard.path, 1100)
-    with pytest.raises(t.DataError, match="fineweb_val_000000.bin: became shorter"):
+    with pytest.raises(t.GolfError, match="fineweb_val_000000.bin: became shorter"):
         shard[:]
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
 def test_missing_folder_or_split_is_named_with_the_way_out(tmp_path, folder):
     fault = r"DATA_PATH=.*no fineweb_val_\*.bin.*download.*PRESET=sample"
-    with pytest.raises(t.DataError, match=fault):
+    with pytest.raises(t.GolfError, match=fault):
         t.open_shards(tmp_path / folder, "val")
 
 
@@ -112,7 +112,7 @@ def test_missing_folder_or_split_is_named_with_the_way_out(tmp_path, folder):
 def test_validation_text_that_cannot_be_scored_is_refused(tmp_path, val, fault):
     write_split(tmp_path, "train", [1, 2, 3])
     write_split(tmp_path, "val", *val)
-    with pytest.raises(t.DataError, match=fault):
+    with pytest.raises(t.GolfError, match=fault):
         t.open_data(sample_config(tmp_path))
 
 
@@ -122,7 +122,7 @@ def test_validation_text_that_cannot_be_scored_is_refused(tmp_path, val, fault):
 def test_tokenizer_that_does_not_fit_is_named(tmp_path, name, content, fault):
     (tmp_path / "x.model").write_bytes(content)
     cfg = tiny_config(tokenizer_path=str(tmp_path / name), vocab_size=2048)
-    with pytest.raises(t.DataError, match=f"TOKENIZER_PATH=.*{name}: .*{fault}"):
+    with pytest.raises(t.GolfError, match=f"TOKENIZER_PATH=.*{name}: .*{fault}"):
         t.open_tokenizer(cfg)
 
 
@@ -130,7 +130,7 @@ def test_validation_text_among_the_training_shards_is_refused(tmp_path):
     one, two, three = [[BOS, *SP.encode(text)] for text in ("One text.", "Two texts.", "Three.")]
     write_split(tmp_path, "train", one, two)
     write_split(tmp_path, "val", three, two)
-    with pytest.raises(t.DataError, match="fineweb_train_000001.bin: is validation text"):
+    with pytest.raises(t.GolfError, match="fineweb_train_000001.bin: is validation text"):
         t.open_data(sample_config(tmp_path))
 
 
@@ -142,7 +142,7 @@ def test_sidecar_without_case_marks_must_count_what_the_pieces_have(tmp_path):
     write_split(tmp_path, "val_bytes", counts)
     assert t.open_data(sample_config(tmp_path)).table.sidecar.tolist() == counts
     write_split(tmp_path, "val_bytes", [*counts[:-1], counts[-1] + 1])
-    with pytest.raises(t.DataError, match="counts 25 bytes, the pieces of the tokens have 24"):
+    with pytest.raises(t.GolfError, match="counts 25 bytes, the pieces of the tokens have 24"):
         t.open_data(sample_config(tmp_path))
 
 
@@ -152,7 +152,7 @@ def test_holdout_is_the_end_of_the_training_text_and_left_out_of_it(tmp_path):
     data = t.open_data(sample_config(tmp_path, holdout_tokens=100))
     assert data.val.tolist() == text[500:]
     assert np.concatenate([shard[:] for shard in data.train]).tolist() == text[:500]
-    with pytest.raises(t.SettingError, match="HOLDOUT_TOKENS=250: .*has only 300 tokens"):
+    with pytest.raises(t.GolfError, match="HOLDOUT_TOKENS=250: .*has only 300 tokens"):
         t.open_data(sample_config(tmp_path, holdout_tokens=250))
 
 
@@ -266,7 +266,7 @@ def test_sidecar_that_does_not_fit_is_refused(caseops, tmp_path, files, change, 
             (tmp_path / path.name).write_bytes(raw)
         elif change:
             (tmp_path / path.name).write_bytes(change(raw))
-    with pytest.raises(t.DataError, match=fault):
+    with pytest.raises(t.GolfError, match=fault):
         t.open_data(caseops_config(tmp_path))
 
 
@@ -319,23 +319,23 @@ def test_loader_begun_at_a_place_goes_on_from_there():
 
 def test_training_token_outside_the_vocabulary_is_named_when_it_is_read():
     loader = t.Loader(COUNTING, tiny_config(vocab_size=64), t.Run())
-    with pytest.raises(t.DataError, match="token .* is outside VOCAB_SIZE=64"):
+    with pytest.raises(t.GolfError, match="token .* is outside VOCAB_SIZE=64"):
         next(loader)
     assert "is outside VOCAB_SIZE=64" in loader.fault()
     loader.close()
 
 
 def test_shards_shorter_than_a_row_are_refused():
-    with pytest.raises(t.DataError, match="50 tokens, fewer than one row of TRAIN_SEQ_LEN=64"):
+    with pytest.raises(t.GolfError, match="50 tokens, fewer than one row of TRAIN_SEQ_LEN=64"):
         t.Loader(COUNTING[2:], tiny_config(), t.Run())
 
 
 def test_begin_of_document_must_be_the_tokenizers(tmp_path):
-    with pytest.raises(t.DataError, match="BOS_ID=3: the tokenizer's is 1; set BOS_ID to it"):
+    with pytest.raises(t.GolfError, match="BOS_ID=3: the tokenizer's is 1; set BOS_ID to it"):
         t.open_tokenizer(sample_config(tmp_path, bos_id=3))
     write_split(tmp_path, "train", [*SP.encode("the end of all"), 2])
     write_split(tmp_path, "val", [*SP.encode("the end of it"), 2])  # EOS ends a document, no BOS
-    with pytest.raises(t.DataError, match=r"BOS_ID=1: is not in .*val.*the tokenizer's EOS is 2"):
+    with pytest.raises(t.GolfError, match=r"BOS_ID=1: is not in .*val.*the tokenizer's EOS is 2"):
         t.open_data(sample_config(tmp_path))
     assert t.open_data(sample_config(tmp_path, bos_id=2)).val[-1] == 2
 
@@ -372,7 +372,7 @@ def test_shards_of_another_tokenizer_of_this_size_are_refused(tmp_path, document
         write_split(tmp_path, part, [i for text in texts for i in [BOS, *sp.encode(text)]])
         if name == "val":
             t.open_data(cfg)
-    with pytest.raises(t.DataError, match=f"fineweb_{split}_000000.bin: .*mine.model, encode to"):
+    with pytest.raises(t.GolfError, match=f"fineweb_{split}_000000.bin: .*mine.model, encode to"):
         t.open_data(cfg)
 
 
@@ -393,7 +393,7 @@ def test_tokenizer_whose_bytes_cannot_be_counted_is_refused(tmp_path, documents,
     write_split(tmp_path, "val", ids)
     cfg = tiny_config(data_path=str(tmp_path), vocab_size=400,
                       tokenizer_path=str(tmp_path / "t.model"))
-    with pytest.raises(t.DataError, match="TOKENIZER_PATH=.*t.model: counts [0-9]+ bytes for"):
+    with pytest.raises(t.GolfError, match="TOKENIZER_PATH=.*t.model: counts [0-9]+ bytes for"):
         t.open_data(cfg)
 
 
@@ -401,5 +401,5 @@ def test_tokenizer_with_a_piece_that_is_not_utf8_is_refused(tmp_path):
     damaged = MODEL.read_bytes().replace("\u2581the".encode(), b"\xe2\x96\x81t\xa8e", 1)
     (tmp_path / "x.model").write_bytes(damaged)
     cfg = tiny_config(tokenizer_path=str(tmp_path / "x.model"), vocab_size=VOCAB)
-    with pytest.raises(t.DataError, match="x.model: not a SentencePiece model"):
+    with pytest.raises(t.GolfError, match="x.model: not a SentencePiece model"):
         t.open_tokenizer(cfg)

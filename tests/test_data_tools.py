@@ -294,11 +294,11 @@ def test_sidecar_that_does_not_fit_is_refused(cased):
         (counts + (counts > 0), "the pieces of the tokens have"),
     ]:
         path.write_bytes(shard_bytes(changed))
-        with pytest.raises(train_gpt.DataError, match=expected):
+        with pytest.raises(train_gpt.GolfError, match=expected):
             train_gpt.open_data(cased_config(cased))
     for path in cased.glob("fineweb_val_bytes_*"):
         path.unlink()
-    with pytest.raises(train_gpt.DataError, match="missing.*CaseOps"):
+    with pytest.raises(train_gpt.GolfError, match="missing.*CaseOps"):
         train_gpt.open_data(cased_config(cased))
 
 
