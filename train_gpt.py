@@ -3,16 +3,14 @@
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention
 layers, Muon [2] + AdamW, quantized weights in one file of at most 16,000,000 bytes (this script
 included), scored in bits per byte on every token of the validation split, exactly once.
-README.md has the results.
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
       PRESET=sample python train_gpt.py                         any machine, minutes on 2 CPU cores
       python train_gpt.py --help                                every setting
 
-Read in this order: section 4 (the model in plain PyTorch), section 5 (how it is scored), section 6
-(test-time training), then main() at the end.  Section 10 holds faster versions of the five
-operations of section 4 and changes no result.
+Read sections 4 (the model in plain PyTorch), 5 (how it is scored) and 6 (test-time training), then
+main() at the end.  Section 10 computes the five operations of section 4 again, only faster.
 
 Legality.  Causal: LM.features looks left only (attention, conv_heads, delta_rule, Embedding).
 Normalized: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate()
@@ -46,7 +44,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
 from functools import cache, partial, wraps
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -466,12 +463,10 @@ class Run:
 
     def from_rank_0(self, make):
         """make() of rank 0, on every rank; a GolfError or OSError there is raised on all."""
-        box = None
-        if self.rank == 0:
-            try:
-                box = make()
-            except (GolfError, OSError) as error:
-                box = error
+        try:
+            box = make() if self.rank == 0 else None
+        except (GolfError, OSError) as error:
+            box = error
         box = self.broadcast(box)
         if isinstance(box, Exception):
             raise box
@@ -602,10 +597,7 @@ CASE_MARKS = "\ue001\ue002\ue003\ue004"  # title, all capitals, next letter capi
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file; `shard[i:j]` reads its tokens, np.uint16 (j - i,).
-
-    The file is opened for each read: a thousand shards need no thousand open files.
-    """
+    """One of perhaps a thousand shard files: `shard[i:j]` opens it to read np.uint16 (j - i,)."""
     path: Path
     tokens: int
 
@@ -623,13 +615,12 @@ def open_shards(data_path, split):
     """All shards of a split, by name, their headers and sizes checked; GolfError names a fault."""
     shards = []
     for path in sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin")):
-        size = path.stat().st_size
         header = np.fromfile(path, "<i4", 3).tolist()
         if len(header) < 3 or header[:2] != SHARD_HEAD:
             raise GolfError(f"{path}: begins with {header}, expected {SHARD_HEAD}: not a token "
                             "shard of this challenge")
         shards.append(Shard(path, tokens=header[2]))
-        expected = HEADER_BYTES + 2 * header[2]
+        size, expected = path.stat().st_size, HEADER_BYTES + 2 * header[2]
         if header[2] <= 0 or size != expected:
             raise GolfError(f"{path}: {size} bytes, but a shard of {header[2]} tokens has "
                             f"{expected}: empty, truncated or altered")
@@ -766,11 +757,10 @@ def case_marks(sp):
     return [] if sp.unk_id() in ids else ids
 
 def byte_table(sp, vocab_size):
-    """How many UTF-8 bytes each token stands for, by the challenge's rule.
+    """The ByteTable of a tokenizer: the UTF-8 bytes of each token by the challenge's rule.
 
     Control, unknown, unused and absent pieces: 0, and a text ends there.  A byte piece: 1.  Any
     other: the UTF-8 length of the piece without one leading space mark (U+2581).  CaseOps marks: 0.
-    sp: SentencePieceProcessor.   Returns a ByteTable of (vocab_size,) tensors.
     """
     base = torch.zeros(vocab_size, dtype=torch.int64)
     spaced = torch.zeros(vocab_size, dtype=torch.bool)
@@ -789,10 +779,7 @@ def byte_table(sp, vocab_size):
     return ByteTable(base, spaced, boundary)
 
 def count_bytes(table, prev_ids, target_ids):
-    """Bytes of each target after its predecessor: int64, the shape of target_ids.
-
-    A piece's leading space counts 1, unless the token before is a boundary: a text begins there.
-    """
+    """Bytes of each target, int64; its leading space counts 1, unless a text begins with it."""
     return table.base[target_ids] + (table.spaced[target_ids] & ~table.boundary[prev_ids]).long()
 
 def target_bytes(table, tokens):
@@ -1083,10 +1070,7 @@ def region(function):
     return run
 
 def token_nll(logits, targets):
-    """Negative log-likelihood of each target [nats], float32: cross entropy over the vocabulary.
-
-    logits: (B, T, vocab) float32.   targets, and the result: (B, T).
-    """
+    """Nats of targets (B, T) by float32 logits (B, T, vocab): cross entropy over the vocabulary."""
     nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none")
     return nats.view(targets.shape)
 
@@ -1368,10 +1352,7 @@ class LM(nn.Module):
         return self.embed.logits(x), after
 
     def nll(self, ids, targets, state=None, bonus=None):
-        """Nats of each target given the ids up to it, and the state behind the last.
-
-        ids, state: as `forward`.   bonus: None, or (hint (B, T), beta): see Embedding.nll.
-        """
+        """Nats of targets (B, T), and the state; bonus: None, or (hint, beta) of Embedding.nll."""
         x, after = self.features(ids, state)
         return self.embed.nll(x, targets, *(bonus or (None, 0.0))), after
 
@@ -1450,17 +1431,14 @@ class Ledger:
     """
 
     def __init__(self, device="cpu"):
-        self.next_target = 0
+        self.next_target = self.tokens = 0  # tokens: targets entered
         self.entered = []  # (first, behind the last) of each call of add
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, negatives
         self.causal, self.normalized = math.inf, math.inf
         self.probes = 0
 
     def add(self, first, nats, num_bytes):
-        """Enter targets first .. first + len - 1: nats (len,) float, num_bytes (len,) integer.
-
-        Raises GolfError on a gap, an overlap, a repeat or unequal lengths.
-        """
+        """Enter targets first, first + 1, ...: nats, num_bytes (n,); GolfError on gap or repeat."""
         if first != self.next_target:
             raise GolfError(f"ledger: targets from {first} offered, {self.next_target} is next: a "
                             "gap or a repeat")
@@ -1471,6 +1449,7 @@ class Ledger:
         self.sums += torch.stack([nats.double().sum(), num_bytes.double().sum(),
                                   (nats < -1e-4).double().sum()])
         self.next_target += len(nats)
+        self.tokens += len(nats)
         self.entered.append((first, self.next_target))
 
     def skip(self, last):
@@ -1485,12 +1464,8 @@ class Ledger:
         out.next_target = self.next_target
         out.sums = run.all_sum(self.sums.clone())
         out.entered = sorted(sum(run.gather(self.entered), []))
+        out.tokens = sum(last - first for first, last in out.entered)
         return out
-
-    @property
-    def tokens(self):
-        """Targets entered."""
-        return sum(last - first for first, last in self.entered)
 
     @property
     def bytes(self):
@@ -3808,7 +3783,7 @@ def name_run(cfg, run):
         out = Path(cfg.out_dir).resolve()
         name = folder.relative_to(out) if folder.is_relative_to(out) else folder.name
         return replace(cfg, run_id=str(name).removesuffix(".ckpt"))
-    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     presets = cfg.preset.replace(" ", "").replace(",", "-")
     return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
 
@@ -3850,7 +3825,7 @@ def start_log(cfg, run):
             torch=torch.__version__, commit=commit(), code_bytes=len(code),
             code_sha256=hashlib.sha256(code).hexdigest(),
             max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}",
-            date=f"{datetime.now(timezone.utc):%Y-%m-%d}")
+            date=time.strftime("%Y-%m-%d", time.gmtime()))
     run.log("settings", **(changed or dict(all="default")))
 
 def make_artifact(data, cfg, run):
@@ -3958,8 +3933,7 @@ def evaluate_artifact(blob, data, cfg, run):
 def report(outcome, artifact_bytes, train_s, file, data, run):
     """Print sizes, the compliance line and a summary; whether all checks of this run hold.
 
-    outcome: of `evaluate_artifact`.   train_s: None if nothing was trained.
-    file: the artifact, None if it was not written.
+    outcome: of evaluate_artifact.   train_s: None without training.   file: None if not written.
     """
     model, ledger, eval_s, in_order = outcome
     cfg = model.cfg
