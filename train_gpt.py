@@ -1527,10 +1527,7 @@ class Scorer:
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
     def nats(self, ids, targets, T, progress=None):
-        """Nats of rows (B, L), segment by segment of T tokens with carried state, and the state.
-
-        progress: (share of the evaluation before these rows, share of these), told now and then.
-        """
+        """Nats of rows (B, L), in segments of T tokens with carried state, and the state."""
         state, out = self.state, []
         for i in range(0, ids.shape[1], T):
             if progress and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
@@ -1599,7 +1596,8 @@ class Scorer:
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, torch.tensor(starts, device=self.run.device),
                                    -(-length // T) * T if filled else length)
-            nats, after = self.nats(ids, targets, T, (i / len(parts), len(batch) / len(parts)))
+            progress = i / len(parts), len(batch) / len(parts)  # before this batch, by it
+            nats, after = self.nats(ids, targets, T, progress)
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
                 self.probe(ids, targets, T, nats)
@@ -3994,8 +3992,6 @@ def entry():
         number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP, nohup ignores it
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, STOP.handle)
-    with suppress(AttributeError):  # of a stdout that is no text file
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text(), flush=True)
