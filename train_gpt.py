@@ -794,7 +794,7 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     tokens = tokens[:limit].astype(np.int64)
     cuts = np.flatnonzero(tokens == bos_id)
     if len(cuts) < 2:  # elsewhere a cut could split a character that is spelled in byte pieces
-        cuts = np.flatnonzero(~np.array(sp.is_byte(tokens.tolist())))
+        cuts = np.flatnonzero(~np.array(sp.is_byte(tokens.tolist()))).tolist() or [0, len(tokens)]
     part = slice(cuts[0], cuts[-1] + 1)
     tokens = tokens[part]
     table = byte_table(sp, sp.vocab_size())
