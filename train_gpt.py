@@ -549,8 +549,6 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -1631,8 +1629,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     adapter: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the
     tokens up to the last scored target; it cannot see what is yet to be scored.
     probing: test some batches (Scorer.probe).   compiled: by default, if the text is long.
-    Returns the Ledger over all n - 1 targets, equal on all ranks; raises GolfError if any target is
-    missing or a score is not finite.
+    Returns the Ledger of all n - 1 targets on all ranks; GolfError if one is missing or not finite.
     """
     began = time.perf_counter()
     cfg = model.cfg
@@ -1681,9 +1678,8 @@ def finished(ledger, total, scorer, run):
                         f"0 .. {total - 1}")
     nats, _, negative = ledger.sums.tolist()
     if not math.isfinite(nats) or negative:
-        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative, not "
-                        "normalized; if the sum is not finite the model has diverged: lower "
-                        "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR (or TTT_LR)")
+        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are below zero; has the model "
+                        "diverged?  Lower MATRIX_LR, TIED_EMBED_LR, SCALAR_LR or TTT_LR")
     counts, leaks, deviations = zip(*run.gather((scorer.probes, *scorer.faults.tolist())))
     ledger.probes = sum(counts)
     if ledger.probes:
@@ -1759,6 +1755,7 @@ class Adapter:
         self.run = run
         self.chunks = -(-num_targets // cfg.ttt_chunk_tokens)
         self.hints = Hints(num_targets + 1, run.device) if cfg.ttt_tilt else None
+        model.requires_grad_()
         model.blocks[:cfg.ttt_freeze_blocks].requires_grad_(False)
         treatment = {}  # name: (rule, learning rate, decay)
         for name, p in model.named_parameters():
@@ -3812,9 +3809,10 @@ def start_log(cfg, run):
     code = code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.on_cuda else "none"
     run.log("run", preset=cfg.preset, seed=cfg.seed, world_size=run.world_size, gpu=gpu,
-            torch=torch.__version__, commit=commit(), code_sha256=hashlib.sha256(code).hexdigest(),
-            code_bytes=len(code), date=time.strftime("%Y-%m-%d", time.gmtime()),
-            max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}")
+            torch=torch.__version__, commit=commit(), code_bytes=len(code),
+            code_sha256=hashlib.sha256(code).hexdigest(),
+            max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}",
+            date=time.strftime("%Y-%m-%d", time.gmtime()))
     run.log("settings", **(changed or dict(all="default")))
 
 def make_artifact(data, cfg, run):
