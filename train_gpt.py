@@ -3,16 +3,14 @@
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention
 layers, Muon [2] + AdamW, quantized weights in one file of at most 16,000,000 bytes (this script
 included), scored in bits per byte on every token of the validation split, exactly once.
-README.md has the results.
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
       PRESET=sample python train_gpt.py                         any machine, minutes on 2 CPU cores
       python train_gpt.py --help                                every setting
 
-Read in this order: section 4 (the model in plain PyTorch), section 5 (how it is scored), section 6
-(test-time training), then main() at the end.  Section 10 holds faster versions of the five
-operations of section 4 and changes no result.
+Read sections 4 (the model in plain PyTorch), 5 (how it is scored) and 6 (test-time training), then
+main() at the end.  Section 10 computes the five operations of section 4 again, only faster.
 
 Legality.  Causal: LM.features looks left only (attention, conv_heads, delta_rule, Embedding).
 Normalized: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate()
@@ -46,7 +44,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, replace
-from datetime import datetime, timezone
 from functools import cache, partial, wraps
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -60,15 +57,6 @@ from torch import Tensor, nn
 
 class GolfError(ValueError):
     """A fault that the user can mend: the message says what was found, expected, and to change."""
-
-class SettingError(GolfError):
-    """A setting has a bad value, an unknown name, or contradicts another."""
-
-class DataError(GolfError):
-    """A shard or the tokenizer is missing, damaged, or does not fit the settings."""
-
-class ArtifactError(GolfError):
-    """An artifact is truncated, altered, foreign, or of another version."""
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings
@@ -201,7 +189,7 @@ class Config:
     ttt_hash_lr: float = knob(0.003, "learning rate of that embedding", 0)
 
     def __post_init__(self):
-        """Raise SettingError for the first value outside its limits or against another's."""
+        """Raise GolfError for the first value outside its limits or against another's."""
         for f in fields(self):
             value = getattr(self, f.name)
             low, high = f.metadata["low"], f.metadata["high"]
@@ -211,10 +199,10 @@ class Config:
             elif not isinstance(value, str) and not low <= value <= high:  # NaN is refused too
                 rule = f"between {low} and {high}"
             if rule and value != f.default:
-                raise SettingError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
+                raise GolfError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
         for name, holds, rule in self.cross_rules():
             if not holds:
-                raise SettingError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
+                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
 
     def cross_rules(self):
         """Rules beyond limits: (name to blame, whether it holds, what it must)."""
@@ -248,16 +236,16 @@ class Config:
 
     @classmethod
     def from_env(cls, env):
-        """The Config of `env`, {variable: text}; SettingError also for names like ours."""
+        """The Config of `env`, {variable: text}; GolfError also for names like ours."""
         known = {f.name.upper(): f for f in fields(cls)}
         reject_strays(env, known)
         if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
-            raise SettingError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
+            raise GolfError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
         values = {}
         presets = [name for name in env.get("PRESET", "record").replace(" ", "").split(",") if name]
         for preset in presets:
             if preset not in PRESETS:
-                raise SettingError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
+                raise GolfError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
             values |= PRESETS[preset]
         for preset in presets if "sample" in presets else ():
             values |= WITH_SAMPLE.get(f"{preset},sample", {})
@@ -271,7 +259,7 @@ def parse_value(name, text, kind):
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
-        raise SettingError(f"{name}={text[:80]!r}: must be {expected}") from None
+        raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
 
 def plain(value):
     """A setting's value as the environment would spell it."""
@@ -288,16 +276,16 @@ ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:S
 OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
 
 def reject_strays(env, known):
-    """Raise SettingError for an unknown variable that resembles a setting or uses our words."""
+    """Raise GolfError for an unknown variable that resembles a setting or uses our words."""
     words = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
     for name in sorted(set(env) - set(known) - OTHERS):
         if name in ELSEWHERE:
-            raise SettingError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
+            raise GolfError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
         near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
         near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
         if near or words & set(name.split("_")):
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise SettingError(f"{name}: unknown setting{hint} (--help lists them all)")
+            raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
 
 class Layer(NamedTuple):
     """One layer: kind of its mixer, and the keys of mixer and MLP (equal keys share weights)."""
@@ -314,20 +302,20 @@ def parse_stack(text):
     while group := re.search(r"\(([^()]*)\)(?:\*([1-9]\d{0,2}))?", flat):
         flat = flat[:group.start()] + f" {group[1]} " * int(group[2] or 1) + flat[group.end():]
         if len(flat) > 10_000:
-            raise SettingError(f"{fault}: names more than {MAX_LAYERS} layers")
+            raise GolfError(f"{fault}: names more than {MAX_LAYERS} layers")
     layers, kinds = [], {}
     for part in flat.split():
         m = re.fullmatch(r"(gdn|swa|attn)(?:(::?)(\w+))?", part)
         if not m:
-            raise SettingError(f"{fault}: {part[:40]!r} must be gdn, swa or attn, then optionally "
-                               ":tag or ::tag, then optionally *count")
+            raise GolfError(f"{fault}: {part[:40]!r} must be gdn, swa or attn, then optionally "
+                            ":tag or ::tag, then optionally *count")
         kind, colons, tag = m.groups()
         if tag and kinds.setdefault(tag, kind) != kind:
-            raise SettingError(f"{fault}: tag {tag!r} names both {kinds[tag]} and {kind}")
+            raise GolfError(f"{fault}: tag {tag!r} names both {kinds[tag]} and {kind}")
         own = f"#{len(layers)}"
         layers.append(Layer(kind, tag or own, tag if colons == "::" else own))
     if not 1 <= len(layers) <= MAX_LAYERS:
-        raise SettingError(f"{fault}: names {len(layers)} layers, must be 1 to {MAX_LAYERS}")
+        raise GolfError(f"{fault}: names {len(layers)} layers, must be 1 to {MAX_LAYERS}")
     return layers
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
@@ -413,16 +401,13 @@ class Run:
         has_cuda = torch.cuda.is_available()
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not (
                 cfg.artifact or "sample" in cfg.preset)):
-            raise SettingError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch finds no CUDA GPU; "
-                               "PRESET=sample runs on any machine in minutes, DEVICE=cpu insists")
+            raise GolfError(f"PRESET={cfg.preset} DEVICE={cfg.device}: torch finds no CUDA GPU; "
+                            "PRESET=sample runs on any machine in minutes, DEVICE=cpu insists")
         if cfg.deterministic:
             env.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it for this
             torch.use_deterministic_algorithms(True)
         device = "cpu"
         if has_cuda and cfg.device != "cpu":
-            ranks, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-            if max(ranks, local_rank + 1) > gpus:
-                raise SettingError(f"{ranks} ranks on {gpus} GPUs: lower --nproc_per_node")
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         if world_size > 1 and not dist.is_initialized():
@@ -431,8 +416,8 @@ class Run:
             try:
                 dist.init_process_group(backend, rank=rank, world_size=world_size)
             except (ValueError, RuntimeError) as error:
-                raise SettingError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
-                                   "launch with torchrun, or unset it for one process") from None
+                raise GolfError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
+                                "launch with torchrun, or unset it for one process") from None
         return cls(rank, world_size, device)
 
     def close(self):
@@ -475,12 +460,10 @@ class Run:
 
     def from_rank_0(self, make):
         """make() of rank 0, on every rank; a GolfError or OSError there is raised on all."""
-        box = None
-        if self.rank == 0:
-            try:
-                box = make()
-            except (GolfError, OSError) as error:
-                box = error
+        try:
+            box = make() if self.rank == 0 else None
+        except (GolfError, OSError) as error:
+            box = error
         box = self.broadcast(box)
         if isinstance(box, Exception):
             raise box
@@ -566,8 +549,6 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
@@ -600,22 +581,17 @@ def copy_all(targets, values):
 # 3. Data
 # --------------------------------------------------------------------------------------------------
 # Shards are the challenge's: an int32[256] header (magic, version, number of tokens), then uint16
-# tokens.  Training rows come in a random order that uses every row once before any repeats, the
-# same for any number of ranks.  The bytes of a token are counted by the challenge's rule, or read
-# from the sidecar fineweb_val_bytes_*.bin (one uint16 a token) where CaseOps [7] changed the text.
+# tokens.  The bytes of a token are counted by the challenge's rule, or read from the sidecar
+# fineweb_val_bytes_*.bin (one uint16 a token) where CaseOps [7] changed the text.
 
-SHARD_MAGIC = 20240520
-SHARD_VERSION = 1
+SHARD_HEAD = [20240520, 1]  # magic, version
 HEADER_BYTES = 1024
 CASE_SLACK = 1e-3  # published sidecars count a no-break space before normalization: 2 bytes, not 1
 CASE_MARKS = "\ue001\ue002\ue003\ue004"  # title, all capitals, next letter capital, escape
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file; `shard[i:j]` reads its tokens, np.uint16 (j - i,).
-
-    The file is opened for each read: a thousand shards need no thousand open files.
-    """
+    """One of perhaps a thousand shard files: `shard[i:j]` opens it to read np.uint16 (j - i,)."""
     path: Path
     tokens: int
 
@@ -626,44 +602,42 @@ class Shard:
         start, stop, _ = part.indices(self.tokens)
         found = np.fromfile(self.path, "<u2", stop - start, offset=HEADER_BYTES + 2 * start)
         if len(found) != stop - start:
-            raise DataError(f"{self.path}: became shorter while the run was reading it")
+            raise GolfError(f"{self.path}: became shorter while the run was reading it")
         return found
 
 def open_shards(data_path, split):
-    """All shards of a split, by name, their headers and sizes checked; DataError names a fault."""
+    """All shards of a split, by name, their headers and sizes checked; GolfError names a fault."""
     shards = []
     for path in sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin")):
-        size = path.stat().st_size
-        header = np.fromfile(path, "<i4", 3)
-        if len(header) < 3 or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-            raise DataError(f"{path}: begins with {header.tolist()}, expected {SHARD_MAGIC}, "
-                            f"{SHARD_VERSION}: not a token shard of this challenge")
-        shards.append(Shard(path, tokens=int(header[2])))
-        expected = HEADER_BYTES + 2 * shards[-1].tokens
-        if shards[-1].tokens <= 0 or size != expected:
-            raise DataError(f"{path}: {size} bytes, but a shard of {shards[-1].tokens} tokens has "
+        header = np.fromfile(path, "<i4", 3).tolist()
+        if len(header) < 3 or header[:2] != SHARD_HEAD:
+            raise GolfError(f"{path}: begins with {header}, expected {SHARD_HEAD}: not a token "
+                            "shard of this challenge")
+        shards.append(Shard(path, tokens=header[2]))
+        size, expected = path.stat().st_size, HEADER_BYTES + 2 * header[2]
+        if header[2] <= 0 or size != expected:
+            raise GolfError(f"{path}: {size} bytes, but a shard of {header[2]} tokens has "
                             f"{expected}: empty, truncated or altered")
     if not shards and split != "val_bytes":  # the sidecar, which few texts have
-        raise DataError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
+        raise GolfError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
                         "fetches the shards; PRESET=sample uses the embedded ones")
     return shards
 
 def check_vocabulary(path, tokens, vocab_size):
-    """Raise DataError naming the file if a token is not below vocab_size."""
+    """Raise GolfError naming the file if a token is not below vocab_size."""
     top = int(tokens.max())
     if top >= vocab_size:
-        raise DataError(f"{path}: token {top} is outside VOCAB_SIZE={vocab_size}; set VOCAB_SIZE "
+        raise GolfError(f"{path}: token {top} is outside VOCAB_SIZE={vocab_size}; set VOCAB_SIZE "
                         "and TOKENIZER_PATH to those that the shards were made with")
 
 class Data(NamedTuple):
-    """What a run reads: training shards, validation tokens np.uint16 (n,), tokenizer, bytes."""
+    """What a run reads: training shards, validation tokens np.uint16 (n,), bytes of tokens."""
     train: list
     val: np.ndarray
-    sp: object
     table: "ByteTable"
 
 def open_data(cfg):
-    """Open and check everything before any time is spent; raises DataError or SettingError."""
+    """Open and check everything before any time is spent; raises GolfError."""
     sp = open_tokenizer(cfg)
     table = byte_table(sp, cfg.vocab_size)
     train = [] if cfg.artifact and not cfg.holdout_tokens else open_shards(cfg.data_path, "train")
@@ -671,8 +645,8 @@ def open_data(cfg):
         last = train[-1]
         kept = len(last) - cfg.holdout_tokens
         if kept <= cfg.train_seq_len:
-            raise SettingError(f"HOLDOUT_TOKENS={cfg.holdout_tokens}: the last training shard "
-                               f"{last.path} has only {len(last)} tokens")
+            raise GolfError(f"HOLDOUT_TOKENS={cfg.holdout_tokens}: the last training shard "
+                            f"{last.path} has only {len(last)} tokens")
         shards, val = [last], last[kept:]
         train[-1] = replace(last, tokens=kept)
     else:
@@ -681,23 +655,23 @@ def open_data(cfg):
         table = table._replace(sidecar=open_sidecar(cfg, val, shards, sp, table))
     check_vocabulary(shards[0].path, val, cfg.vocab_size)
     if len(val) < 2 or int(target_bytes(table, val).sum()) == 0:
-        raise DataError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
+        raise GolfError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
     for shard in (shards[0], *train[:1]):
         check_encoding(sp, table, shard, cfg)
     if cfg.bos_id >= 0 and not cfg.holdout_tokens and not (val == cfg.bos_id).any():
-        raise DataError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
+        raise GolfError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
                         f"between documents (the tokenizer's EOS is {sp.eos_id()}), or to -1")
     counted, by_text = decoded_bytes(sp, val, cfg.bos_id, 1_000_000, table.sidecar)
     if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
-        raise DataError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
+        raise GolfError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
                         f"{by_text} bytes of text, so that scores would be wrong; use another")
     for shard in () if cfg.holdout_tokens else train:
         if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
-            raise DataError(f"{shard.path}: is validation text; take it out of DATA_PATH")
-    return Data(train, val, sp, table)
+            raise GolfError(f"{shard.path}: is validation text; take it out of DATA_PATH")
+    return Data(train, val, table)
 
 def open_tokenizer(cfg):
-    """The SentencePiece processor of TOKENIZER_PATH; raises DataError."""
+    """The SentencePiece processor of TOKENIZER_PATH; raises GolfError."""
     import sentencepiece  # here, so that the script can be imported without it
     path = Path(cfg.tokenizer_path)
     try:
@@ -706,15 +680,13 @@ def open_tokenizer(cfg):
         sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
-        raise DataError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
+        raise GolfError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
                         f"fetches it ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
-        raise DataError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
+        raise GolfError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
-    if manifest_says(cfg, "tokenizer", "sha256") not in (None, tokenizer_hash(cfg)):
-        raise DataError(f"TOKENIZER_PATH={path}: not the tokenizer of DATA_PATH's manifest.json")
     if min(cfg.bos_id, sp.bos_id()) >= 0 and cfg.bos_id not in (sp.bos_id(), sp.eos_id()):
-        raise DataError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
+        raise GolfError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
 
 def tokenizer_hash(cfg):
@@ -723,7 +695,7 @@ def tokenizer_hash(cfg):
         return hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
 
 def check_encoding(sp, table, shard, cfg):
-    """Raise DataError unless most of the shard's first texts encode to the tokens that it holds."""
+    """Raise GolfError unless most of the shard's first texts encode to the tokens that it holds."""
     tokens = shard[:50_000].astype(np.int64)
     check_vocabulary(shard.path, tokens, cfg.vocab_size)
     runs = [run[:256] for run in text_runs(table, tokens)]
@@ -731,7 +703,7 @@ def check_encoding(sp, table, shard, cfg):
     same = [str(run[8:-8] or run)[1:-1] in str(again)
             for run, again in zip(runs, sp.encode(sp.decode(runs)))]
     if 2 * sum(same) < len(same):
-        raise DataError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
+        raise GolfError(f"{shard.path}: its texts, decoded by TOKENIZER_PATH={cfg.tokenizer_path}, "
                         "encode to other tokens: set it to the tokenizer that made DATA_PATH")
 
 def text_runs(table, tokens):
@@ -740,41 +712,28 @@ def text_runs(table, tokens):
     runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
     return [run.tolist() for run in runs if not table.boundary[int(run[0])]]
 
-def manifest_says(cfg, *keys):
-    """The value under `keys` in the manifest.json of data/prepare.py, or None."""
-    try:
-        found = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())
-        for key in keys:
-            found = found[key]
-        return found
-    except (OSError, ValueError, LookupError, TypeError):  # there is none, or another tool's
-        return None
-
 def open_sidecar(cfg, val, shards, sp, table):
-    """Bytes of original text of each validation token, np.uint16 (n,), or None; DataError."""
+    """Bytes of original text of each validation token, np.uint16 (n,), or None; GolfError."""
     name = f"DATA_PATH={cfg.data_path}: fineweb_val_bytes_*.bin"
     sidecars = open_shards(cfg.data_path, "val_bytes")
     marks = case_marks(sp)
     if not sidecars:
         if marks:
-            raise DataError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
+            raise GolfError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
                             "by the bytes of the original text; data/download.py fetches it")
         return None
     if [len(part) for part in sidecars] != [len(shard) for shard in shards]:
-        raise DataError(f"{name} holds {[len(part) for part in sidecars]} counts, the validation "
+        raise GolfError(f"{name} holds {[len(part) for part in sidecars]} counts, the validation "
                         f"shards {[len(shard) for shard in shards]} tokens")
     counts = np.concatenate([part[:] for part in sidecars])
     if counts[val == cfg.bos_id].any():
-        raise DataError(f"{name} counts bytes for BOS, so it belongs to other tokens")
-    total = int(counts.sum(dtype=np.int64))
-    stated = manifest_says(cfg, "splits", "val", "counted_bytes")
-    if stated not in (None, total):
-        raise DataError(f"{name} sums to {total} bytes, manifest.json says {stated}")
+        raise GolfError(f"{name} counts bytes for BOS, so it belongs to other tokens")
+    total = int(counts[1:].sum(dtype=np.int64))
     by_table = int(target_bytes(table, val).sum())
     # An escaped mark has 3 bytes of text, none by the table.
     slack = CASE_SLACK * by_table + 3 * int((val == marks[3]).sum()) if marks else 0
-    if abs(total - int(counts[0]) - by_table) > slack:
-        raise DataError(f"{name} counts {total} bytes, the pieces of the tokens have {by_table}")
+    if abs(total - by_table) > slack:
+        raise GolfError(f"{name} counts {total} bytes, the pieces of the tokens have {by_table}")
     return counts
 
 class ByteTable(NamedTuple):
@@ -792,11 +751,10 @@ def case_marks(sp):
     return [] if sp.unk_id() in ids else ids
 
 def byte_table(sp, vocab_size):
-    """How many UTF-8 bytes each token stands for, by the challenge's rule.
+    """The ByteTable of a tokenizer: the UTF-8 bytes of each token by the challenge's rule.
 
     Control, unknown, unused and absent pieces: 0, and a text ends there.  A byte piece: 1.  Any
     other: the UTF-8 length of the piece without one leading space mark (U+2581).  CaseOps marks: 0.
-    sp: SentencePieceProcessor.   Returns a ByteTable of (vocab_size,) tensors.
     """
     base = torch.zeros(vocab_size, dtype=torch.int64)
     spaced = torch.zeros(vocab_size, dtype=torch.bool)
@@ -815,10 +773,7 @@ def byte_table(sp, vocab_size):
     return ByteTable(base, spaced, boundary)
 
 def count_bytes(table, prev_ids, target_ids):
-    """Bytes of each target after its predecessor: int64, the shape of target_ids.
-
-    A piece's leading space counts 1, unless the token before is a boundary: a text begins there.
-    """
+    """Bytes of each target, int64; its leading space counts 1, unless a text begins with it."""
     return table.base[target_ids] + (table.spaced[target_ids] & ~table.boundary[prev_ids]).long()
 
 def target_bytes(table, tokens):
@@ -834,31 +789,24 @@ def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
     By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
     and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
     """
-    begin = 0
     tokens = tokens[:limit].astype(np.int64)
-    starts = np.flatnonzero(tokens == bos_id)
-    if len(starts) > 1:  # whole documents: a cut could split a character spelled in byte pieces
-        begin = starts[0]
-        tokens = tokens[begin:starts[-1]]
-    else:
-        while len(tokens) > 1 and sp.is_byte(int(tokens[-1])):
-            tokens = tokens[:-1]
-        while len(tokens) > 1 and sp.is_byte(int(tokens[0])):
-            begin += 1
-            tokens = tokens[1:]
+    cuts = np.flatnonzero(tokens == bos_id)
+    if len(cuts) < 2:  # elsewhere a cut could split a character that is spelled in byte pieces
+        cuts = np.flatnonzero(~np.array(sp.is_byte(tokens.tolist()))).tolist() or [0, len(tokens)]
+    part = slice(cuts[0], cuts[-1] + 1)
+    tokens = tokens[part]
+    table = byte_table(sp, sp.vocab_size())
     ids = torch.from_numpy(tokens)
-    table = byte_table(sp, max(sp.vocab_size(), int(tokens.max()) + 1))
-    counted = int(table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum())
+    counted = table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum()
     if sidecar is not None:
-        counted = int(sidecar[begin:begin + len(tokens)].sum(dtype=np.int64))
+        counted = sidecar[part].sum(dtype=np.int64)
     runs = text_runs(table, tokens)
     texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
     firsts = sp.decode([run[:1] for run in runs])  # some tokenizers drop a text's first space
     if case_marks(sp):  # a small letter has as many bytes as the capital that it stands for
-        texts = [re.sub("\ue004(.)|[\ue001-\ue003]", r"\1", text, flags=re.DOTALL)
-                 for text in texts]
+        texts = [re.sub("(?s)\ue004(.)|[\ue001-\ue003]", r"\1", text) for text in texts]
     spaces = sum(first.startswith(" ") for first in firsts)
-    return counted, sum(len(text.encode()) for text in texts) - spaces
+    return int(counted), sum(len(text.encode()) for text in texts) - spaces
 
 class Loader:
     """Training batches in random order, prefetched by a thread, the same for any number of ranks.
@@ -875,7 +823,7 @@ class Loader:
         self.epoch, self.row = self.place  # of the thread, which is ahead
         self.lengths = np.array([len(shard) for shard in shards])
         if not (self.lengths > cfg.train_seq_len).any():
-            raise DataError(f"{shards[0].path}: {self.lengths[0]} tokens, fewer than one row of "
+            raise GolfError(f"{shards[0].path}: {self.lengths[0]} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
         self._cut_rows()
         # Without set_device the thread would pin its memory through GPU 0.
@@ -1115,12 +1063,7 @@ def region(function):
     return run
 
 def token_nll(logits, targets):
-    """Negative log-likelihood of each target [nats], float32: cross entropy over the vocabulary.
-
-    logits: (B, T, vocab) float32.   targets, and the result: (B, T), or (B, T, n) of n candidates.
-    """
-    if targets.dim() == 3:
-        logits = logits.unsqueeze(2).expand(*targets.shape, -1)
+    """Nats of targets (B, T) by float32 logits (B, T, vocab): cross entropy over the vocabulary."""
     nats = F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none")
     return nats.view(targets.shape)
 
@@ -1402,11 +1345,7 @@ class LM(nn.Module):
         return self.embed.logits(x), after
 
     def nll(self, ids, targets, state=None, bonus=None):
-        """Nats of each target given the ids up to it, and the state behind the last.
-
-        ids, state: as `forward`.   targets: (B, T), or (B, T, n) for n candidates at each position.
-        bonus: None, or (hint (B, T), beta): see Embedding.nll.   Returns the shape of targets.
-        """
+        """Nats of targets (B, T), and the state; bonus: None, or (hint, beta) of Embedding.nll."""
         x, after = self.features(ids, state)
         return self.embed.nll(x, targets, *(bonus or (None, 0.0))), after
 
@@ -1479,37 +1418,29 @@ def init_weights(model, seed):
 class Ledger:
     """Sums of nats and bytes over targets, each entered exactly once and in order.
 
-    The order is checked on the host, the sums stay on the device.  `next_target`: the only target
-    that may be entered next.  `causal`, `normalized`: the largest faults that the Scorer's probes
-    found; `probes`: how many places they tried.
+    The order is checked on the host, the sums stay on the device.  `next_target`: the only one that
+    may be entered next.  `causal`, `normalized`: the largest faults that the Scorer's `probes`
+    tests found.
     """
 
     def __init__(self, device="cpu"):
-        self.next_target = 0
-        self.entered = []  # [first, behind the last] of what was entered, neighbours joined
+        self.next_target = self.tokens = 0  # tokens: targets entered
+        self.entered = []  # (first, behind the last) of each call of add
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, negatives
         self.causal, self.normalized = math.inf, math.inf
         self.probes = 0
 
     def add(self, first, nats, num_bytes):
-        """Enter targets first .. first + len - 1: nats (len,) float, num_bytes (len,) integer.
-
-        Raises GolfError on a gap, an overlap, a repeat or unequal lengths.
-        """
+        """Enter targets first, first + 1, ...: nats, num_bytes (n,); GolfError on gap or repeat."""
         if first != self.next_target:
-            raise GolfError(f"ledger: targets from {first} offered, {self.next_target} is next: a "
-                            "gap or a repeat")
+            raise GolfError(f"ledger: {self.next_target} is next, not {first}: a gap or a repeat")
         if nats.shape != num_bytes.shape or nats.dim() != 1:
-            raise GolfError(f"ledger: {tuple(nats.shape)} scores for {tuple(num_bytes.shape)} "
-                            "byte counts")
-        # a sure token's nats may round to below zero
+            raise GolfError(f"ledger: {len(nats)} scores for {len(num_bytes)} byte counts")
         self.sums += torch.stack([nats.double().sum(), num_bytes.double().sum(),
-                                  (nats < -1e-4).double().sum()])
+                                  (nats < -1e-4).double().sum()])  # below zero, not by rounding
         self.next_target += len(nats)
-        if self.entered and self.entered[-1][1] == first:
-            self.entered[-1][1] = self.next_target
-        else:
-            self.entered.append([first, self.next_target])
+        self.tokens += len(nats)
+        self.entered.append((first, self.next_target))
 
     def skip(self, last):
         """Targets up to last - 1 are entered by other ranks."""
@@ -1523,12 +1454,8 @@ class Ledger:
         out.next_target = self.next_target
         out.sums = run.all_sum(self.sums.clone())
         out.entered = sorted(sum(run.gather(self.entered), []))
+        out.tokens = sum(last - first for first, last in out.entered)
         return out
-
-    @property
-    def tokens(self):
-        """Targets entered."""
-        return sum(last - first for first, last in self.entered)
 
     @property
     def bytes(self):
@@ -1553,9 +1480,8 @@ class Ledger:
 def windows(num_targets, seq_len, stride):
     """Yield (start, end, score_from) of the windows over num_targets targets.
 
-    A window reads tokens start .. end - 1 and scores targets score_from .. end - 1.  The first
-    scores all of its targets, every later one its last `stride` or what is left of them; so each
-    target is scored exactly once.
+    A window reads tokens start .. end - 1 and scores targets score_from .. end - 1: the first
+    window all of its targets, every later one its last `stride` or what is left of them.
     """
     start = 0
     while start == 0 or start + seq_len - stride < num_targets:
@@ -1564,7 +1490,7 @@ def windows(num_targets, seq_len, stride):
 
 def spans(num_targets, count, warmup):
     """As `windows`: `count` parts of nearly equal size, each read from `warmup` tokens before."""
-    count = max(1, min(count, num_targets))
+    count = min(count, num_targets)
     edges = [num_targets * i // count for i in range(count + 1)]
     return [(max(0, a - warmup), b, a) for a, b in zip(edges, edges[1:])]
 
@@ -1599,15 +1525,11 @@ class Scorer:
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
     def nats(self, ids, targets, T, progress=None):
-        """Nats of rows (B, L), segment by segment of T tokens with carried state, and the state.
-
-        progress: (share of the evaluation before these rows, share of these), told now and then.
-        """
+        """Nats of rows (B, L), in segments of T tokens with carried state, and the state."""
         state, out = self.state, []
         for i in range(0, ids.shape[1], T):
             if progress and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
-                done = progress[0] + progress[1] * i / ids.shape[1]
-                self.run.log("scoring", done=f"{done:.0%}")
+                self.run.log("scoring", done=f"{progress[0] + progress[1] * i / ids.shape[1]:.0%}")
                 self.last_line = time.perf_counter()
             part, wanted = [x[:, i:i + T].contiguous() for x in (ids, targets)]
             nats, state = self.model.nll(part, wanted, state, self.bonus(part))
@@ -1617,10 +1539,10 @@ class Scorer:
     def probe(self, ids, targets, T, nats):
         """Test a batch that was just scored; `faults` keeps the largest leak and deviation.
 
-        Leaks: with other tokens from some random place on (another in each row, half of them where
-        a chunk of the kernels begins), no score before that place may change.   Normalization: at
-        random positions of the first two segments a score must be that of the softmax over the
-        whole vocabulary, made without the targets: on average, and up to rounding everywhere.
+        Leaks: other tokens from a random place on (half of these where a chunk of the kernels
+        begins) may change no score before it.   Normalization: at random positions of the first two
+        segments a score must be that of a softmax made without the targets: on average, and up to
+        rounding everywhere.
         """
         B, L = ids.shape
         vocab = self.cfg.vocab_size
@@ -1655,9 +1577,8 @@ class Scorer:
     def enter(self, parts, ledger, carry):
         """Score consecutive parts (start, end, score_from) side by side, and enter their targets.
 
-        carry: go through each part segment by segment with carried state (when adapting, the one
-        part, a chunk, goes on from the last chunk's).   Else a part is one pass of TRAIN_SEQ_LEN.
-        Batches 1, 4, 16, 64, ... are probed.
+        carry: each part in segments with carried state (when adapting, the one part, a chunk, goes
+        on from the last chunk's).   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
         """
         cfg, total = self.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
@@ -1673,7 +1594,8 @@ class Scorer:
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, torch.tensor(starts, device=self.run.device),
                                    -(-length // T) * T if filled else length)
-            nats, after = self.nats(ids, targets, T, (i / len(parts), len(batch) / len(parts)))
+            progress = i / len(parts), len(batch) / len(parts)  # before this batch, by it
+            nats, after = self.nats(ids, targets, T, progress)
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
                 self.probe(ids, targets, T, nats)
@@ -1700,16 +1622,14 @@ def compiles_evaluation(model, run, method, num_targets, adapting=False):
 @torch.inference_mode()
 def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False,
              compiled=None):
-    """Score every target of `tokens` exactly once; the only scorer of this script.
+    """Score every target of `tokens`, np.uint16 (n,), exactly once; the only scorer of this script.
 
-    model: LM; its cfg holds the evaluation settings.   tokens: np.uint16 (n,).   table: ByteTable.
     method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact
     (state carried through EVAL_SPANS spans; with an adapter through the whole text).
     adapter: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the
-    tokens scored so far, np.uint16, up to and including the last scored target; it cannot see what
-    is yet to be scored.   probing: check some batches (Scorer.probe).   compiled: default by size.
-    Returns the Ledger over all n - 1 targets, equal on all ranks; raises GolfError if any target is
-    missing or a score is not finite.
+    tokens up to the last scored target; it cannot see what is yet to be scored.
+    probing: test some batches (Scorer.probe).   compiled: by default, if the text is long.
+    Returns the Ledger of all n - 1 targets on all ranks; GolfError if one is missing or not finite.
     """
     began = time.perf_counter()
     cfg = model.cfg
@@ -1754,12 +1674,12 @@ def finished(ledger, total, scorer, run):
     """The Ledger with the probes' results; raises GolfError if it is not whole and finite."""
     edges = [0, *[last for _, last in ledger.entered]]
     if [first for first, _ in ledger.entered] != edges[:-1] or edges[-1] != total:
-        raise GolfError(f"evaluation entered targets {ledger.entered}, expected 0 .. {total - 1}")
+        raise GolfError(f"evaluation entered targets {str(ledger.entered)[:200]}, expected "
+                        f"0 .. {total - 1}")
     nats, _, negative = ledger.sums.tolist()
     if not math.isfinite(nats) or negative:
-        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are negative, not "
-                        "normalized; if the sum is not finite the model has diverged: lower "
-                        "MATRIX_LR, TIED_EMBED_LR or SCALAR_LR (or TTT_LR)")
+        raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are below zero; has the model "
+                        "diverged?  Lower MATRIX_LR, TIED_EMBED_LR, SCALAR_LR or TTT_LR")
     counts, leaks, deviations = zip(*run.gather((scorer.probes, *scorer.faults.tolist())))
     ledger.probes = sum(counts)
     if ledger.probes:
@@ -1823,11 +1743,10 @@ class Hints:
         return hint
 
 class Adapter:
-    """Score-first test-time training: called by `evaluate` with the text scored so far.
+    """Score-first test-time training.
 
     `in_order` turns False if a weight or hint changed between two calls, or if a chunk is handed
     over twice.  `epochs`: passes over the newest chunk, TTT_EPOCHS or as many as the clock allows.
-    raw: with TTT_EMA the newest weights, while their average scores.
     """
 
     def __init__(self, model, num_targets, run):
@@ -1836,11 +1755,10 @@ class Adapter:
         self.run = run
         self.chunks = -(-num_targets // cfg.ttt_chunk_tokens)
         self.hints = Hints(num_targets + 1, run.device) if cfg.ttt_tilt else None
-        frozen = {id(p) for block in model.blocks[:cfg.ttt_freeze_blocks]
-                  for p in block.parameters()}
+        model.requires_grad_()
+        model.blocks[:cfg.ttt_freeze_blocks].requires_grad_(False)
         treatment = {}  # name: (rule, learning rate, decay)
         for name, p in model.named_parameters():
-            p.requires_grad_(id(p) not in frozen)
             if p.requires_grad:
                 no_muon = cfg.ttt_optimizer == "muon" and route(name).optimizer != "muon"
                 treatment[name] = "sgd" if no_muon else cfg.ttt_optimizer, cfg.ttt_lr, 0.0
@@ -1854,14 +1772,13 @@ class Adapter:
             compiles_evaluation(model, run, cfg.ttt_scoring, num_targets, True))
         self.weights = self.optimizer.weights  # flat, what scores
         self.base = self.weights.clone()
-        self.raw = self.weights.clone() if cfg.ttt_ema else None
+        self.raw = self.weights.clone() if cfg.ttt_ema else None  # newest, while the average scores
         self.pending = []  # scored chunks of a phase, not trained on yet
-        self.seen = 0  # targets handed over
-        self.calls, self.in_order = 0, True
-        self.epochs = cfg.ttt_epochs
+        self.seen = self.calls = 0  # targets handed over, by how many calls
+        self.epochs, self.epochs_done = cfg.ttt_epochs, 0
+        self.in_order = True
         self.began = self.last_end = time.perf_counter()
         self.score_s, self.epoch_s = [], []  # seconds of each chunk, and of each pass over one
-        self.epochs_done = 0
         self.mark = self.fingerprint()
 
     def fingerprint(self):
@@ -1912,7 +1829,7 @@ class Adapter:
         starts = np.arange(first, last, T)
         a, b = self.run.share(len(starts))
         # A backward pass keeps its activations, so it gets a quarter of EVAL_BATCH_TOKENS.
-        most = max(1, self.cfg.eval_batch_tokens // 4 // T)
+        most = self.cfg.eval_batch_tokens // 4 // T
         size = max(1, min(most, -(-len(starts) // self.run.world_size)))
         mine = np.pad(starts[a:b], (0, (a - b) % size), constant_values=last)  # empty rows
         mine = torch.from_numpy(mine).to(self.run.device)
@@ -2221,12 +2138,12 @@ def settle_batch(cfg, run):
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 def micro_batch_rows(cfg, run, ops=REFERENCE):
-    """Rows of one forward pass: a divisor of this rank's rows of a step; SettingError if none."""
+    """Rows of one forward pass: a divisor of this rank's rows of a step; GolfError if none."""
     rows = cfg.train_batch_tokens // cfg.train_seq_len
     if rows % run.world_size:
         near = max(1, round(rows / run.world_size)) * run.world_size * cfg.train_seq_len
-        raise SettingError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {run.world_size} ranks "
-                           f"cannot share {rows} rows of TRAIN_SEQ_LEN; set it to {near}")
+        raise GolfError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {run.world_size} ranks "
+                        f"cannot share {rows} rows of TRAIN_SEQ_LEN; set it to {near}")
     most = cfg.micro_batch_tokens or 2048  # larger ones fall out of a CPU's caches
     if run.on_cuda and not cfg.micro_batch_tokens:
         memory = torch.cuda.get_device_properties(run.device).total_memory
@@ -2468,8 +2385,8 @@ def find_checkpoint(cfg, run, data):
     if not files and cfg.resume != "auto":
         raise GolfError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
     if folder.exists() and folder.resolve() not in (path.resolve(), path.resolve().parent):
-        raise SettingError(f"RESUME={path}: RUN_ID={cfg.run_id} has checkpoints of its own; "
-                           "RESUME=auto goes on with those, another RUN_ID begins from this one")
+        raise GolfError(f"RESUME={path}: RUN_ID={cfg.run_id} has checkpoints of its own; "
+                        "RESUME=auto goes on with those, another RUN_ID begins from this one")
     for file in files:
         try:
             tensors, facts = load_tensors(file)
@@ -2484,7 +2401,7 @@ def find_checkpoint(cfg, run, data):
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
                      for name in then if then[name] != now.get(name)]
         if differing:
-            raise SettingError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
+            raise GolfError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
@@ -2591,7 +2508,7 @@ def stop_if_asked(job, told, last, bad_steps):
         raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} at step {job.step}; "
                           f"{job.save()}")
     if fault:
-        raise DataError(f"{fault}; stopped at step {job.step}; {job.save()}")
+        raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
     if bad_steps > job.cfg.max_bad_steps:
         raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
                         f"more than MAX_BAD_STEPS={job.cfg.max_bad_steps}; lower MATRIX_LR, "
@@ -2922,7 +2839,7 @@ def compress(data, codec):
     return data
 
 def decompress(data, codec, size):
-    """The inverse of `compress`; ArtifactError unless the data makes exactly `size` bytes."""
+    """The inverse of `compress`; GolfError unless the data makes exactly `size` bytes."""
     out = data
     try:
         if codec == "brotli":
@@ -2935,9 +2852,9 @@ def decompress(data, codec, size):
             decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
             out = decoder.decompress(data, max_length=size + 1)
     except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        raise ArtifactError(f"a stream of {ascii(codec)[:20]} is damaged ({error})") from None
+        raise GolfError(f"a stream of {ascii(codec)[:20]} is damaged ({error})") from None
     if len(out) != size:
-        raise ArtifactError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
+        raise GolfError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
     return out
 
 # Integers are coded by rANS [6]: many states side by side, so that numpy codes one symbol of each
@@ -2989,12 +2906,12 @@ def rans_encode(symbols, classes, freq):
     return states.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
 
 def rans_decode(data, classes, freq):
-    """The inverse of `rans_encode`: symbols uint8 (n,).  Raises ArtifactError."""
+    """The inverse of `rans_encode`: symbols uint8 (n,).  Raises GolfError."""
     count = len(classes)
     lanes = max(1, min(RANS_LANES, count >> 12))
     total = freq.sum(1, dtype=np.int64)
     if not np.isin(total, (0, 1 << RANS_BITS)).all() or not total[classes].all():
-        raise ArtifactError("its table of frequencies is not one that this script writes")
+        raise GolfError("its table of frequencies is not one that this script writes")
     start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel()
     # the symbol at each slot of each class, and where the class of each symbol begins
     symbol_of = np.repeat(np.tile(np.arange(256, dtype=np.uint8), len(freq)), freq.ravel())
@@ -3018,7 +2935,7 @@ def rans_decode(data, classes, freq):
         at += len(low)
         states[:len(x)] = x
     if at != len(words) or (states != RANS_LOW).any():
-        raise ArtifactError("a stream of integers does not end where it must")
+        raise GolfError("a stream of integers does not end where it must")
     return out
 
 def byte_planes(data, width):
@@ -3085,37 +3002,37 @@ def rans_pack(integers):
     return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
 
 def read_artifact(path, cfg=None):
-    """The bytes of a whole artifact file, made with cfg's tokenizer; ArtifactError naming it."""
+    """The bytes of a whole artifact file, made with cfg's tokenizer; GolfError naming it."""
     try:
         if not Path(path).is_file() or Path(path).stat().st_size > 1 << 28:
-            raise ArtifactError("No such file, or more than 256 MiB")
+            raise GolfError("No such file, or more than 256 MiB")
         blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
         if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
-            raise ArtifactError(f"made with another tokenizer than TOKENIZER_PATH="
-                                f"{cfg.tokenizer_path}: set it to the artifact's own")
-    except (OSError, ArtifactError) as error:
-        raise ArtifactError(f"ARTIFACT={path}: {error}") from None
+            raise GolfError(f"made with another tokenizer than TOKENIZER_PATH="
+                            f"{cfg.tokenizer_path}: set it to the artifact's own")
+    except (OSError, GolfError) as error:
+        raise GolfError(f"ARTIFACT={path}: {error}") from None
     return blob
 
 def read_header(blob):
-    """Check an artifact's head and checksum: its header (dict) and payload, or ArtifactError."""
+    """Check an artifact's head and checksum: its header (dict) and payload, or GolfError."""
     if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
-        raise ArtifactError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
+        raise GolfError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
     _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
     body = blob[ARTIFACT_HEAD.size:]
     if version != ARTIFACT_VERSION:
-        raise ArtifactError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
+        raise GolfError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
     if hashlib.sha256(body).digest() != digest:
-        raise ArtifactError("the checksum differs: truncated or altered")
+        raise GolfError("the checksum differs: truncated or altered")
     try:
         text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
         return dict(json.loads(text)), body[packed:]
     except (zlib.error, ValueError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"its header cannot be read ({type(error).__name__})") from None
+        raise GolfError(f"its header cannot be read ({type(error).__name__})") from None
 
 def read_streams(header, payload, most):
-    """An artifact's streams {name: array}; ArtifactError before more than `most` bytes are made."""
+    """An artifact's streams {name: array}; GolfError before more than `most` bytes are made."""
     parts = []
     at = 0
     for name, codec, raw, packed in header["streams"]:
@@ -3123,7 +3040,7 @@ def read_streams(header, payload, most):
         at += packed
     if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
             raw for _, _, raw, _ in parts):
-        raise ArtifactError(f"its streams do not fill its payload, or claim more than {most} bytes")
+        raise GolfError(f"its streams do not fill its payload, or claim more than {most} bytes")
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
@@ -3146,7 +3063,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
 
     path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
-    base: Config of what the file does not fix (evaluation).   Raises ArtifactError.
+    base: Config of what the file does not fix (evaluation).   Raises GolfError.
     """
     blob = path if isinstance(path, bytes) else read_artifact(path, base)
     base = base or Config()
@@ -3155,21 +3072,21 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
         stored = {name: header["config"][name] for name in STORED_FIELDS}
         for name, value in stored.items():
             if type(value) is not type(getattr(base, name)):
-                raise ArtifactError(f"its setting {name} is {value!r}")
+                raise GolfError(f"its setting {name} is {value!r}")
         cfg = replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0)
         with torch.device("meta"):
             model = LM(cfg)
         count = sum(p.numel() for p in model.parameters())
         listed = [(name, tuple(shape)) for name, shape, _ in header["tensors"]]
         if listed != [(n, tuple(p.shape)) for n, p in model.named_parameters()]:
-            raise ArtifactError("its tensors are not those of the model that it describes")
+            raise GolfError("its tensors are not those of the model that it describes")
         if count > 8 * len(blob) + SPARE_WEIGHTS:
-            raise ArtifactError(f"claims {count} weights in {len(blob)} bytes")
+            raise GolfError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
     except Exception as error:  # a forged header makes numpy and torch raise a dozen kinds
-        raise ArtifactError(f"the artifact is damaged ({type(error).__name__}: "
-                            f"{ascii(' '.join(str(error).split()))[1:300]})") from None
+        raise GolfError(f"the artifact is damaged ({type(error).__name__}: "
+                        f"{ascii(' '.join(str(error).split()))[1:300]})") from None
     ops = ops(cfg)
     with torch.device("meta"):
         model = LM(cfg, ops).to_empty(device=device)
@@ -3177,7 +3094,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     return model
 
 def unpack_tensors(table, streams):
-    """The float32 weights of the header's table of tensors; ArtifactError if streams do not fit."""
+    """The float32 weights of the header's table of tensors; GolfError if streams do not fit."""
     def take(name, n):
         taken, streams[name] = np.split(streams[name], [n])
         return torch.from_numpy(taken.copy())
@@ -3191,7 +3108,7 @@ def unpack_tensors(table, streams):
         else:
             weights.append(take(coding, rows * columns).float().view(shape))
     if any(map(len, streams.values())):
-        raise ArtifactError("its streams hold more than its tensors")
+        raise GolfError("its streams hold more than its tensors")
     return weights
 
 # ---- the search that fills the cap
@@ -3286,10 +3203,10 @@ def save_artifact(path, model, cfg, calibration=UNCALIBRATED):
 # a machine without them.  Each is a torch.library operator, so that no graph breaks at it.
 
 def fast_ops(cfg, run):
-    """The Ops for this device by KERNEL; REFERENCE on the CPU.  Raises SettingError."""
+    """The Ops for this device by KERNEL; REFERENCE on the CPU.  Raises GolfError."""
     if not run.on_cuda or cfg.kernel == "reference":
         if cfg.kernel not in ("auto", "reference"):
-            raise SettingError(f"KERNEL={cfg.kernel}: needs a CUDA GPU; use auto on the CPU")
+            raise GolfError(f"KERNEL={cfg.kernel}: needs a CUDA GPU; use auto on the CPU")
         return REFERENCE
     hopper = torch.cuda.get_device_capability(run.device)[0] >= 9
     # FlashQLA takes heads of 128 on Hopper or later, and cannot compile for 5 heads.
@@ -3306,9 +3223,9 @@ def fast_ops(cfg, run):
     else:
         if "sample" in cfg.preset and cfg.kernel == "auto":
             return REFERENCE  # minutes at sample size; the log's kernel line says so
-        raise SettingError(f"KERNEL={cfg.kernel}: no delta-rule kernel for GDN_HEADS={heads} "
-                           f"GDN_HEAD_DIM={cfg.gdn_head_dim} ({'; '.join(missing)}); install "
-                           "fla-core (requirements.txt), or KERNEL=reference trains slowly")
+        raise GolfError(f"KERNEL={cfg.kernel}: no delta-rule kernel for GDN_HEADS={heads} "
+                        f"GDN_HEAD_DIM={cfg.gdn_head_dim} ({'; '.join(missing)}); install "
+                        "fla-core (requirements.txt), or KERNEL=reference trains slowly")
     attention_name, attend = pick_attention()
     fused_mlp = fuses_mlp(cfg)
     return Ops(partial(fast_gdn, kernel=name), fast_mlp if fused_mlp else mlp, attend,
@@ -3853,7 +3770,7 @@ def name_run(cfg, run):
         out = Path(cfg.out_dir).resolve()
         name = folder.relative_to(out) if folder.is_relative_to(out) else folder.name
         return replace(cfg, run_id=str(name).removesuffix(".ckpt"))
-    now = f"{datetime.now(timezone.utc):%Y%m%d-%H%M%S}"
+    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
     presets = cfg.preset.replace(" ", "").replace(",", "-")
     return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
 
@@ -3867,27 +3784,27 @@ def start_log(cfg, run):
         if cfg.resume and path.exists():
             text = path.read_text("utf-8", "replace")
             if "\ncompliance " in text:
-                raise SettingError(f"RUN_ID={cfg.run_id}: this run has ended, its score is in "
-                                   f"{path}; set another RUN_ID")
+                raise GolfError(f"RUN_ID={cfg.run_id}: this run has ended, its score is in "
+                                f"{path}; set another RUN_ID")
             then = dict(re.findall(r"(\w+):(\S+)", "".join(re.findall("\nsettings.*", text)[-1:])))
             differing = [name.upper() for name in fields_of("export", "evaluation",
                          "test-time training") if then.get(name) != changed.get(name)]
             if differing and re.search("^(final_|ttt )", text, re.M):
-                raise SettingError(f"{', '.join(differing)}: must stay as they were, because "
-                                   f"{path} holds a score by them")
+                raise GolfError(f"{', '.join(differing)}: must stay as they were, because "
+                                f"{path} holds a score by them")
             return
         for file in (path, path.with_suffix(".artifact"), checkpoint_folder(cfg)):
             if file.exists() and not (cfg.artifact and file != path):
-                raise SettingError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
-                                   "that run away, or go on with it by RESUME=auto")
+                raise GolfError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
+                                "that run away, or go on with it by RESUME=auto")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
     try:
         run.from_rank_0(begin)
     except OSError as error:
-        raise SettingError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
-                           ) from None
+        raise GolfError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
+                        ) from None
     run.log_path = path
     code = code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.on_cuda else "none"
@@ -3895,7 +3812,7 @@ def start_log(cfg, run):
             torch=torch.__version__, commit=commit(), code_bytes=len(code),
             code_sha256=hashlib.sha256(code).hexdigest(),
             max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}",
-            date=f"{datetime.now(timezone.utc):%Y-%m-%d}")
+            date=time.strftime("%Y-%m-%d", time.gmtime()))
     run.log("settings", **(changed or dict(all="default")))
 
 def make_artifact(data, cfg, run):
@@ -3908,19 +3825,18 @@ def make_artifact(data, cfg, run):
         codec = side_codec(cfg)
         decompress(compress(b"works", codec), codec, 5)
     except Exception as error:  # a package that is missing, damaged, or older than its interface
-        raise SettingError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None
+        raise GolfError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None
     model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
     weights = sum(p.numel() for p in model.parameters())
     room = cfg.cap_bytes - len(code_bytes())
     if room <= 0 or weights > 8 * room + SPARE_WEIGHTS:
-        raise SettingError(f"CAP_BYTES={cfg.cap_bytes}: less the script's {len(code_bytes())} "
-                           f"bytes, too few for {weights} weights")
+        raise GolfError(f"CAP_BYTES={cfg.cap_bytes}: less the script's {len(code_bytes())} "
+                        f"bytes, too few for {weights} weights")
     start_log(cfg, run)
     if saved:
         run.before_s = saved[1]["elapsed_s"]
         run.log("resume", checkpoint=cfg.resume, step=saved[1]["step"],
-                train_time=f"{1000 * saved[1]['elapsed_s']:.0f}ms",
-                trained=int(saved[1]["trained"]))
+                trained=int(saved[1]["trained"]), train_time=f"{1000 * run.before_s:.0f}ms")
     run.log("model", parameters=weights, train_tokens=sum(map(len, data.train)),
             val_tokens=len(data.val))
     train_s, calibration = train(model, data, cfg, run, saved)
@@ -3971,8 +3887,8 @@ def evaluate_artifact(blob, data, cfg, run):
     began = time.perf_counter()
     model = load_artifact(blob, partial(fast_ops, run=run), run.device, cfg)
     if model.cfg.vocab_size != cfg.vocab_size:
-        raise ArtifactError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, "
-                            f"but the tokenizer has VOCAB_SIZE={cfg.vocab_size}")
+        raise GolfError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, "
+                        f"but the tokenizer has VOCAB_SIZE={cfg.vocab_size}")
     before = fingerprint(model)
     reload_s = time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms",
@@ -4003,8 +3919,7 @@ def evaluate_artifact(blob, data, cfg, run):
 def report(outcome, artifact_bytes, train_s, file, data, run):
     """Print sizes, the compliance line and a summary; whether all checks of this run hold.
 
-    outcome: of `evaluate_artifact`.   train_s: None if nothing was trained.
-    file: the artifact, None if it was not written.
+    outcome: of evaluate_artifact.   train_s: None without training.   file: None if not written.
     """
     model, ledger, eval_s, in_order = outcome
     cfg = model.cfg
@@ -4034,8 +3949,7 @@ def report(outcome, artifact_bytes, train_s, file, data, run):
                  total_bytes=total, cap_bytes=cfg.cap_bytes)
     run.log("compliance", **spent, bytes_per_token=f"{ledger.bytes / ledger.tokens:.5f}",
             tokens_scored=ledger.tokens, probes=ledger.probes, wall_s=f"{wall_s:.1f}",
-            **{name: "ok" if held else "fail" for name, held in checks.items()},
-            verdict=verdict)
+            **{name: ("fail", "ok")[held] for name, held in checks.items()}, verdict=verdict)
     for name, held in limits.items():
         if not held:
             run.log("over_limit", limit=name, **spent)
@@ -4076,15 +3990,13 @@ def entry():
         number = getattr(signal, name, signal.SIGTERM)  # Windows has no SIGHUP, nohup ignores it
         if name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, STOP.handle)
-    with suppress(AttributeError):  # of a stdout that is no text file
-        sys.stdout.reconfigure(errors="backslashreplace")  # a console may know fewer characters
     try:
         if sys.argv[1:] in (["--help"], ["-h"]):
             print(help_text(), flush=True)
             return 0
         if sys.argv[1:]:
-            raise SettingError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
-                               "environment variables")
+            raise GolfError(f"{' '.join(sys.argv[1:])}: no argument but --help; settings are "
+                            "environment variables")
         from torch.distributed.elastic.multiprocessing.errors import record
         return record(main)(os.environ)  # torchrun's summary shows its errors
     except (GolfError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:

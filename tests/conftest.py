@@ -90,7 +90,7 @@ def fixed_data(cfg):
     shards = [TextShard(path=Path("a.bin"), text=text[:3000]),
               TextShard(path=Path("b.bin"), text=text[3000:4200])]
     ids = torch.arange(cfg.vocab_size)
-    return t.Data(shards, text[4200:], None, t.ByteTable(ids % 5, ids % 3 == 0, ids < 2))
+    return t.Data(shards, text[4200:], t.ByteTable(ids % 5, ids % 3 == 0, ids < 2))
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def shard(rng, folder):
     count = rng.choice([0, 1, 2, 64, 65, 500, 3000])
     top = rng.choice([1, 2, 1024, 1025, 65536])  # tokens that may be outside the vocabulary
     tokens = struct.pack(f"<{count}H", *(rng.randrange(top) for _ in range(count)))
-    blob = struct.pack("<3i", t.SHARD_MAGIC, 1, count).ljust(1024, b"\0") + tokens
+    blob = struct.pack("<3i", *t.SHARD_HEAD, count).ljust(1024, b"\0") + tokens
     path = folder / "fineweb_train_000000.bin"
     path.write_bytes(blob if rng.random() < 0.3 else mutated(rng, blob))
     loader = t.Loader(t.open_shards(folder, "train"), tiny_config(vocab_size=1024), QUIET)

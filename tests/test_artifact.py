@@ -1,5 +1,5 @@
 """The artifact file: codecs and rANS against what went in, a reloaded model against its quantized
-weights bit for bit, damaged and hostile files against one ArtifactError in bounded memory.
+weights bit for bit, damaged and hostile files against one GolfError in bounded memory.
 """
 
 import hashlib
@@ -87,9 +87,9 @@ def forged(blob, change):
 
 
 def fault(path):
-    """The message of the ArtifactError that loading raises within a second."""
+    """The message of the GolfError that loading raises within a second."""
     began = time.process_time()
-    with pytest.raises(t.ArtifactError) as caught:
+    with pytest.raises(t.GolfError) as caught:
         t.load_artifact(path)
     assert time.process_time() - began < 1.0
     return str(caught.value)
@@ -108,7 +108,7 @@ def test_compressor_is_lossless(codec, data):
 @pytest.mark.parametrize("codec", COMPRESSORS)
 @pytest.mark.parametrize("size", [1, 999, 1001, 10**8])
 def test_stream_of_another_length_than_promised_is_refused(codec, size):
-    with pytest.raises(t.ArtifactError, match="expected"):
+    with pytest.raises(t.GolfError, match="expected"):
         t.decompress(t.compress(b"ab" * 500, codec), codec, size)
 
 
@@ -162,7 +162,7 @@ def test_rans_is_within_a_percent_of_the_entropy():
     ids=["cut", "longer", "odd", "empty", "another state", "another word", "another last word"])
 def test_damaged_rans_data_is_refused(damage):
     symbols, classes, freq = RANS["gaussian"]
-    with pytest.raises(ValueError):  # load_artifact makes it an ArtifactError
+    with pytest.raises(ValueError):  # load_artifact makes it an GolfError
         t.rans_decode(damage(t.rans_encode(symbols, classes, freq)), classes, freq)
 
 
@@ -175,7 +175,7 @@ def test_hostile_table_of_frequencies_is_refused(change):
     data = t.rans_encode(symbols, classes, freq)
     hostile = freq.copy()
     change(hostile)
-    with pytest.raises(t.ArtifactError, match="frequencies"):
+    with pytest.raises(t.GolfError, match="frequencies"):
         t.rans_decode(data, classes, hostile)
 
 
@@ -275,7 +275,7 @@ def test_every_flipped_bit_is_noticed(blob):
     for bit in bits:
         damaged = bytearray(blob)
         damaged[bit // 8] ^= 1 << bit % 8
-        with pytest.raises(t.ArtifactError):
+        with pytest.raises(t.GolfError):
             t.load_artifact(bytes(damaged))
 
 
@@ -377,7 +377,7 @@ def peak_of_refusal(blob):
     """Bytes that refusing an artifact takes at most at one time."""
     tracemalloc.start()
     try:
-        with pytest.raises(t.ArtifactError):
+        with pytest.raises(t.GolfError):
             t.load_artifact(blob)
         return tracemalloc.get_traced_memory()[1]
     finally:

@@ -296,7 +296,7 @@ def test_checkpoint_of_another_run_is_not_taken_for_ones_own(run):
     (dict(train_batch_tokens=1024), ["TRAIN_BATCH_TOKENS was 512, is 1024"])])
 def test_other_configuration_is_refused_with_what_differs(tmp_path, changes, parts):
     halted(job_config(tmp_path), 2)
-    with pytest.raises(t.SettingError) as caught:
+    with pytest.raises(t.GolfError) as caught:
         find(job_config(tmp_path, **changes))
     assert all(part in str(caught.value) for part in parts)
 
@@ -310,7 +310,7 @@ def test_other_data_is_refused(tmp_path):
     cfg = job_config(tmp_path)
     halted(cfg, 2)
     data = fixed_data(cfg)
-    with pytest.raises(t.SettingError, match="DATA_PATH was 2 shards of 4200 tokens, is 1 shards"):
+    with pytest.raises(t.GolfError, match="DATA_PATH was 2 shards of 4200 tokens, is 1 shards"):
         t.find_checkpoint(cfg, t.Run(), data._replace(train=data.train[:1]))
 
 
@@ -463,6 +463,6 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
 def test_shard_that_vanishes_under_way_leaves_a_checkpoint(tmp_path, monkeypatch):
     cfg = job_config(tmp_path, checkpoint_every_seconds=0.0)
     with before_step(4, lambda: monkeypatch.setattr(t.Loader, "fault", lambda loader: "gone")):
-        with pytest.raises(t.DataError, match="^gone; stopped at step 4; RUN_ID=job RESUME=auto"):
+        with pytest.raises(t.GolfError, match="^gone; stopped at step 4; RUN_ID=job RESUME=auto"):
             train(cfg)
     assert find(cfg)[1]["step"] == 4

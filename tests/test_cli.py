@@ -381,7 +381,7 @@ def test_where_posix_is_missing_the_run_is_the_same(run, monkeypatch):
 def test_torchruns_summary_has_the_cause(tiny):
     _, err = launch(tiny | dict(VOCAB_SIZE="3"), 2).communicate(timeout=60)
     assert err.count("error: TOKENIZER_PATH=") == 1
-    assert "DataError: TOKENIZER_PATH=" in err.split("Root Cause")[1]
+    assert "GolfError: TOKENIZER_PATH=" in err.split("Root Cause")[1]
 
 
 @pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
@@ -420,7 +420,7 @@ def test_value_with_any_white_space_keeps_the_grammar(run):
 
 def test_batch_that_the_ranks_cannot_share_names_the_nearest():
     cfg = t.Config.from_env(TINY)
-    with pytest.raises(t.SettingError, match=r"TRAIN_BATCH_TOKENS=512: .* set it to 576"):
+    with pytest.raises(t.GolfError, match=r"TRAIN_BATCH_TOKENS=512: .* set it to 576"):
         t.micro_batch_rows(cfg, t.Run(0, 3))
 
 

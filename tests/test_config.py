@@ -36,8 +36,8 @@ BAD_VALUES = [pair.split("=") for pair in REFUSED.split()] + [["RUN_ID", 201 * "
 
 
 def fault(**env):
-    """The message of the SettingError that these variables raise."""
-    with pytest.raises(t.SettingError) as caught:
+    """The message of the GolfError that these variables raise."""
+    with pytest.raises(t.GolfError) as caught:
         t.Config.from_env(env)
     return str(caught.value)
 

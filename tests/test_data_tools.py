@@ -280,7 +280,8 @@ def test_score_and_run_check_are_by_the_sidecars_bytes(cased):
     assert ledger.bytes == manifest["splits"]["val"]["counted_bytes"]
     assert manifest["tokenizer"]["text_transform"] == "lossless_caps_caseops_v1"
     for sidecar in (data.table.sidecar, np.roll(data.table.sidecar, 50)):
-        counted, by_text = train_gpt.decoded_bytes(data.sp, data.val, 1, 10**6, sidecar)
+        sp = train_gpt.open_tokenizer(cfg)
+        counted, by_text = train_gpt.decoded_bytes(sp, data.val, 1, 200, sidecar)
         assert (counted == by_text) == (sidecar is data.table.sidecar)
 
 
@@ -290,14 +291,14 @@ def test_sidecar_that_does_not_fit_is_refused(cased):
     for changed, expected in [
         (counts[:-1], "counts, the validation"),
         (np.roll(counts, 1), "belongs to other tokens"),
-        (counts + (counts > 0), "manifest.json says"),
+        (counts + (counts > 0), "the pieces of the tokens have"),
     ]:
         path.write_bytes(shard_bytes(changed))
-        with pytest.raises(train_gpt.DataError, match=expected):
+        with pytest.raises(train_gpt.GolfError, match=expected):
             train_gpt.open_data(cased_config(cased))
     for path in cased.glob("fineweb_val_bytes_*"):
         path.unlink()
-    with pytest.raises(train_gpt.DataError, match="missing.*CaseOps"):
+    with pytest.raises(train_gpt.GolfError, match="missing.*CaseOps"):
         train_gpt.open_data(cased_config(cased))
 
 

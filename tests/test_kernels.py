@@ -215,13 +215,13 @@ def test_gdn_kernel_is_the_fastest_that_fits(pick, installed, capability, settin
 @pytest.mark.parametrize("installed, settings", [
     ((), {}), (("fla",), dict(kernel="flashqla")), (BOTH, dict(kernel="flashqla", gdn_heads=5))])
 def test_a_missing_kernel_is_an_error_that_names_the_setting(pick, installed, settings):
-    with pytest.raises(t.SettingError, match="KERNEL="):
+    with pytest.raises(t.GolfError, match="KERNEL="):
         pick(installed, (9, 0), **settings)
 
 
 def test_a_cpu_runs_the_reference_and_refuses_a_kernel():
     assert t.fast_ops(t.Config(), t.Run()) is t.REFERENCE
-    with pytest.raises(t.SettingError, match="KERNEL=fla: needs a CUDA GPU"):
+    with pytest.raises(t.GolfError, match="KERNEL=fla: needs a CUDA GPU"):
         t.fast_ops(t.Config(kernel="fla"), t.Run())
 
 

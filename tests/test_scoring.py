@@ -470,7 +470,7 @@ def reported(capsys, settings=None, **changes):
     run.taken = found["taken"]
     outcome = model, ledger, found["eval_s"], found["in_order"]
     held = t.report(outcome, found["artifact_bytes"], found["train_s"], found["stored"],
-                    t.Data([], text, None, TABLE), run)
+                    t.Data([], text, TABLE), run)
     return held, capsys.readouterr().out
 
 

@@ -42,7 +42,7 @@ def continuation(model, sp, text, count, temperature, seed):
     start = [model.cfg.bos_id] if model.cfg.bos_id >= 0 else []
     ids = sp.encode(text)
     if not start + ids:
-        raise t.SettingError("the text is empty, and the model has no BOS_ID to begin with")
+        raise t.GolfError("the text is empty, and the model has no BOS_ID to begin with")
     device = next(model.parameters()).device
     rng = torch.Generator(device).manual_seed(seed)
     prompt = torch.tensor([start + ids], device=device)

@@ -119,7 +119,7 @@ def variable(env, name, default, kind=float):
         value = math.nan
     if not 0 < value < 1e6:
         what = "a whole number" if kind is int else "a number"
-        raise t.SettingError(f"{name}={text}: must be {what} above 0")
+        raise t.GolfError(f"{name}={text}: must be {what} above 0")
     return value
 
 
@@ -127,8 +127,8 @@ def machine_of(env):
     """(name, Machine) of GPU: a measured one, or any other by SPEED and MEMORY_GB."""
     name = env.get("GPU", "H100").upper()
     if "SPEED" not in env and name not in MEASURED:
-        raise t.SettingError(f"GPU={name}: measured are {', '.join(MEASURED)}; for another one add "
-                             "SPEED, its speed over an H100's, and MEMORY_GB")
+        raise t.GolfError(f"GPU={name}: measured are {', '.join(MEASURED)}; for another one add "
+                          "SPEED, its speed over an H100's, and MEMORY_GB")
     machine = MEASURED.get(name, MEASURED["H100"])
     if "SPEED" in env:
         speed = variable(env, "SPEED", "1")
