@@ -204,6 +204,8 @@ class Config:
         """Raise SettingError for the first value outside its limits or against another's."""
         for f in fields(self):
             value = getattr(self, f.name)
+            if type(f.default) is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
             low, high = f.metadata["low"], f.metadata["high"]
             rule = ""
             if isinstance(low, str) and value not in low.split():
@@ -266,11 +268,12 @@ class Config:
         return cls(**values)
 
 def parse_value(name, text, kind):
-    """The value of type `kind` (bool, int, float or str) that `text` spells."""
+    """The value of type `kind` that `text` spells."""
+    expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "UTF-8"}[kind]
     try:
+        text.encode()  # as a log must
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise SettingError(f"{name}={text[:80]!r}: must be {expected}") from None
 
 def plain(value):
@@ -2290,8 +2293,7 @@ def compiles_training(model):
     """Whether training runs compiled: by default where the fast kernels are."""
     return model.cfg.compile == "1" or model.cfg.compile == "auto" and model.ops is not REFERENCE
 
-# Relative to the reference in float32.  bfloat16 rounds every product to 0.4 %; a wrong kernel or
-# wrong compiled code is off by much more.
+# Relative to float32: bfloat16 rounds each product to 0.4 %, wrong code is off by much more.
 TOLERANCE = dict(loss=0.005, gradient=0.15)
 
 def check_fast_path(model, run, micro_rows):
@@ -2371,7 +2373,7 @@ class StopRequest:
 
 STOP = StopRequest()
 
-# What a checkpoint of no step would say beside its tensors.
+# A checkpoint's facts before any step.
 BEGINNING = dict(step=0, elapsed_s=0.0, epoch=0, row=0, averaged=0, trained=False, config={})
 
 class Training:
@@ -2477,14 +2479,15 @@ def find_checkpoint(cfg, run, data):
             run.log("checkpoint_skipped", reason=str(error))
             continue
         kinds = {name: type(x) for name, x in facts.items()}
-        if kinds != {name: type(x) for name, x in BEGINNING.items()} or facts["epoch"] < 0:
+        if kinds != {name: type(x) for name, x in BEGINNING.items()} or not all(
+                x >= 0 for x in facts.values() if x != facts["config"]):
             raise GolfError(f"{file}: not a checkpoint of this script")
         now = identity(cfg, data)
         then = dict.fromkeys(now, "none") | facts["config"]
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
                      for name in then if then[name] != now.get(name)]
         if differing:
-            raise SettingError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
+            raise SettingError(f"RESUME: {file} is of another run: {ascii(differing)[1:-1][:999]}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
@@ -2653,19 +2656,18 @@ def calibrate(model, loader, cfg, run, clock):
 # The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header, SHA-256 of what follows.
 # Header: zlib'd JSON with "config" (STORED_FIELDS), "tokenizer" (SHA-256 of its file, or null),
 # "tensors" in named_parameters() order [name, shape, coding] and "streams" [name, codec, raw bytes,
-# packed bytes].  Then the streams.  Coding
-# "int8": Q (R, C) in stream "integers", R scales of rows in "f16" and C of columns in "column"; the
-# weight is Q * row * column.  "f16", "f32": floats in that stream.  Each stream holds its tensors
-# in table order, in byte planes: all low bytes first.  With COMPRESSOR=rans streams "class",
-# "table" and "words" stand for "integers": see rans_encode.  Nothing is executed, and every length
-# is checked before anything is allocated.
+# packed bytes].  Then the streams.  Coding "int8": Q (R, C) in stream "integers", R scales of rows
+# in "f16", C of columns in "column"; the weight is Q * row * column.  "f16", "f32": floats in that
+# stream.  Each holds its tensors in table order, in byte planes: all low bytes first.  With
+# COMPRESSOR=rans "class", "table" and "words" stand for "integers": see rans_encode.  Nothing is
+# executed, and every length is checked before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 4
 ARTIFACT_HEAD = struct.Struct("<8sII32s")
 MAX_HEADER_BYTES = 1 << 22
 SPARE_WEIGHTS = 1 << 23  # n bytes hold at most 8 n weights and these; 16 MB then load in 2 GB
-PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
+PIECE = 1 << 22  # bytes; longer streams are cut in pieces, compressed on all cores
 # What the streams hold, besides the bytes of "words".
 ITEMS = {"integers": np.dtype("i1"), "f16": np.dtype("<f2"), "column": np.dtype("<f2"),
          "f32": np.dtype("<f4"), "table": np.dtype("<u2"), "class": np.dtype("i1")}
@@ -3091,7 +3093,7 @@ def read_artifact(path, cfg=None):
             raise ArtifactError("No such file, or more than 256 MiB")
         blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
-        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
+        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):
             raise ArtifactError(f"made with another tokenizer than TOKENIZER_PATH="
                                 f"{cfg.tokenizer_path}: set it to the artifact's own")
     except (OSError, ArtifactError) as error:
@@ -3116,19 +3118,15 @@ def read_header(blob):
 
 def read_streams(header, payload, most):
     """An artifact's streams {name: array}; ArtifactError before more than `most` bytes are made."""
-    parts = []
-    at = 0
-    for name, codec, raw, packed in header["streams"]:
-        parts.append((str(name), codec, int(raw), bytes(payload[at:at + packed])))
-        at += packed
-    if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
-            raw for _, _, raw, _ in parts):
-        raise ArtifactError(f"its streams do not fill its payload, or claim more than {most} bytes")
+    names, codecs, raw, packed = zip(*header["streams"])
+    ends = list(accumulate(packed))
+    if min(packed) < 0 or ends[-1] != len(payload) or min(raw) < 1 or sum(raw) > most:
+        raise ArtifactError(f"its streams do not fill it, or claim more than {most} bytes")
+    parts = [bytes(payload[end - size:end]) for end, size in zip(ends, packed)]
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
-        for (name, *_), data in zip(parts, out):
-            streams[name] = streams.get(name, b"") + data
+        for name, data in zip(names, pool.map(decompress, parts, codecs, raw)):
+            streams.setdefault(name, bytearray()).extend(data)
     for name in streams.keys() & ITEMS.keys():
         count = len(streams[name]) // ITEMS[name].itemsize
         streams[name] = np.frombuffer(byte_planes(streams[name], count), ITEMS[name])
@@ -3167,9 +3165,9 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
             raise ArtifactError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
-    except Exception as error:  # a forged header makes numpy and torch raise a dozen kinds
-        raise ArtifactError(f"the artifact is damaged ({type(error).__name__}: "
-                            f"{ascii(' '.join(str(error).split()))[1:300]})") from None
+    except Exception as error:  # forged headers make numpy and torch raise a dozen kinds
+        fault = ascii(f"{type(error).__name__}: {error}")[1:-1][:300]
+        raise ArtifactError(f"the artifact is damaged or unfit for a setting ({fault})") from None
     ops = ops(cfg)
     with torch.device("meta"):
         model = LM(cfg, ops).to_empty(device=device)
