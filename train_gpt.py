@@ -282,7 +282,7 @@ def plain(value):
         return str(int(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-# Names that other scripts of the challenge use, and the setting that takes their place here.
+# Names in other scripts of the challenge, and the setting in their place here.
 ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:STACK SHARE_MLP:STACK
     WARMDOWN_ITERS:WARMDOWN_FRAC EMBED_LR:TIED_EMBED_LR HEAD_LR:TIED_EMBED_LR LR:MATRIX_LR
     LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
@@ -369,15 +369,15 @@ WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
                "pr456,sample": _QUICK | dict(stack="attn*6")}
 
 def fields_of(*titles):
-    """Names of the Config fields in the groups of --help with these titles."""
+    """Names of Config fields in these groups of --help."""
     groups = accumulate((f.metadata["group"] for f in fields(Config)), lambda old, new: new or old)
     return [f.name for f, group in zip(fields(Config), groups) if group in titles]
 
-# What an artifact stores of the Config, so that it can be evaluated from its file alone.
+# What an artifact stores of the Config: enough to evaluate it alone.
 STORED_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len", "matrix_bits", "compressor"]
 
 def help_text():
-    """The text of --help: every setting by group, with default and meaning."""
+    """The text of --help: every setting, by group."""
     lines = ["Settings are environment variables: PRESET=sample SEED=42 python train_gpt.py"]
     for f in fields(Config):
         if f.metadata["group"]:
@@ -1965,9 +1965,9 @@ def fingerprint(model):
 # 7. Optimizer
 # --------------------------------------------------------------------------------------------------
 # One table says how every parameter is trained and stored.  One Optimizer serves training and
-# test-time training: groups with a rule (muon, adamw, sgd) over one flat gradient buffer, so that
-# there is one reduction and one norm.  Muon's matrices are grouped by shape and shared out over
-# ranks.  One rank and N ranks do the same up to the order of sums.
+# test-time training: groups over one flat gradient buffer, so one reduction and one norm.  Muon's
+# matrices are grouped by shape and shared out over ranks.  One rank and N agree up to the order of
+# sums.
 
 class Route(NamedTuple):
     """How parameters whose name matches `pattern` are trained and stored.
@@ -2004,7 +2004,7 @@ def newton_schulz(X):
     """Approximately orthogonalize each matrix of X (n, R, C): singular values go to about 1 [2].
 
     X must have singular values of at most 1.  Each step is a quintic that is steep at zero and
-    keeps [0, 1] near 1 [2]; the sums are in the products.
+    keeps [0, 1] near 1 [2].
     """
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -2300,7 +2300,7 @@ def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
     Both get two rows of synthetic tokens, the fast model repeated to the shape of training.
-    Kernels and compilers do compute wrong results in silence.   Raises GolfError.
+    Kernels do compute wrong results in silence.   Raises GolfError.
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -3260,8 +3260,10 @@ def export(model, cfg, calibration, run):
     """Quantize and pack the model, log what became of it; the artifact's bytes, on every rank."""
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
+        share = q.Q.view(torch.uint8).flatten().bincount().double() / q.Q.numel()
+        entropy = float(torch.special.entr(share).sum()) / math.log(2)
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
-                rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}")
+                rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}", bits_per_weight=entropy)
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
