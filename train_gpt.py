@@ -192,6 +192,8 @@ class Config:
         """Raise GolfError for the first value outside its limits or against another's."""
         for f in fields(self):
             value = getattr(self, f.name)
+            if type(f.default) is float and type(value) is int:
+                object.__setattr__(self, f.name, float(value))
             low, high = f.metadata["low"], f.metadata["high"]
             rule = ""
             if isinstance(low, str) and value not in low.split():
@@ -254,11 +256,12 @@ class Config:
         return cls(**values)
 
 def parse_value(name, text, kind):
-    """The value of type `kind` (bool, int, float or str) that `text` spells."""
+    """The value of type `kind` that `text` spells."""
+    expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "UTF-8"}[kind]
     try:
+        text.encode()  # as a log must
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
-        expected = {bool: "0 or 1", int: "a whole number", float: "a number"}[kind]
         raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
 
 def plain(value):
@@ -267,7 +270,7 @@ def plain(value):
         return str(int(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-# Names that other scripts of the challenge use, and the setting that takes their place here.
+# Names in other scripts of the challenge, and the setting in their place here.
 ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:STACK SHARE_MLP:STACK
     WARMDOWN_ITERS:WARMDOWN_FRAC EMBED_LR:TIED_EMBED_LR HEAD_LR:TIED_EMBED_LR LR:MATRIX_LR
     LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
@@ -354,15 +357,15 @@ WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
                "pr456,sample": _QUICK | dict(stack="attn*6")}
 
 def fields_of(*titles):
-    """Names of the Config fields in the groups of --help with these titles."""
+    """Names of Config fields in these groups of --help."""
     groups = accumulate((f.metadata["group"] for f in fields(Config)), lambda old, new: new or old)
     return [f.name for f, group in zip(fields(Config), groups) if group in titles]
 
-# What an artifact stores of the Config, so that it can be evaluated from its file alone.
+# What an artifact stores of the Config: enough to evaluate it alone.
 STORED_FIELDS = ["vocab_size", *fields_of("model"), "train_seq_len", "matrix_bits", "compressor"]
 
 def help_text():
-    """The text of --help: every setting by group, with default and meaning."""
+    """The text of --help: every setting, by group."""
     lines = ["Settings are environment variables: PRESET=sample SEED=42 python train_gpt.py"]
     for f in fields(Config):
         if f.metadata["group"]:
@@ -408,6 +411,9 @@ class Run:
             torch.use_deterministic_algorithms(True)
         device = "cpu"
         if has_cuda and cfg.device != "cpu":
+            ranks, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+            if max(ranks, local_rank + 1) > gpus:
+                raise GolfError(f"{ranks} ranks on {gpus} GPUs: lower --nproc_per_node")
             device = f"cuda:{local_rank}"
             torch.cuda.set_device(device)
         if world_size > 1 and not dist.is_initialized():
@@ -685,6 +691,12 @@ def open_tokenizer(cfg):
     if sp.vocab_size() != cfg.vocab_size:
         raise GolfError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
+    stated = None
+    with suppress(OSError, ValueError, LookupError, TypeError):  # no manifest, or another tool's
+        manifest = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())
+        stated = manifest["tokenizer"]["sha256"]
+    if stated not in (None, tokenizer_hash(cfg)):
+        raise GolfError(f"TOKENIZER_PATH={path}: not the tokenizer of DATA_PATH's manifest.json")
     if min(cfg.bos_id, sp.bos_id()) >= 0 and cfg.bos_id not in (sp.bos_id(), sp.eos_id()):
         raise GolfError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
@@ -1879,9 +1891,9 @@ def fingerprint(model):
 # 7. Optimizer
 # --------------------------------------------------------------------------------------------------
 # One table says how every parameter is trained and stored.  One Optimizer serves training and
-# test-time training: groups with a rule (muon, adamw, sgd) over one flat gradient buffer, so that
-# there is one reduction and one norm.  Muon's matrices are grouped by shape and shared out over
-# ranks.  One rank and N ranks do the same up to the order of sums.
+# test-time training: groups over one flat gradient buffer, so one reduction and one norm.  Muon's
+# matrices are grouped by shape and shared out over ranks.  One rank and N agree up to the order of
+# sums.
 
 class Route(NamedTuple):
     """How parameters whose name matches `pattern` are trained and stored.
@@ -1918,7 +1930,7 @@ def newton_schulz(X):
     """Approximately orthogonalize each matrix of X (n, R, C): singular values go to about 1 [2].
 
     X must have singular values of at most 1.  Each step is a quintic that is steep at zero and
-    keeps [0, 1] near 1 [2]; the sums are in the products.
+    keeps [0, 1] near 1 [2].
     """
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -2207,15 +2219,14 @@ def compiles_training(model):
     """Whether training runs compiled: by default where the fast kernels are."""
     return model.cfg.compile == "1" or model.cfg.compile == "auto" and model.ops is not REFERENCE
 
-# Relative to the reference in float32.  bfloat16 rounds every product to 0.4 %; a wrong kernel or
-# wrong compiled code is off by much more.
+# Relative to float32: bfloat16 rounds each product to 0.4 %, wrong code is off by much more.
 TOLERANCE = dict(loss=0.005, gradient=0.15)
 
 def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
     Both get two rows of synthetic tokens, the fast model repeated to the shape of training.
-    Kernels and compilers do compute wrong results in silence.   Raises GolfError.
+    Kernels do compute wrong results in silence.   Raises GolfError.
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -2288,7 +2299,7 @@ class StopRequest:
 
 STOP = StopRequest()
 
-# What a checkpoint of no step would say beside its tensors.
+# A checkpoint's facts before any step.
 BEGINNING = dict(step=0, elapsed_s=0.0, epoch=0, row=0, averaged=0, trained=False, config={})
 
 class Training:
@@ -2394,14 +2405,15 @@ def find_checkpoint(cfg, run, data):
             run.log("checkpoint_skipped", reason=str(error))
             continue
         kinds = {name: type(x) for name, x in facts.items()}
-        if kinds != {name: type(x) for name, x in BEGINNING.items()} or facts["epoch"] < 0:
+        if kinds != {name: type(x) for name, x in BEGINNING.items()} or not all(
+                x >= 0 for x in facts.values() if x != facts["config"]):
             raise GolfError(f"{file}: not a checkpoint of this script")
         now = identity(cfg, data)
         then = dict.fromkeys(now, "none") | facts["config"]
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
                      for name in then if then[name] != now.get(name)]
         if differing:
-            raise GolfError(f"RESUME: {file} is of another run: {'; '.join(differing)}")
+            raise GolfError(f"RESUME: {file} is of another run: {ascii(differing)[1:-1][:999]}")
         return tensors, facts
     if files:
         raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
@@ -2570,19 +2582,18 @@ def calibrate(model, loader, cfg, run, clock):
 # The file:  head (ARTIFACT_HEAD): magic, version, bytes of the header, SHA-256 of what follows.
 # Header: zlib'd JSON with "config" (STORED_FIELDS), "tokenizer" (SHA-256 of its file, or null),
 # "tensors" in named_parameters() order [name, shape, coding] and "streams" [name, codec, raw bytes,
-# packed bytes].  Then the streams.  Coding
-# "int8": Q (R, C) in stream "integers", R scales of rows in "f16" and C of columns in "column"; the
-# weight is Q * row * column.  "f16", "f32": floats in that stream.  Each stream holds its tensors
-# in table order, in byte planes: all low bytes first.  With COMPRESSOR=rans streams "class",
-# "table" and "words" stand for "integers": see rans_encode.  Nothing is executed, and every length
-# is checked before anything is allocated.
+# packed bytes].  Then the streams.  Coding "int8": Q (R, C) in stream "integers", R scales of rows
+# in "f16", C of columns in "column"; the weight is Q * row * column.  "f16", "f32": floats in that
+# stream.  Each holds its tensors in table order, in byte planes: all low bytes first.  With
+# COMPRESSOR=rans "class", "table" and "words" stand for "integers": see rans_encode.  Nothing is
+# executed, and every length is checked before anything is allocated.
 
 ARTIFACT_MAGIC = b"GDNSWA\r\n"
 ARTIFACT_VERSION = 4
 ARTIFACT_HEAD = struct.Struct("<8sII32s")
 MAX_HEADER_BYTES = 1 << 22
 SPARE_WEIGHTS = 1 << 23  # n bytes hold at most 8 n weights and these; 16 MB then load in 2 GB
-PIECE = 1 << 22  # bytes; longer streams are cut into such pieces, compressed on all cores
+PIECE = 1 << 22  # bytes; longer streams are cut in pieces, compressed on all cores
 # What the streams hold, besides the bytes of "words".
 ITEMS = {"integers": np.dtype("i1"), "f16": np.dtype("<f2"), "column": np.dtype("<f2"),
          "f32": np.dtype("<f4"), "table": np.dtype("<u2"), "class": np.dtype("i1")}
@@ -3008,9 +3019,9 @@ def read_artifact(path, cfg=None):
             raise GolfError("No such file, or more than 256 MiB")
         blob = Path(path).read_bytes()
         header, _ = read_header(memoryview(blob))
-        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):  # older: none
+        if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):
             raise GolfError(f"made with another tokenizer than TOKENIZER_PATH="
-                            f"{cfg.tokenizer_path}: set it to the artifact's own")
+                                f"{cfg.tokenizer_path}: set it to the artifact's own")
     except (OSError, GolfError) as error:
         raise GolfError(f"ARTIFACT={path}: {error}") from None
     return blob
@@ -3033,19 +3044,15 @@ def read_header(blob):
 
 def read_streams(header, payload, most):
     """An artifact's streams {name: array}; GolfError before more than `most` bytes are made."""
-    parts = []
-    at = 0
-    for name, codec, raw, packed in header["streams"]:
-        parts.append((str(name), codec, int(raw), bytes(payload[at:at + packed])))
-        at += packed
-    if at != len(payload) or min(raw for _, _, raw, _ in parts) < 1 or most < sum(
-            raw for _, _, raw, _ in parts):
-        raise GolfError(f"its streams do not fill its payload, or claim more than {most} bytes")
+    names, codecs, raw, packed = zip(*header["streams"])
+    ends = list(accumulate(packed))
+    if min(packed) < 0 or ends[-1] != len(payload) or min(raw) < 1 or sum(raw) > most:
+        raise GolfError(f"its streams do not fill it, or claim more than {most} bytes")
+    parts = [bytes(payload[end - size:end]) for end, size in zip(ends, packed)]
     streams = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        out = pool.map(lambda part: decompress(part[3], part[1], part[2]), parts)
-        for (name, *_), data in zip(parts, out):
-            streams[name] = streams.get(name, b"") + data
+        for name, data in zip(names, pool.map(decompress, parts, codecs, raw)):
+            streams.setdefault(name, bytearray()).extend(data)
     for name in streams.keys() & ITEMS.keys():
         count = len(streams[name]) // ITEMS[name].itemsize
         streams[name] = np.frombuffer(byte_planes(streams[name], count), ITEMS[name])
@@ -3084,9 +3091,9 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
             raise GolfError(f"claims {count} weights in {len(blob)} bytes")
         streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
         weights = unpack_tensors(header["tensors"], streams)
-    except Exception as error:  # a forged header makes numpy and torch raise a dozen kinds
-        raise GolfError(f"the artifact is damaged ({type(error).__name__}: "
-                        f"{ascii(' '.join(str(error).split()))[1:300]})") from None
+    except Exception as error:  # forged headers make numpy and torch raise a dozen kinds
+        fault = ascii(f"{type(error).__name__}: {error}")[1:-1][:300]
+        raise GolfError(f"the artifact is damaged or unfit for a setting ({fault})") from None
     ops = ops(cfg)
     with torch.device("meta"):
         model = LM(cfg, ops).to_empty(device=device)
@@ -3179,8 +3186,10 @@ def export(model, cfg, calibration, run):
     """Quantize and pack the model, log what became of it; the artifact's bytes, on every rank."""
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
+        share = q.Q.view(torch.uint8).flatten().bincount().double() / q.Q.numel()
+        entropy = float(torch.special.entr(share).sum()) / math.log(2)
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
-                rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}")
+                rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}", bits_per_weight=entropy)
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
@@ -3793,7 +3802,8 @@ def start_log(cfg, run):
                 raise GolfError(f"{', '.join(differing)}: must stay as they were, because "
                                 f"{path} holds a score by them")
             return
-        for file in (path, path.with_suffix(".artifact"), checkpoint_folder(cfg)):
+        others = () if cfg.resume else (checkpoint_folder(cfg),)
+        for file in (path, path.with_suffix(".artifact"), *others):
             if file.exists() and not (cfg.artifact and file != path):
                 raise GolfError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
                                 "that run away, or go on with it by RESUME=auto")

@@ -231,6 +231,18 @@ def test_base_supplies_the_settings_that_the_file_does_not_fix(files, model):
     assert (loaded.eval_spans, loaded.stack) == (9, model.cfg.stack)
 
 
+def test_setting_that_does_not_fit_the_artifact_is_named(files):
+    with pytest.raises(t.GolfError, match="unfit for a setting .*EVAL_STRIDE=512"):
+        t.load_artifact(files["rans"], base=tiny_config(train_seq_len=512, eval_stride=512,
+                                                        eval_batch_tokens=512))
+
+
+def test_whole_numbers_for_floats_come_back(tmp_path):
+    cfg = tiny_config(**BASE | dict(mlp_mult=2, rope_base=10_000))
+    t.save_artifact(tmp_path / "a", tiny_model(cfg), cfg)
+    assert t.load_artifact(tmp_path / "a").cfg.rope_base == 10_000.0
+
+
 def test_shared_tensors_are_stored_once(model, blob):
     names = [entry[0] for entry in opened(blob)[0]["tensors"]]
     assert names == [name for name, _ in model.named_parameters()]
@@ -327,6 +339,7 @@ FORGERIES = {
     "stream length text": lambda h: h["streams"][0].__setitem__(2, "many"),
     "stream length infinite": lambda h: h["streams"][0].__setitem__(2, float("inf")),
     "packed length longer": lambda h: h["streams"][0].__setitem__(3, h["streams"][0][3] + 1),
+    "packed length negative": lambda h: h["streams"][0].__setitem__(3, -h["streams"][0][3]),
     "other codec": lambda h: h["streams"][0].__setitem__(1, "lzma"),
     "words without tables": lambda h: h["streams"][0].__setitem__(0, "words"),
     "codec unknown": lambda h: h["streams"][0].__setitem__(1, "rar"),
@@ -396,6 +409,13 @@ def test_a_stream_that_expands_a_thousandfold_is_not_expanded(files, codec, clai
     header, _ = opened(files[codec].read_bytes())
     header["streams"] = [["integers", codec, claimed, len(stream)]]
     assert peak_of_refusal(seal(json.dumps(header).encode(), stream)) < 2**23
+
+
+def test_streams_that_go_back_in_the_payload_are_not_copied(files):
+    header, _ = opened(files["lzma"].read_bytes())
+    header["streams"] = [["f16", "none", 1, 2**20], ["f16", "none", 1, -2**20]] * 100
+    header["streams"].append(["f16", "none", 1, 2**20])
+    assert peak_of_refusal(seal(json.dumps(header).encode(), bytes(2**20))) < 2**23
 
 
 def test_an_lzma_dictionary_of_gigabytes_is_refused(files):

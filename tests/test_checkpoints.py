@@ -301,6 +301,16 @@ def test_other_configuration_is_refused_with_what_differs(tmp_path, changes, par
     assert all(part in str(caught.value) for part in parts)
 
 
+def test_text_of_a_hostile_checkpoint_is_not_printed_raw(tmp_path):
+    halted(job_config(tmp_path), 2)
+    path = tmp_path / "job.ckpt" / "step_00000001.npz"
+    tensors, facts = t.load_tensors(path)
+    t.save_tensors(path, tensors, facts | dict(config=facts["config"] | {"seed": "\x1b[31m\nok"}))
+    with pytest.raises(t.GolfError) as caught:
+        find(job_config(tmp_path))
+    assert str(caught.value).isprintable()
+
+
 def test_settings_that_change_no_weight_may_differ(tmp_path):
     halted(job_config(tmp_path), 2)
     assert find(job_config(tmp_path, eval_spans=7, train_log_every=3, matrix_bits=5))
@@ -335,8 +345,9 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, caps
 
 @pytest.mark.parametrize("change", [
     dict(step="1"), dict(row=[3]), dict(epoch=-1), dict(config=3), dict(averaged=None),
-    dict(trained=1), dict(elapsed_s="0")], ids=str)
-def test_facts_of_other_types_are_refused(tmp_path, change):
+    dict(trained=1), dict(elapsed_s="0"), dict(row=-1), dict(averaged=-11),
+    dict(elapsed_s=float("nan"))], ids=str)
+def test_facts_of_other_types_or_below_zero_are_refused(tmp_path, change):
     cfg = job_config(tmp_path)
     halted(cfg, 2)
     path = tmp_path / "job.ckpt" / "step_00000001.npz"

@@ -1,6 +1,7 @@
 """Settings: every rule against bad values, names against misspellings, STACK, presets, --help."""
 
 import ast
+import os
 import re
 from dataclasses import fields
 
@@ -80,6 +81,12 @@ def test_number_setting_refuses_other_text(kind, expected):
     for name in names_of(kind):
         for text in ("abc", "", "1,5") + (("1.5", "1e3", "0x10") if kind is int else ()):
             assert fault(**{name: text}) == f"{name}={text!r}: must be {expected}"
+
+
+def test_text_that_is_not_utf_8_is_refused():
+    text = os.fsdecode(b"a\xff")
+    for name in names_of(str):
+        assert fault(**{name: text}) == f"{name}={text!r}: must be UTF-8" or name == "PRESET"
 
 
 @pytest.mark.parametrize("kind, texts", [(int, [str(2**31)]), (float, ["nan", "-inf", "1e+300"])])

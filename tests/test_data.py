@@ -3,6 +3,7 @@
 Bytes of tokens are compared with the UTF-8 length of the text that SentencePiece decodes them to.
 """
 
+import json
 import os
 import resource
 import struct
@@ -328,6 +329,13 @@ def test_training_token_outside_the_vocabulary_is_named_when_it_is_read():
 def test_shards_shorter_than_a_row_are_refused():
     with pytest.raises(t.GolfError, match="50 tokens, fewer than one row of TRAIN_SEQ_LEN=64"):
         t.Loader(COUNTING[2:], tiny_config(), t.Run())
+
+
+def test_tokenizer_must_be_the_one_of_the_manifest(tmp_path):
+    manifest = dict(tokenizer=dict(sha256="0" * 64))
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(t.GolfError, match="TOKENIZER_PATH=.*: not the tokenizer of DATA_PATH's"):
+        t.open_tokenizer(sample_config(tmp_path))
 
 
 def test_begin_of_document_must_be_the_tokenizers(tmp_path):

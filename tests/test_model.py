@@ -42,7 +42,7 @@ def assert_all_close(got, want, rtol, atol):
                                    msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ---- the five operations
+# ---- the operations
 
 
 def delta_inputs(T, B=2, H=2, K=8, V=5, strongest=2.0, top_beta=1.0):
