@@ -10,7 +10,7 @@ Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the reco
       python train_gpt.py --help                                every setting
 
 Read sections 4 (the model in plain PyTorch), 5 (how it is scored) and 6 (test-time training), then
-main() at the end.  Section 10 computes the five operations of section 4 again, only faster.
+main() at the end.  Section 10 computes the three `Ops` of section 4 again, only faster.
 
 Legality.  Causal: LM.features looks left only (attention, conv_heads, delta_rule, Embedding).
 Normalized: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate()
@@ -3187,7 +3187,7 @@ def export(model, cfg, calibration, run):
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
         share = q.Q.view(torch.uint8).flatten().bincount().double() / q.Q.numel()
-        entropy = float(torch.special.entr(share).sum()) / math.log(2)
+        entropy = -float(torch.xlogy(share, share).sum()) * math.log2(math.e)
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
                 rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}", bits_per_weight=entropy)
     blob = run.broadcast(blob)
@@ -3802,7 +3802,7 @@ def start_log(cfg, run):
                 raise GolfError(f"{', '.join(differing)}: must stay as they were, because "
                                 f"{path} holds a score by them")
             return
-        others = () if cfg.resume else (checkpoint_folder(cfg),)
+        others = () if cfg.resume == "auto" else (checkpoint_folder(cfg),)
         for file in (path, path.with_suffix(".artifact"), *others):
             if file.exists() and not (cfg.artifact and file != path):
                 raise GolfError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import zipfile
+from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
 
@@ -441,6 +442,13 @@ def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capsys):
     run.log_path = tmp_path / "gone" / "log.txt"
     run.log("step", a=1)
     assert capsys.readouterr().out == "step a:1\n"
+
+
+@pytest.mark.parametrize("resume, goes_on", [("auto", True), ("other.ckpt", False)])
+def test_run_whose_log_is_gone_goes_on_from_its_own_checkpoints(tmp_path, resume, goes_on):
+    (tmp_path / "job.ckpt").mkdir()
+    with nullcontext() if goes_on else pytest.raises(t.GolfError, match="job.ckpt exists"):
+        t.start_log(job_config(tmp_path, resume=resume), t.Run())
 
 
 def test_link_at_the_name_of_a_part_is_not_followed(tmp_path):
