@@ -192,7 +192,7 @@ def test_run_stopped_in_calibration_goes_on_bit_equal(run, whole):
     assert assert_goes_on(run, whole)["trained"] == "1"
 
 
-@pytest.mark.parametrize("mark", ["step:3/", "final_int6_exact"])
+@pytest.mark.parametrize("mark", ["step:3/", "reload "])
 def test_killed_process_goes_on_bit_equal(run, whole, tmp_path, mark):
     changes = dict(CHECKPOINT_EVERY_SECONDS="0.01", OUT_DIR=str(tmp_path / "out"))
     process = launch(whole.env | changes)
