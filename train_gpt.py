@@ -3253,6 +3253,13 @@ def like(*tensors):
     """New tensors of these shapes."""
     return tuple(x.new_empty(x.shape) for x in tensors)
 
+def _triton():
+    """Triton; its language becomes the global `tl`, since it looks for names among the module's."""
+    global tl
+    import triton
+    import triton.language as tl
+    return triton
+
 # ---- the delta rule: FlashQLA or flash-linear-attention
 
 class _WideKeyTile:
@@ -3307,9 +3314,7 @@ def _conv_kernel():
     computes the forward again and ends three rows late, since a row's gradient comes from its own
     output and the three after it.  One launch for q, k and v: its programs hide each other's waits.
     """
-    global tl  # Triton looks for names among the module's
-    import triton
-    import triton.language as tl
+    triton = _triton()
 
     @triton.jit
     def conv_heads_kernel(x, weight, tail, q, k, v, dx, dw, T, STRIDE: tl.constexpr,
@@ -3411,9 +3416,7 @@ NORM_TILES = 8  # how often: each program adds one row to the weight's gradient
 @cache
 def _norm_kernel():
     """Triton's `gated_norm`, or with BACKWARD its gradients, the weight's as a row a program."""
-    global tl
-    import triton
-    import triton.language as tl
+    triton = _triton()
 
     @triton.jit
     def gated_norm_kernel(o, gate, weight, y, do, dgate, dweight, M, STRIDE: tl.constexpr,
@@ -3471,9 +3474,7 @@ def _gates_kernel():
 
     Columns are those of proj from the logits on: a, b, and zeros up to WIDTH.
     """
-    global tl
-    import triton
-    import triton.language as tl
+    triton = _triton()
 
     @triton.jit
     def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, MAX: tl.constexpr,
@@ -3632,9 +3633,7 @@ def _mlp_kernel():
     Tiles that run at one time lie in one row of tiles: x is read from memory once, and the weight
     stays in the L2 cache.  The result is stored in two halves, which need fewer registers.
     """
-    global tl
-    import triton
-    import triton.language as tl
+    triton = _triton()
 
     @triton.jit(do_not_specialize=["M"])  # one kernel for every number of tokens
     def mlp_product(x, w, r2, out, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,

@@ -218,7 +218,8 @@ def check_json(path, logs, code, faults):
     for key, held in derived_compliance(logs).items() if "compliance" in told else ():
         claim = told["compliance"].get(key)
         if not (claim is True and held):
-            faults.add("compliance_claim", f"{path.name}: {key} is {claim}, the logs say {held}")
+            faults.add("compliance_claim", f"{path.name}: {key} is {claim}, by the logs {held}; "
+                       "an entry needs true")
 
 
 def comparable(key, value):
