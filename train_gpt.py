@@ -24,6 +24,7 @@ key and of a value, S keys (carried + new), R x C rows (outputs) and columns (in
 [3] Su et al.: RoFormer, arXiv:2104.09864.  [4] Yang et al.: Parallelizing Linear Transformers with
 the Delta Rule over Sequence Length, arXiv:2406.06484.  [5] Frantar et al.: GPTQ, arXiv:2210.17323.
 [6] Duda: Asymmetric numeral systems, arXiv:1311.2540.  [7] CaseOps, parameter-golf #1729.
+[8] MuonEq-R, parameter-golf #1217.
 """
 
 import difflib
@@ -84,7 +85,6 @@ class Config:
     checkpoint_every_seconds: float = knob(0.0, "between checkpoints; 0 = after training [s]", 0)
     val_loss_every: int = knob(1000, "steps between validations, clock stopped; 0 = none", 0)
     train_log_every: int = knob(50, "steps between log lines", 1)
-    max_bad_steps: int = knob(10, "skipped steps, of non-finite gradient, that stop the run", 0)
     deterministic: bool = knob(False, "1: equal runs; needs MAX_WALLCLOCK_SECONDS=0")
     device: str = knob("auto", "auto = CUDA if there is one", "auto cuda cpu")
 
@@ -131,7 +131,9 @@ class Config:
     muon_momentum: float = knob(0.97, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", 0)
-    muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices", 0)
+    muon_row_norm: bool = knob(True, "1: rows of equal norm before Newton-Schulz (MuonEq-R)")
+    muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices; both decays are "
+                                    "doubled in the 2nd pass over the text, then tripled", 0)
     adam_weight_decay: float = knob(0.04, "decoupled weight decay of the tables", 0)
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0, 0.99999)
@@ -322,9 +324,9 @@ def parse_stack(text):
     return layers
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
-_ANCESTOR = dict(mlp_mult=3.0, ngram_buckets=3072, muon_weight_decay=0.04, grid="sdclip",
-                 ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005, ttt_schedule="cosine",
-                 ttt_epochs=3)
+_ANCESTOR = dict(mlp_mult=3.0, ngram_buckets=3072, muon_row_norm=False, muon_weight_decay=0.04,
+                 grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005,
+                 ttt_schedule="cosine", ttt_epochs=3)
 # Weight averaging, late QAT, rounding to the nearest integer.
 _INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd")
 PRESETS = {
@@ -2012,14 +2014,16 @@ class Optimizer:
 
     treatment: {name: (rule, learning rate, decoupled weight decay)} of the parameters to train,
     which become views of `weights`.   clip: global gradient norm, 0 = off.   momentum: of muon and
-    sgd.   weights, grad, m, v: (numel,), parameters by groups.   `bad_steps`: steps without change,
-    of a gradient not finite.   compiled: and on CUDA recorded as graphs.   `loss`: sum, a tensor.
+    sgd.   `decay_scale`: multiple of the decays.   weights, grad, m, v: (numel,), parameters by
+    groups.   `bad_steps`: steps without change, of a gradient not finite.   compiled: and on CUDA
+    recorded as graphs.   `loss`: sum, a tensor.
     """
 
     def __init__(self, model, treatment, run, clip, momentum, compiled):
         self.model, self.cfg = model, model.cfg
         self.run, self.clip = run, clip
         self.momentum, self.compiled = momentum, compiled
+        self.decay_scale = 1.0
         self.graphs = {} if compiled and run.on_cuda else None
         self.number = partial(torch.full, (), dtype=torch.float32, device=run.device)
         named = dict(model.named_parameters())
@@ -2068,10 +2072,11 @@ class Optimizer:
         self.run.all_sum(self.grad)
         # collectives are not recorded
         graphs = self.graphs if self.run.world_size == 1 else None
-        replayed(graphs, self._step, self.number(rate), self.number(self.momentum))
+        replayed(graphs, self._step, self.number(rate), self.number(self.momentum),
+                 self.number(self.decay_scale))
 
     @torch.no_grad()
-    def _step(self, rate, momentum):
+    def _step(self, rate, momentum, decay_scale):
         ranks = self.run.world_size
         norm = self.grad.norm() / ranks  # not finite on every rank if any gradient is not
         taken = norm.isfinite().float()
@@ -2085,11 +2090,11 @@ class Optimizer:
                 update = self.muon if group.rule == "muon" else self.elementwise
                 lr = taken * (group.lr * rate)
                 apply_update(self.weights[group.part], update(group, scale, momentum, taken), lr,
-                             torch.full_like(lr, group.decay))
+                             decay_scale * group.decay)
         self.grad.zero_()
 
     def muon(self, group, scale, momentum, taken):
-        """Muon's update [2] (numel,): Nesterov momentum, then `newton_schulz`.
+        """Muon's update [2] (numel,): Nesterov momentum, equal rows [8], then `newton_schulz`.
 
         Each rank orthogonalizes its share of whole matrices.  A learning rate is the spectral norm
         of a step; a tall matrix's is sqrt(R / C) times larger.
@@ -2102,6 +2107,7 @@ class Optimizer:
             X = direction[start:start + n * R * C].view(n, R, C)
             share = -(-n // self.run.world_size)
             X = X[self.run.rank * share:(self.run.rank + 1) * share]
+            X = F.normalize(X, dim=-1, eps=1e-7) if self.cfg.muon_row_norm else X
             X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
             X = newton_schulz(X) * max(1.0, R / C) ** 0.5
             if self.run.world_size > 1:
@@ -2198,10 +2204,13 @@ def training_optimizer(model, cfg, run):
     return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum,
                      compiles_training(model))
 
-def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
+DECAY_PASSES = 3  # weight decay grows up to this pass: text read again is learned by heart
+
+def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False, epoch=0):
     """Optimizer step number `step` on batch (rows, T + 1); this rank's mean loss, a tensor.
 
-    rate: multiple of the learning rates.   qat: the forward sees rounded weights.
+    rate: multiple of the learning rates.   qat: the forward sees rounded weights.   epoch: passes
+    over the training text before this one.
     """
     cfg = model.cfg
     optimizer.loss.zero_()
@@ -2212,6 +2221,7 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
             optimizer.add_gradient(ids, targets, wanted, 1 / batch[:, 1:].numel())
     warm = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
     optimizer.momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
+    optimizer.decay_scale = min(1 + epoch, DECAY_PASSES)
     optimizer.step(rate)
     return optimizer.loss
 
@@ -2493,15 +2503,16 @@ def train_loop(job, data, micro_rows):
             break
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
         rate = learning_rate(progress, cfg)
-        loss = train_step(model, job.optimizer, next(job.loader), micro_rows, rate, job.step,
-                          qat=progress > 1 - cfg.qat_frac)
+        batch = next(job.loader)
+        loss = train_step(model, job.optimizer, batch, micro_rows, rate, job.step,
+                          progress > 1 - cfg.qat_frac, epoch=job.loader.place[0])
         job.step += 1
         job.average(rate)
         # Wait for the step before: the host stays one step ahead, the clock true.
         newest = int(wait())
         wait = run.to_host(job.optimizer.bad_steps)
         if newest > bad_steps:
-            run.log("bad_step", step=job.step, count=newest, most=cfg.max_bad_steps)
+            run.log("bad_step", step=job.step, count=newest, most=MAX_BAD_STEPS)
         bad_steps = newest
         now = clock.elapsed()
         durations.append(now - last_tick)
@@ -2512,6 +2523,8 @@ def train_loop(job, data, micro_rows):
         run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
                 step=f"{job.step}/{cfg.iterations}")
 
+MAX_BAD_STEPS = 10  # skipped steps, of gradients that are not finite, that a run survives
+
 def stop_if_asked(job, told, last, bad_steps):
     """Write a checkpoint and raise if a signal came, data cannot be read or steps are bad."""
     stop = max(number for _, _, number, _ in told)
@@ -2521,10 +2534,10 @@ def stop_if_asked(job, told, last, bad_steps):
                           f"{job.save()}")
     if fault:
         raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
-    if bad_steps > job.cfg.max_bad_steps:
+    if bad_steps > MAX_BAD_STEPS:
         raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
-                        f"more than MAX_BAD_STEPS={job.cfg.max_bad_steps}; lower MATRIX_LR, "
-                        f"TIED_EMBED_LR or SCALAR_LR; {job.save()}")
+                        f"more than {MAX_BAD_STEPS}; lower MATRIX_LR, TIED_EMBED_LR or "
+                        f"SCALAR_LR; {job.save()}")
 
 def log_step(job, loss, rate, step_s):
     """One progress line; waits for the device."""
