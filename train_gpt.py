@@ -2204,7 +2204,7 @@ def training_optimizer(model, cfg, run):
     return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum,
                      compiles_training(model))
 
-DECAY_PASSES = 2  # weight decay grows up to this pass: text read again is learned by heart
+DECAY_PASSES = 1  # weight decay grows up to this pass: text read again is learned by heart
 
 def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False, epoch=0):
     """Optimizer step number `step` on batch (rows, T + 1); this rank's mean loss, a tensor.
