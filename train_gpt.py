@@ -132,8 +132,7 @@ class Config:
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", 0)
     muon_row_norm: bool = knob(True, "1: rows of equal norm before Newton-Schulz (MuonEq-R)")
-    muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices; both decays are "
-                                    "doubled in the 2nd pass over the text, then tripled", 0)
+    muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices", 0)
     adam_weight_decay: float = knob(0.04, "decoupled weight decay of the tables", 0)
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0, 0.99999)
@@ -2014,16 +2013,14 @@ class Optimizer:
 
     treatment: {name: (rule, learning rate, decoupled weight decay)} of the parameters to train,
     which become views of `weights`.   clip: global gradient norm, 0 = off.   momentum: of muon and
-    sgd.   `decay_scale`: multiple of the decays.   weights, grad, m, v: (numel,), parameters by
-    groups.   `bad_steps`: steps without change, of a gradient not finite.   compiled: and on CUDA
-    recorded as graphs.   `loss`: sum, a tensor.
+    sgd.   weights, grad, m, v: (numel,), parameters by groups.   `bad_steps`: steps without change,
+    of a gradient not finite.   compiled: and on CUDA recorded as graphs.   `loss`: sum, a tensor.
     """
 
     def __init__(self, model, treatment, run, clip, momentum, compiled):
         self.model, self.cfg = model, model.cfg
         self.run, self.clip = run, clip
         self.momentum, self.compiled = momentum, compiled
-        self.decay_scale = 1.0
         self.graphs = {} if compiled and run.on_cuda else None
         self.number = partial(torch.full, (), dtype=torch.float32, device=run.device)
         named = dict(model.named_parameters())
@@ -2072,11 +2069,10 @@ class Optimizer:
         self.run.all_sum(self.grad)
         # collectives are not recorded
         graphs = self.graphs if self.run.world_size == 1 else None
-        replayed(graphs, self._step, self.number(rate), self.number(self.momentum),
-                 self.number(self.decay_scale))
+        replayed(graphs, self._step, self.number(rate), self.number(self.momentum))
 
     @torch.no_grad()
-    def _step(self, rate, momentum, decay_scale):
+    def _step(self, rate, momentum):
         ranks = self.run.world_size
         norm = self.grad.norm() / ranks  # not finite on every rank if any gradient is not
         taken = norm.isfinite().float()
@@ -2090,7 +2086,7 @@ class Optimizer:
                 update = self.muon if group.rule == "muon" else self.elementwise
                 lr = taken * (group.lr * rate)
                 apply_update(self.weights[group.part], update(group, scale, momentum, taken), lr,
-                             decay_scale * group.decay)
+                             torch.full_like(lr, group.decay))
         self.grad.zero_()
 
     def muon(self, group, scale, momentum, taken):
@@ -2204,13 +2200,10 @@ def training_optimizer(model, cfg, run):
     return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum,
                      compiles_training(model))
 
-DECAY_PASSES = 1  # weight decay grows up to this pass: text read again is learned by heart
-
-def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False, epoch=0):
+def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     """Optimizer step number `step` on batch (rows, T + 1); this rank's mean loss, a tensor.
 
-    rate: multiple of the learning rates.   qat: the forward sees rounded weights.   epoch: passes
-    over the training text before this one.
+    rate: multiple of the learning rates.   qat: the forward sees rounded weights.
     """
     cfg = model.cfg
     optimizer.loss.zero_()
@@ -2221,7 +2214,6 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False, epoch
             optimizer.add_gradient(ids, targets, wanted, 1 / batch[:, 1:].numel())
     warm = min(1.0, step / max(1, cfg.muon_momentum_warmup_steps))
     optimizer.momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
-    optimizer.decay_scale = min(1 + epoch, DECAY_PASSES)
     optimizer.step(rate)
     return optimizer.loss
 
@@ -2503,9 +2495,8 @@ def train_loop(job, data, micro_rows):
             break
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
         rate = learning_rate(progress, cfg)
-        batch = next(job.loader)
-        loss = train_step(model, job.optimizer, batch, micro_rows, rate, job.step,
-                          progress > 1 - cfg.qat_frac, epoch=job.loader.place[0])
+        loss = train_step(model, job.optimizer, next(job.loader), micro_rows, rate, job.step,
+                          qat=progress > 1 - cfg.qat_frac)
         job.step += 1
         job.average(rate)
         # Wait for the step before: the host stays one step ahead, the clock true.

@@ -148,8 +148,7 @@ RULES = {"sgd": lambda p, _: torch.optim.SGD([p], momentum=0.9),
 @pytest.mark.parametrize("equal_rows", [False, True])
 def test_rule_moves_weights_as_the_published_optimizer_does(equal_rows, rule, name):
     model = tiny_model(tiny_config(beta1=0.8, beta2=0.9, muon_row_norm=equal_rows))
-    ours = optimizer_of(model, rule, decay=0.0 if rule == "sgd" else 0.1)
-    ours.decay_scale = 3.0
+    ours = optimizer_of(model, rule, decay=0.0 if rule == "sgd" else 0.3)
     p = torch.nn.Parameter(model.get_parameter(name).detach().clone())
     theirs = RULES[rule](p, equal_rows)
     for step, rate in enumerate((1.0, 0.25, 0.5)):
@@ -376,9 +375,9 @@ def loop(tmp_path, monkeypatch):
     step = t.train_step
     history = []
 
-    def recorded(model, optimizer, *args, epoch):
-        loss = step(model, optimizer, *args, epoch=epoch)
-        history.append((weights_of(model), args[-1], epoch, optimizer.decay_scale))
+    def recorded(model, *args, qat):
+        loss = step(model, *args, qat=qat)
+        history.append((weights_of(model), qat))
         return loss
     monkeypatch.setattr(t, "train_step", recorded)
 
@@ -392,19 +391,11 @@ def loop(tmp_path, monkeypatch):
 
 def test_late_qat_covers_the_last_part_of_the_run(loop):
     _, history = loop(iterations=10, qat_frac=0.35, grid="sdclip")
-    assert [qat for _, qat, _, _ in history] == [False] * 7 + [True] * 3
-
-
-def test_weight_decay_grows_with_the_passes_over_the_text(loop):
-    """Doubled in the second pass, tripled from the third on."""
-    _, history = loop(iterations=20, train_batch_tokens=1024)
-    scales = dict((epoch, scale) for _, _, epoch, scale in history)
-    assert max(scales) >= 4
-    assert scales == {epoch: min(1 + epoch, 3) for epoch in range(max(scales) + 1)}
+    assert [qat for _, qat in history] == [False] * 7 + [True] * 3
 
 
 def test_training_ends_with_the_averaged_weights(loop):
-    model, ((one, *_), (two, *_)) = loop(iterations=2, ema_decay=0.99)
+    model, ((one, _), (two, _)) = loop(iterations=2, ema_decay=0.99)
     first = weights_of(tiny_model(model.cfg))
     mean = {name: 2 / 11 * first[name] + 9 / 11 * one[name] for name in first}
     mean = {name: 3 / 12 * mean[name] + 9 / 12 * two[name] for name in first}
