@@ -395,7 +395,7 @@ class Run:
         self.taken = []  # when the first and the newest training batch came, less scoring_s then
         self.scoring_s = self.before_s = 0.0  # of evaluate(); of training in earlier processes
         self.log_path, self.lines = None, []  # None: the console only
-        self.quiet = False
+        self.quiet = self.picks_threads = False
 
     @classmethod
     def from_env(cls, env, cfg):
@@ -425,7 +425,11 @@ class Run:
             except (ValueError, RuntimeError) as error:
                 raise GolfError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
                                 "launch with torchrun, or unset it for one process") from None
-        return cls(rank, world_size, device)
+        run = cls(rank, world_size, device)
+        # The user's number stays, as does torchrun's for many ranks.
+        run.picks_threads = device == "cpu" and "OMP_NUM_THREADS" not in env and (
+            not cfg.deterministic)
+        return run
 
     def close(self):
         """Leave the process group."""
@@ -2263,6 +2267,25 @@ def check_fast_path(model, run, micro_rows):
                         f"from the reference (at most {TOLERANCE}); pytest -m gpu tells which "
                         "kernel is wrong; set KERNEL or COMPILE=0, or another torch")
 
+def pick_threads(work):
+    """On a CPU, let torch use the number of threads that makes work() fastest.
+
+    Beside other programs that is one: more would spin while they wait for each other.
+    """
+    most = torch.get_num_threads()
+    torch.set_num_threads(1)
+    work()
+    fastest, chosen = math.inf, 1
+    for threads in reversed([most >> n for n in range(most.bit_length())]):
+        torch.set_num_threads(threads)
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+        if seconds > fastest:
+            break
+        fastest, chosen = seconds, threads
+    torch.set_num_threads(chosen)
+
 def warm_up(model, cfg, run, micro_rows):
     """Compile and tune all that training runs, on synthetic tokens; the weights are put back."""
     saved = [p.detach().clone() for p in model.parameters()]
@@ -2273,6 +2296,9 @@ def warm_up(model, cfg, run, micro_rows):
     run.log("warm_up", compile=int(compiles_training(model)), steps=cfg.warmup_steps)
     if compiles_training(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
+    if run.picks_threads:
+        ids = batch[:micro_rows, 1:].contiguous()
+        pick_threads(partial(model.nll, ids, ids))
     optimizer = training_optimizer(model, cfg, run)
     for step in range(cfg.warmup_steps):
         train_step(model, optimizer, batch, micro_rows, 1.0, step)
@@ -2434,6 +2460,7 @@ def train(model, data, cfg, run, saved):
     if not saved and fingerprint(model) != initial:
         raise GolfError("the weights changed before the training clock began")
     run.log("kernel", **model.ops.names, compiled=int(compiles_training(model)),
+            threads=torch.get_num_threads(),
             micro_batch_tokens=micro_rows * cfg.train_seq_len, initial_weights=initial,
             start_up=f"{time.perf_counter() - run.began:.0f}s")
     facts = None
