@@ -1531,62 +1531,61 @@ class Scorer:
     """Scores windows or spans of one text on this rank, and probes some of its own batches."""
 
     def __init__(self, model, tokens, table, run, adapter, probing):
-        self.model, self.cfg = model, model.cfg
-        self.run, self.probing = run, probing
-        self.adapting = adapter is not None
+        self.model, self.run = model, run
+        self.probing, self.adapting = probing, adapter is not None
         self.bonus = getattr(adapter, "bonus", lambda ids: None)  # hints for LM.nll
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
         self.state, self.batches = None, 0  # state: behind the last chunk
+        self.rng = torch.Generator().manual_seed(run.rank)  # of the probes
         self.probes, self.last_line = 0, time.perf_counter()
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
-    def nats(self, ids, targets, T, progress=None):
+    def nats(self, ids, targets, T, state, done=0, parts=0):
         """Nats of rows (B, L), in segments of T tokens with carried state, and the state."""
-        state, out = self.state, []
-        for i in range(0, ids.shape[1], T):
-            if progress and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
-                self.run.log("scoring", done=f"{progress[0] + progress[1] * i / ids.shape[1]:.0%}")
+        L = ids.shape[1]
+        out, self.kept = [], {}  # kept: {start of a random segment: the state before it}
+        chosen = T * int(torch.randint(1, max(2, (L - 1) // T), (), generator=self.rng))
+        for i in range(0, L, T):
+            if i == chosen:
+                self.kept[i] = state
+            if parts and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
+                self.run.log("scoring", done=f"{(done + len(ids) * i / L) / parts:.0%}")
                 self.last_line = time.perf_counter()
             part, wanted = [x[:, i:i + T].contiguous() for x in (ids, targets)]
             nats, state = self.model.nll(part, wanted, state, self.bonus(part))
             out.append(nats)
         return torch.cat(out, 1), state
 
-    def probe(self, ids, targets, T, nats):
-        """Test a batch that was just scored; `faults` keeps the largest leak and deviation.
+    def probe(self, ids, targets, nats, T, state):
+        """Test two segments just scored from `state` on; `faults` keeps the largest faults.
 
         Leaks: other tokens from a random place on (half of these where a chunk of the kernels
-        begins) may change no score before it.   Normalization: at random positions of the first two
-        segments a score must be that of a softmax made without the targets: on average, and up to
+        begins) may change no score before it.   Normalization: at random positions of the first
+        segment a score must be that of a softmax made without the targets: on average, and up to
         rounding everywhere.
         """
         B, L = ids.shape
-        vocab = self.cfg.vocab_size
-        rng = torch.Generator().manual_seed(self.batches)
-        leaks, differences = [], []
+        vocab, rng = self.model.cfg.vocab_size, self.rng
+        leaks = []
         for _ in range(-(-PROBE_PLACES // B)):
-            unit = torch.randint(2, (B, 1), generator=rng) * (GDN_CHUNK - 1) + 1
+            unit = GDN_CHUNK ** torch.randint(2, (B, 1), generator=rng)
             places = torch.randint(1, max(2, L), (B, 1), generator=rng) // unit * unit
-            later = (torch.arange(L) >= places.clamp_min(1)).to(ids.device)
-            noise = torch.randint(1, vocab, (B, L), generator=rng, dtype=torch.int32).to(ids.device)
-            changed = [torch.where(later, (x + noise) % vocab, x) for x in (ids, targets)]
-            other, _ = self.nats(*changed, T)
-            leaks.append((nats - other).abs().masked_fill(later, 0.0).max().double())
+            noise = torch.randint(1, vocab, (B, L), generator=rng, dtype=torch.int32)
+            noise = (noise * (torch.arange(L) >= places.clamp_min(1))).to(ids.device)
+            other, _ = self.nats((ids + noise) % vocab, (targets + noise) % vocab, T, state)
+            leaks.append((nats - other).abs().masked_fill(noise > 0, 0.0).max().double())
             self.probes += B
-        state = self.state
-        for i in range(0, min(L, 2 * T), T):
-            part = ids[:, i:i + T].contiguous()
-            x, state = self.model.features(part, state)
-            at = torch.randint(part.numel(), (PROBE_POSITIONS,), generator=rng).to(ids.device)
-            with compiling(False):
-                logits = self.model.embed.logits(x.flatten(0, 1)[at].unsqueeze(0))[0].double()
-            for hint, beta in filter(None, [self.bonus(part)]):
-                hint = hint.flatten()[at, None]
-                logits.scatter_add_(1, hint.clamp_min(0), beta * (hint >= 0).double())
-            wanted, scored = [y[:, i:i + T].flatten()[at, None] for y in (targets, nats)]
-            differences.append(scored + logits.log_softmax(-1).gather(1, wanted.long()))
-        off = torch.cat(differences)
+        part = ids[:, :T].contiguous()
+        x, _ = self.model.features(part, state)
+        at = torch.randint(part.numel(), (PROBE_POSITIONS,), generator=rng).to(ids.device)
+        with compiling(False):
+            logits = self.model.embed.logits(x.flatten(0, 1)[None, at])[0].double()
+        for hint, beta in filter(None, [self.bonus(part)]):
+            hint = hint.flatten()[at, None]
+            logits.scatter_add_(1, hint.clamp_min(0), beta * (hint >= 0).double())
+        wanted, scored = [y[:, :T].flatten()[at, None] for y in (targets, nats)]
+        off = scored + logits.log_softmax(-1).gather(1, wanted.long())
         off = torch.maximum(off.mean().abs(), off.abs().max() - PROBE_ROUNDING)
         found = torch.stack([torch.stack(leaks).max(), off]).nan_to_num(nan=math.inf)
         self.faults = torch.maximum(self.faults, found)
@@ -1597,7 +1596,7 @@ class Scorer:
         carry: each part in segments with carried state (when adapting, the one part, a chunk, goes
         on from the last chunk's).   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
         """
-        cfg, total = self.cfg, len(self.text) - 1
+        cfg, total = self.model.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
         one_stream = carry and self.adapting
         for i in range(0, len(parts), size):
@@ -1609,13 +1608,13 @@ class Scorer:
             starts += [] if carry else [0] * (size - len(batch))  # batches of one shape
             # Fill up the text's end: that shape is compiled, and its state not needed.
             filled = not one_stream or batch[-1][1] == total
-            ids, targets = rows_of(self.text, torch.tensor(starts, device=self.run.device),
+            ids, targets = rows_of(self.text, self.text.new_tensor(starts),
                                    -(-length // T) * T if filled else length)
-            progress = i / len(parts), len(batch) / len(parts)  # before this batch, by it
-            nats, after = self.nats(ids, targets, T, progress)
+            nats, after = self.nats(ids, targets, T, self.state, i, len(parts))
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
-                self.probe(ids, targets, T, nats)
+                for at, state in ({0: self.state} | self.kept).items():
+                    self.probe(*[x[:, at:at + 2 * T] for x in (ids, targets, nats)], T, state)
             self.state = after if one_stream else None
             scored = [row[score_from - start:end - start]
                       for row, (start, end, score_from) in zip(nats, batch)]
@@ -1700,8 +1699,7 @@ def finished(ledger, total, scorer, run):
     counts, leaks, deviations = zip(*run.gather((scorer.probes, *scorer.faults.tolist())))
     ledger.probes = sum(counts)
     if ledger.probes:
-        ledger.causal = max(leaks)
-        ledger.normalized = max(deviations)
+        ledger.causal, ledger.normalized = max(leaks), max(deviations)
     return ledger
 
 # --------------------------------------------------------------------------------------------------

@@ -403,6 +403,37 @@ def test_causality_probe_finds_a_leak_at_few_places(change):
     assert leaky_text(change) > 1e-3
 
 
+class Counting(Altered):
+    """Counts segments in its state, and leaks from the fifth on; `tokens` of each call."""
+
+    def __init__(self):
+        super().__init__(None)
+        self.cfg = replace(MODEL.cfg, eval_batch_tokens=512, eval_spans=8)  # rows of 13 segments
+        self.features = self.count
+        self.tokens = []
+
+    def count(self, ids, state):
+        self.tokens.append(ids.numel())
+        return MODEL.features(ids, state and state[1])
+
+    def nll(self, ids, targets, state=None, bonus=None):
+        self.tokens.append(ids.numel())
+        segment, inner = state or (0, None)
+        nll, after = MODEL.nll(ids, targets, inner, bonus)
+        return behind(nll, ids, float(segment >= 4)), (segment + 1, after)
+
+
+def test_causality_probe_finds_a_leak_late_in_a_row():
+    assert probed(Counting(), 6000).causal > 1e-3
+
+
+def test_probing_a_long_row_costs_six_segments():
+    """Two and two for the leaks, two for the normalization; the row itself has 13."""
+    model = Counting()
+    probed(model, 6000)
+    assert model.tokens == [8 * 64] * (13 + 6)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_causality_probe_follows_the_carried_state(method):
     """A model that has seen the whole row at its first segment."""
