@@ -5,7 +5,9 @@ hand them to tests.  Tests marked gpu are skipped where torch finds no CUDA GPU.
 """
 
 import contextlib
+import hashlib
 import io
+import json
 import multiprocessing
 import os
 import signal
@@ -13,6 +15,7 @@ import socket
 import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,6 +121,21 @@ def trained_tokenizer(path, texts, **changes):
         sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")),
         **(options | changes))
     return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def seal(header, payload):
+    """An artifact's bytes with right lengths and checksum; a header that is no bytes as JSON."""
+    head = zlib.compress(header if isinstance(header, bytes) else json.dumps(header).encode())
+    digest = hashlib.sha256(head + payload).digest()
+    return t.ARTIFACT_HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head),
+                                digest) + head + payload
+
+
+def opened(blob):
+    """(header, payload) of an artifact's bytes."""
+    body = blob[t.ARTIFACT_HEAD.size:]
+    packed = t.ARTIFACT_HEAD.unpack_from(blob)[2]
+    return json.loads(zlib.decompress(body[:packed])), body[packed:]
 
 
 # ---- ranks ---------------------------------------------------------------------------------------

@@ -43,16 +43,11 @@ def whole(tiny, tmp_path_factory):
 # ---- a whole run ---------------------------------------------------------------------------------
 
 
-def test_whole_run_ends_well_and_in_silence(whole):
+def test_whole_run_ends_well_in_silence_and_its_log_is_what_it_printed(whole):
+    """A RUN_ID with a slash is a folder of the run's files."""
     assert (whole.code, whole.err) == (0, "")
-
-
-def test_run_id_with_a_slash_is_a_folder_of_the_runs_files(whole):
     assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt/trained.npz",
                                       "night/run.txt"]
-
-
-def test_console_and_log_file_are_the_same_text(whole):
     assert whole.out.split("\n\n")[0] + "\n" == (whole.folder / "night" / "run.txt").read_text()
 
 
@@ -92,14 +87,11 @@ def test_run_line_names_script_and_commit(whole):
     assert found["commit"].removesuffix("-dirty") == head
 
 
-def test_validation_happens_at_its_steps_and_at_the_end(whole):
-    found = [pairs["step"] for event, pairs in parse(whole.out) if "val_bpb" in pairs and not event]
-    assert found == ["0/3", "2/3", "3/3"]
-
-
-def test_training_lines_show_the_loss(whole):
-    found = [float(pairs["train_loss"]) for _, pairs in parse(whole.out) if "train_loss" in pairs]
-    assert found == pytest.approx(3 * [np.log(1024)], abs=0.2)
+def test_losses_are_shown_at_their_steps(whole):
+    steps = [pairs for event, pairs in parse(whole.out) if not event]
+    assert [pairs["step"] for pairs in steps if "val_bpb" in pairs] == ["0/3", "2/3", "3/3"]
+    losses = [float(pairs["train_loss"]) for pairs in steps if "train_loss" in pairs]
+    assert losses == pytest.approx(3 * [np.log(1024)], abs=0.2)
 
 
 @pytest.mark.parametrize("event", ["pre_quantization_post_ema", *t.FINAL_EVENTS.values(), "final"])
@@ -108,12 +100,8 @@ def test_final_lines_make_their_numbers_checkable(whole, event):
     bits = float(found["val_loss"]) * int(found["tokens"]) / np.log(2)
     assert int(found["tokens"]) == NUM_VAL - 1
     assert float(found["val_bpb"]) == pytest.approx(bits / int(found["bytes"]), rel=1e-7)
-
-
-def test_final_score_is_the_one_set_beforehand(whole):
-    final = values(whole.out, "final")
-    assert final["method"] == "exact"
-    assert final["val_bpb"] == values(whole.out, "final_int6_exact")["val_bpb"]
+    if event == "final":  # the score of the method that was set beforehand
+        assert found["val_bpb"] == values(whole.out, "final_int6_exact")["val_bpb"]
 
 
 def test_printed_sizes_are_those_of_the_files(whole):
@@ -268,8 +256,10 @@ def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving):
 
 
 def test_run_without_a_step_is_a_whole_run(run):
-    result = run(ITERATIONS="0")
+    """White space in a value keeps the log's grammar."""
+    result = run(ITERATIONS="0", STACK="gdn\n\tswa:a  gdn swa:a")
     assert result.code == 0
+    assert values(result.out, "settings")["stack"] == "gdn,swa:a,gdn,swa:a"
     assert float(values(result.out, "final")["val_loss"]) == pytest.approx(np.log(1024), abs=0.05)
 
 
@@ -277,13 +267,6 @@ def test_score_of_held_out_training_text_is_not_a_verdict_of_the_split(run):
     result = run(HOLDOUT_TOKENS="1000", ITERATIONS="1", FINAL_SCORE="roundtrip")
     assert values(result.out, "final")["tokens"] == "999"
     assert (result.code, values(result.out, "compliance")["verdict"]) == (0, "holdout")
-
-
-def test_diverging_run_stops_and_says_so(run):
-    result = run(MATRIX_LR="1e9", TIED_EMBED_LR="1e9", SCALAR_LR="1e9", GRAD_CLIP_NORM="0",
-                 ITERATIONS="9", MAX_BAD_STEPS="2")
-    assert result.code == 2
-    assert re.match(r"error: step \d: 3 steps had gradients that are not finite", result.err)
 
 
 @pytest.mark.parametrize("scoring", ["sliding", "exact"])
@@ -359,15 +342,16 @@ def test_artifact_is_scored_with_its_own_tokenizer_only(whole, run, tmp_path):
     assert_one_line(run(**settings), "run.artifact: made with another tokenizer", "other.model")
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
-def test_closed_streams_end_no_run(tiny, tmp_path, closed):
+@pytest.mark.slow
+@pytest.mark.parametrize("closed, changes, code", [
+    (">&- 2>&- <&-", dict(ITERATIONS="0"), 0), ("2>&-", dict(VOCAB_SIZE="3"), 2)])
+def test_closed_streams_end_no_run(tiny, tmp_path, closed, changes, code):
     """Also of a fault, whose exit code stays."""
-    for changes, code in (({"ITERATIONS": "0"}, 0), ({"VOCAB_SIZE": "3"}, 2)):
-        env = os.environ | tiny | dict(OUT_DIR=str(tmp_path), RUN_ID="x", PYTHON=sys.executable)
-        done = subprocess.run(f'"$PYTHON" {SCRIPT} {closed}', shell=True, env=env | changes,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == code and "Traceback" not in done.stderr
-    assert "verdict:ok" in (tmp_path / "x.txt").read_text()
+    env = os.environ | tiny | dict(OUT_DIR=str(tmp_path), RUN_ID="x", PYTHON=sys.executable)
+    done = subprocess.run(f'"$PYTHON" {SCRIPT} {closed}', shell=True, env=env | changes,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert code or "verdict:ok" in (tmp_path / "x.txt").read_text()
 
 
 def test_where_posix_is_missing_the_run_is_the_same(run, monkeypatch):
@@ -401,18 +385,10 @@ def test_another_runs_files_are_not_overwritten(run, tmp_path, name, resume):
     assert "RUN_ID=mine" in result.err and "set another RUN_ID" in result.err
 
 
-def test_argument_is_refused(run):
+def test_help_is_the_only_argument(run):
     assert_one_line(run("--seed=1"), "--seed=1", "--help")
-
-
-def test_help_is_printed(run):
     result = run("--help")
     assert (result.code, result.out, result.err) == (0, t.help_text() + "\n", "")
-
-
-def test_value_with_any_white_space_keeps_the_grammar(run):
-    result = run(ITERATIONS="0", STACK="gdn\n\tswa:a  gdn swa:a")
-    assert values(result.out, "settings")["stack"] == "gdn,swa:a,gdn,swa:a"
 
 
 # ---- several ranks -------------------------------------------------------------------------------
@@ -425,11 +401,10 @@ def test_batch_that_the_ranks_cannot_share_names_the_nearest():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_any_number_of_ranks_gives_the_scores_of_one(whole, tmp_path, ranks):
+def test_eight_ranks_give_the_scores_of_one(whole, tmp_path):
     env = whole.env | dict(OUT_DIR=str(tmp_path), RUN_ID="many", EVAL_DIAGNOSTICS="0",
                            FINAL_SCORE="ttt", VAL_LOSS_EVERY="0")
-    code, out, err = finish(launch(env, ranks))
+    code, out, err = finish(launch(env, 8))
     assert code == 0, err
     log = (tmp_path / "many.txt").read_text()
     assert out.split("\n\n")[0] + "\n" == log  # the other ranks are silent

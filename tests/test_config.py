@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import SCRIPT, tiny_config
+from conftest import SCRIPT
 
 import train_gpt as t
 
@@ -172,14 +172,6 @@ def test_stack_lists_layers_in_order_with_what_they_share(stack, layers):
     assert shape(stack) == layers
 
 
-def test_repeated_group_of_double_tags_has_the_weights_of_one_group():
-    stored = []
-    for stack in ("(gdn::a swa::b)*2", "gdn swa"):
-        model = t.LM(tiny_config(stack=stack))
-        stored.append([n for n, _ in model.named_parameters() if ".mixer." in n or ".mlp." in n])
-    assert stored[0] == stored[1]
-
-
 # ---- names ---------------------------------------------------------------------------------------
 
 
@@ -251,16 +243,10 @@ def test_unknown_preset_is_refused_with_the_list(preset, wrong):
     ("pr456,sample", "attn*6", dict(unet=True, xsa_layers=3, mlp_bits=5, ngram_order=2))])
 def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, kept):
     cfg = t.Config.from_env({"PRESET": preset})
+    with torch.device("meta"):
+        assert len(t.LM(cfg).blocks) == len(t.parse_stack(cfg.stack))
     assert cfg.stack == stack
     assert {name: getattr(cfg, name) for name in kept} == kept
-
-
-@pytest.mark.parametrize("preset", [*t.PRESETS, *t.WITH_SAMPLE])
-def test_preset_builds_a_model(preset):
-    cfg = t.Config.from_env({"PRESET": preset})
-    with torch.device("meta"):
-        model = t.LM(cfg)
-    assert len(model.blocks) == len(t.parse_stack(cfg.stack))
 
 
 @pytest.mark.parametrize("values", [*t.PRESETS.values(), *t.WITH_SAMPLE.values()])

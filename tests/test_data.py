@@ -12,36 +12,24 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import SAMPLE, TextShard, tiny_config
+from conftest import (SAMPLE, TOKENIZER, TextShard, shard_bytes, tiny_config, trained_tokenizer,
+                      write_split)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
 
-MODEL = SAMPLE / "corpus_1024_bpe.model"
 VOCAB = 1024
 BOS = 1
 
 
-def shard_bytes(tokens, magic=20240520, version=1, count=None):
-    """A shard file's bytes; `count` is what its header promises."""
-    head = struct.pack("<3i", magic, version, len(tokens) if count is None else count)
-    return head.ljust(1024, b"\0") + np.asarray(tokens, "<u2").tobytes()
-
-
-def write_split(folder, split, *parts):
-    """One shard for each list of tokens."""
-    for i, tokens in enumerate(parts):
-        (folder / f"fineweb_{split}_{i:06d}.bin").write_bytes(shard_bytes(tokens))
-
-
 def sample_config(folder=SAMPLE, **changes):
     """A tiny Config with the sample's tokenizer and the shards in `folder`."""
-    return tiny_config(data_path=str(folder), tokenizer_path=str(MODEL), vocab_size=VOCAB,
+    return tiny_config(data_path=str(folder), tokenizer_path=str(TOKENIZER), vocab_size=VOCAB,
                        **changes)
 
 
-SP = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))  # byte fallback, no dummy prefix
+SP = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))  # with byte fallback
 TABLE = t.byte_table(SP, VOCAB + 76)  # more ids than the tokenizer has
 
 
@@ -119,7 +107,9 @@ def test_validation_text_that_cannot_be_scored_is_refused(tmp_path, val, fault):
 
 @pytest.mark.parametrize("name, content, fault", [
     ("x.model", b"", "not a SentencePiece model"), ("x.model", b"text", "not a SentencePiece"),
-    ("y.model", b"", "No such file"), ("x.model", MODEL.read_bytes(), "1024 pieces.*SIZE=2048")])
+    ("y.model", b"", "No such file"), ("x.model", TOKENIZER.read_bytes(), "1024 pieces.*SIZE=2048"),
+    ("x.model", TOKENIZER.read_bytes().replace("\u2581the".encode(), b"\xe2\x96\x81t\xa8e", 1),
+     "not a SentencePiece model")], ids=["empty", "text", "missing", "size", "no UTF-8"])
 def test_tokenizer_that_does_not_fit_is_named(tmp_path, name, content, fault):
     (tmp_path / "x.model").write_bytes(content)
     cfg = tiny_config(tokenizer_path=str(tmp_path / name), vocab_size=2048)
@@ -225,12 +215,8 @@ def caseops(tmp_path_factory):
     The original text "Ab AB" is stored as mark-1 "ab" mark-2 " ab".
     """
     folder = tmp_path_factory.mktemp("caseops")
-    (folder / "text").write_text("\n".join(f"ab the {i} ab" for i in range(200)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "m"), vocab_size=290, minloglevel=5,
-        model_type="bpe", byte_fallback=True, add_dummy_prefix=False, num_threads=1,
-        user_defined_symbols=list(t.CASE_MARKS))
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
+    sp = trained_tokenizer(folder / "m.model", [f"ab the {i} ab" for i in range(200)],
+                           vocab_size=290, user_defined_symbols=list(t.CASE_MARKS))
     ids = [sp.bos_id(), *sp.encode("\ue001ab\ue002 ab")]
     counts = t.target_bytes(t.byte_table(sp, 290), np.array(ids)).tolist()
     write_split(folder, "train", 20 * ids)
@@ -348,16 +334,6 @@ def test_begin_of_document_must_be_the_tokenizers(tmp_path):
     assert t.open_data(sample_config(tmp_path, bos_id=2)).val[-1] == 2
 
 
-def trained_tokenizer(path, documents, **changes):
-    """A processor of 400 BPE pieces trained on `documents`, saved as `path`."""
-    options = dict(model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False,
-                   pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(path.with_suffix("")),
-        **(options | changes))
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
-
-
 @pytest.fixture(scope="module")
 def documents():
     [shard] = t.open_shards(SAMPLE, "val")
@@ -403,11 +379,3 @@ def test_tokenizer_whose_bytes_cannot_be_counted_is_refused(tmp_path, documents,
                       tokenizer_path=str(tmp_path / "t.model"))
     with pytest.raises(t.GolfError, match="TOKENIZER_PATH=.*t.model: counts [0-9]+ bytes for"):
         t.open_data(cfg)
-
-
-def test_tokenizer_with_a_piece_that_is_not_utf8_is_refused(tmp_path):
-    damaged = MODEL.read_bytes().replace("\u2581the".encode(), b"\xe2\x96\x81t\xa8e", 1)
-    (tmp_path / "x.model").write_bytes(damaged)
-    cfg = tiny_config(tokenizer_path=str(tmp_path / "x.model"), vocab_size=VOCAB)
-    with pytest.raises(t.GolfError, match="x.model: not a SentencePiece model"):
-        t.open_tokenizer(cfg)

@@ -99,7 +99,8 @@ def test_upload_sends_the_folder(hub, log, tmp_path, monkeypatch, capsys, option
     assert publish.main([*command, "--upload", "ada/golf", *options]) == 0
     [created], [sent] = hub.create_repo.call_args_list, hub.upload_folder.call_args_list
     assert created.args == ("ada/golf",) and created.kwargs["private"] == private
-    assert sent.kwargs["repo_id"] == "ada/golf" and files_in(Path(sent.kwargs["folder_path"])) == FILES
+    assert sent.kwargs["repo_id"] == "ada/golf"
+    assert files_in(Path(sent.kwargs["folder_path"])) == FILES
     assert capsys.readouterr().out.endswith("\nhttps://hub/commit/c0ffee\n")
     assert publish.main([str(log), "--out", str(tmp_path / "b")]) == 0  # without --upload nothing
     assert hub.upload_folder.call_count == 1
