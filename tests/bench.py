@@ -1,23 +1,19 @@
 """How fast is a training step, where does its time go, how far is each part from the hardware?
 
-    python tests/bench.py [--steps 10]                  one GPU, minutes, no data needed
-    python tests/bench.py --against REV [--steps 60]    this script beside another commit's
-    PRESET=sample python tests/bench.py --steps 3       any machine, to try the tool
+    python tests/bench.py [--steps 10]               one GPU, minutes, no data needed
+    PRESET=sample python tests/bench.py --steps 3    any machine, to try the tool
 
-Settings are train_gpt.py's environment variables.  The first form times steps on synthetic tokens,
-profiles one more, and prints each group of kernels beside three floors: its FLOPs alone; "today",
-every kernel reading its inputs and writing its outputs once; "ideal", in which only products, the
-delta rule and attention touch memory.  The second form runs both scripts from the command line
-under one environment and compares the tok_s of their logs; REV is a commit or a train_gpt.py.
+Settings are train_gpt.py's environment variables.  It times steps on synthetic tokens, profiles one
+more, and prints each group of kernels beside three floors: its FLOPs alone; "today", every kernel
+reading its inputs and writing its outputs once; "ideal", in which only products, the delta rule and
+attention touch memory.  Two commits are compared by the tok_s that report.py shows of their logs.
 """
 
 import argparse
 import os
 import re
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -234,60 +230,14 @@ def print_report(found, table):
         print(f"{component:<14}" + "".join(f"{ns:10.1f}" for ns in row) + f"{ratio:>10}")
 
 
-# ---- beside another commit
-
-
-def logged_throughput(script, steps, env):
-    """Median tok_s of the second half of `steps` steps of a run of `script`, then stopped."""
-    with tempfile.TemporaryDirectory() as folder:
-        # Where the script looks for its sample; a run of another commit needs nothing else.
-        (Path(folder) / "data").symlink_to(ROOT / "data")
-        copy = Path(folder) / "train_gpt.py"
-        copy.write_bytes(script)
-        wanted = dict(OUT_DIR=folder, RUN_ID="bench", MAX_WALLCLOCK_SECONDS="0", RESUME="",
-                      VAL_LOSS_EVERY="0", TRAIN_LOG_EVERY=str(max(1, steps // 20)))
-        process = subprocess.Popen([sys.executable, str(copy)], env=dict(env) | wanted, cwd=ROOT,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        found = {}
-        tail = ""
-        try:
-            for line in process.stdout:
-                tail = tail[-2000:] + line
-                step = re.match(r"step:(\d+)/.* tok_s:(\d+)", line)
-                if step:
-                    found[int(step[1])] = int(step[2])
-                if max(found, default=0) >= steps:
-                    break
-        finally:
-            process.kill()
-            process.wait()
-    late = [tok_s for step, tok_s in found.items() if step > steps / 2]
-    if not late:
-        raise SystemExit(f"the run ended before step {steps}:\n{tail}")
-    return statistics.median(late)
-
-
-def compare(rev, steps, env):
-    """Print tokens/s of this script and of another one, and the ratio."""
-    other = Path(rev).read_bytes() if Path(rev).is_file() else subprocess.run(
-        ["git", "-C", str(ROOT), "show", f"{rev}:train_gpt.py"], capture_output=True,
-        check=True).stdout
-    ours, theirs = [logged_throughput(script, steps, env) for script in (t.code_bytes(), other)]
-    print(f"this script {ours:.0f} tokens/s, {rev} {theirs:.0f}, ratio {ours / theirs:.3f}")
-
-
 def main(arguments, env):
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=10, help="timed steps")
-    parser.add_argument("--against", metavar="REV", help="commit or file to compare with")
     parser.add_argument("--tflops", type=float, default=790.0, help="peak of bf16 products")
     parser.add_argument("--terabytes", type=float, default=3.0, help="peak of memory [TB/s]")
     options = parser.parse_args(arguments)
-    if options.against:
-        compare(options.against, options.steps, env)
-        return
     cfg = t.Config.from_env(env)
     run = t.Run.from_env({}, cfg)  # one process
     cfg = t.settle_batch(cfg, run)

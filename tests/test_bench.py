@@ -1,13 +1,11 @@
-"""tests/bench.py: its floors, how it groups kernels, that its step is the training step, and the
-comparison with another script.
-"""
+"""tests/bench.py: its floors, how it groups kernels, and that its step is the training step."""
 
 from dataclasses import replace
 
 import bench
 import pytest
 import torch
-from conftest import SCRIPT, TINY, tiny_config, weights_of
+from conftest import TINY, tiny_config, weights_of
 
 import train_gpt as t
 
@@ -89,17 +87,3 @@ def test_a_run_prints_the_table(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[-10].split()[3:] == ["measured", "FLOPs", "ideal", "today", "x", "today"]
     assert lines[-1].startswith("step ") and " tokens/s, step " in lines[-11]
-
-
-@pytest.mark.slow
-def test_another_script_is_compared_by_the_tok_s_of_its_log(tiny, capfd):
-    env = tiny | dict(ITERATIONS="100", OMP_NUM_THREADS="1")
-    bench.main(["--against", str(SCRIPT), "--steps", "4"], env)
-    words = capfd.readouterr().out.split()
-    ours, theirs, ratio = int(words[2]), int(words[-3].strip(",")), float(words[-1])
-    assert ratio == pytest.approx(ours / theirs, rel=0.01) and 0.2 < ratio < 5
-
-
-def test_a_run_that_ends_too_soon_is_an_error_with_its_output(tiny):
-    with pytest.raises(SystemExit, match="ended before step 4(.|\n)*needs a CUDA GPU"):
-        bench.logged_throughput(t.code_bytes(), 4, tiny | dict(KERNEL="fla"))

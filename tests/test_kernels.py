@@ -276,17 +276,11 @@ def test_cuda_gdn_in_parts_equals_one_pass(kernel, H, K):
 
 @gpu
 @pytest.mark.parametrize("kernel, H, K", GDN_CASES)
-def test_cuda_gdn_survives_strong_decay(kernel, H, K):
-    got = gdn_results(kernel, gdn_inputs(200, H, K, "cuda", torch.bfloat16, decay=3.0))
-    assert all(y.isfinite().all() for y in got.values())
-
-
-@gpu
-@pytest.mark.parametrize("kernel, H, K", GDN_CASES)
-def test_cuda_gdn_repeats_bit_for_bit(kernel, H, K):
-    x = gdn_inputs(513, H, K, "cuda", torch.bfloat16)
-    a, b = [gdn_results(kernel, x) for _ in range(2)]
-    assert all(torch.equal(a[part], b[part]) for part in a)
+def test_cuda_gdn_repeats_bit_for_bit_and_survives_strong_decay(kernel, H, K):
+    for decay in (0.0, 3.0):
+        x = gdn_inputs(513, H, K, "cuda", torch.bfloat16, decay=decay)
+        a, b = [gdn_results(kernel, x) for _ in range(2)]
+        assert all(a[part].isfinite().all() and torch.equal(a[part], b[part]) for part in a)
 
 
 def launch_results(function, name, T, H, K):
@@ -336,52 +330,45 @@ def test_fla_has_its_wide_tile_where_triton_is_older_than_it_accepts():
     assert isinstance(chunk_o.chunk_bwd_kernel_dqkwg, t._WideKeyTile) != TRITON_ABOVE_3_7_1
 
 
-def mlp_case(M, D, width):
-    return (lambda f, x, up, down, scale: f(x, up, down, scale, 0.0)), dict(
-        x=normal(1, M, D), up=normal(width, D, seed=1), down=normal(D, width, seed=2),
-        scale=normal(D, seed=3))
-
-
-def attention_case(T, S, window):
-    return (lambda f, q, k, v: f(q, k, v, window)), dict(
-        q=normal(2, T, 4, 64), k=normal(2, S, 2, 64, seed=1), v=normal(2, S, 2, 64, seed=2))
-
-
-CASES = {"mlp": mlp_case, "attention": attention_case, "compiled attention": attention_case}
 SHAPES = [pytest.param("mlp", shape, marks=HOPPER) for shape in (
     (1, 72, 8), (127, 128, 192), (130, 72, 136), (257, 512, 2048), (20_001, 128, 264))]
 SHAPES += [(name, shape) for name in ("attention", "compiled attention") for shape in (
     (2, 2, 64), (40, 40, 64), (200, 263, 64), (64, 70, 64), (1, 64, 64), (513, 513, 512))]
 
 
-def operation_results(name, shape, dtype, fast=True):
+def operation_results(name, shape, fast=True):
     """Results and gradients of one operation on the GPU, the reference's in float64."""
-    call, inputs = CASES[name](*shape)
-    fast_one, plain_one = {
-        "mlp": (t.fast_mlp, t.mlp), "attention": (t.pick_attention()[1], t.attention),
-        "compiled attention": (torch.compile(t.pick_attention()[1], dynamic=False), t.attention),
-    }[name]
-    x = {}
-    for key, value in inputs.items():
-        is_float = key in ("weight", "scale")  # float32 in the model too
-        rounded = value.float() if is_float else value.bfloat16()
-        x[key] = rounded.cuda().to(torch.float32 if is_float else dtype)
-    if fast:
-        return results_and_gradients(lambda **y: call(fast_one, **y), x)
-    return results_and_gradients(lambda **y: call(plain_one, **y), in_double(x))
+    if name == "mlp":
+        M, D, width = shape
+        x = dict(x=normal(1, M, D), up=normal(width, D, seed=1), down=normal(D, width, seed=2),
+                 scale=normal(D, seed=3))
+        call = partial(t.fast_mlp if fast else t.mlp, slope=0.0)
+    else:
+        T, S, window = shape
+        q, k, v = normal(2, T, 4, 64), normal(2, S, 2, 64, seed=1), normal(2, S, 2, 64, seed=2)
+        x = dict(q=q, k=k, v=v)
+        attention = t.pick_attention()[1] if fast else t.attention
+        compiled = fast and name.startswith("compiled")
+        attention = torch.compile(attention, dynamic=False) if compiled else attention
+        def call(q, k, v):
+            return attention(q, k, v, window)
+    x = {key: value.bfloat16().cuda() for key, value in x.items()}
+    if name == "mlp":  # float32 in the model too
+        x["scale"] = normal(shape[1], seed=3).float().cuda()
+    return results_and_gradients(call, x if fast else in_double(x))
 
 
 @gpu
 @pytest.mark.parametrize("name, shape", SHAPES)
 def test_cuda_operation_equals_the_reference(name, shape):
-    got, want = [operation_results(name, shape, torch.bfloat16, fast) for fast in (True, False)]
+    got, want = [operation_results(name, shape, fast) for fast in (True, False)]
     assert_near(got, want)
 
 
 @HOPPER
 @gpu
 def test_cuda_mlp_repeats_bit_for_bit():
-    a, b = [operation_results("mlp", (20_001, 128, 264), torch.bfloat16) for _ in range(2)]
+    a, b = [operation_results("mlp", (20_001, 128, 264)) for _ in range(2)]
     assert all(torch.equal(a[part], b[part]) for part in a)
 
 

@@ -75,16 +75,6 @@ def test_delta_rule_equals_the_token_by_token_recurrence(case):
                      rtol=1e-7, atol=1e-8)
 
 
-@pytest.mark.parametrize("cut", [1, 63, 64, 100, 199])
-def test_delta_rule_from_no_state_in_two_parts_equals_one_pass_from_zeros(cut):
-    x = delta_inputs(200)
-    zeros = torch.zeros_like(x.pop("state"))
-    first, carried = t.delta_rule(**{n: y[:, :cut] for n, y in x.items()})
-    second, last = t.delta_rule(**{n: y[:, cut:] for n, y in x.items()}, state=carried)
-    torch.testing.assert_close((torch.cat([first, second], 1), last),
-                               t.delta_rule(**x, state=zeros), rtol=1e-9, atol=1e-10)
-
-
 def conv_by_torch(x, weight, tail, heads):
     text = torch.cat([tail, x], 1)
     y = F.silu(F.conv1d(text.mT, weight[:, None], groups=len(weight)).mT)
@@ -260,29 +250,16 @@ def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(tiny_config, tiny
                                rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bonus", [False, True], ids=["plain", "hinted"])
-def test_probabilities_of_all_candidates_sum_to_one(tiny_config, tiny_model, bonus):
-    ids = random_ids(1, 5)
-    hint = (torch.tensor([[3, -1, 63, 0, -1]]), 4.0) if bonus else None
-    model = tiny_model(tiny_config())
-    nats = torch.stack([model.nll(ids, torch.full((1, 5), token), bonus=hint)[0]
-                        for token in range(64)], -1)
-    torch.testing.assert_close(nats.neg().exp().sum(-1), torch.ones(1, 5))
-
-
 # ---- what layers share
 
 
-def test_a_single_colon_shares_the_mixer_alone(tiny_config):
+def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vector(tiny_config):
     _, one, _, other = t.LM(tiny_config(stack="gdn swa:a gdn swa:a")).blocks
     assert one.mixer is other.mixer
     assert one.mlp is not other.mlp and one.qk_gain is not other.qk_gain
-
-
-def test_a_double_colon_shares_mixer_and_mlp_but_no_vectors(tiny_config):
-    blocks = t.LM(tiny_config(stack="(attn::a gdn::b)*2")).blocks
-    assert blocks[0].mixer is blocks[2].mixer and blocks[1].mlp is blocks[3].mlp
-    assert blocks[0].mixer_scale is not blocks[2].mixer_scale
+    one, _, other, _ = t.LM(tiny_config(stack="(attn::a gdn::b)*2")).blocks
+    assert one.mixer is other.mixer and one.mlp is other.mlp
+    assert one.mixer_scale is not other.mixer_scale
 
 
 def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value(tiny_config):
@@ -350,16 +327,17 @@ UNIFORM = dict(q_proj=512, k_proj=512, g_proj=512, a_proj=512, up_proj=512, ngra
                q_conv=4)
 
 
-@pytest.mark.parametrize("kind", CONSTANTS)
-def test_parameter_starts_constant(fresh, kind):
-    assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(CONSTANTS[kind])]))
+def test_constants_start_at_their_values(fresh):
+    for kind, value in CONSTANTS.items():
+        assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(value)])), kind
+    assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))
 
 
-@pytest.mark.parametrize("kind", UNIFORM)
-def test_matrix_starts_uniform_in_one_over_the_root_of_its_columns(fresh, kind):
-    values = every(fresh, kind) * UNIFORM[kind] ** 0.5
-    assert float(values.std()) == pytest.approx(3**-0.5, rel=0.03)
-    assert 0.99 < float(values.abs().max()) <= 1.0001
+def test_matrices_start_uniform_in_one_over_the_root_of_their_columns(fresh):
+    for kind, columns in UNIFORM.items():
+        values = every(fresh, kind) * columns**0.5
+        assert float(values.std()) == pytest.approx(3**-0.5, rel=0.03), kind
+        assert 0.99 < float(values.abs().max()) <= 1.0001, kind
 
 
 SPREAD = {"weight": (lambda x: x / 0.005, 0.0, 1.0),  # how to straighten it, mean, deviation
@@ -367,16 +345,11 @@ SPREAD = {"weight": (lambda x: x / 0.005, 0.0, 1.0),  # how to straighten it, me
           "dt_bias": (lambda x: F.softplus(x).log(), math.log(0.01), math.log(100) / 12**0.5)}
 
 
-@pytest.mark.parametrize("kind", SPREAD)
-def test_parameter_starts_with_the_spread_of_its_distribution(fresh, kind):
-    straighten, mean, deviation = SPREAD[kind]
-    values = straighten(every(fresh, kind))
-    assert float(values.mean()) == pytest.approx(mean, abs=0.15 * deviation)
-    assert float(values.std()) == pytest.approx(deviation, rel=0.1)
-
-
-def test_residual_mix_starts_at_the_residual(fresh):
-    assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))
+def test_others_start_with_the_spread_of_their_distributions(fresh):
+    for kind, (straighten, mean, deviation) in SPREAD.items():
+        values = straighten(every(fresh, kind))
+        assert float(values.mean()) == pytest.approx(mean, abs=0.15 * deviation), kind
+        assert float(values.std()) == pytest.approx(deviation, rel=0.1), kind
 
 
 def test_another_seed_gives_other_initial_values(tiny_config):

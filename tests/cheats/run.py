@@ -48,9 +48,9 @@ def read_cheats():
     for block in re.split("^== ", LIST.read_text(encoding="utf-8"), flags=re.MULTILINE)[2:]:
         head, _, body = block.partition("\n")
         name, who, settings = (head + " | ").split(" | ")[:3]
-        pairs = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", body, re.MULTILINE)
-        edits = [["".join(line[1:] for line in part.splitlines(True)) for part in pair]
-                 for pair in pairs]
+        edits = [["".join(line[1:] for line in part.splitlines(True) if line[0] in marks)
+                  for marks in ("-=", "=+")]
+                 for part in re.findall(r"(?:^[-=].*\n)+(?:^\+.*\n)*", body, re.MULTILINE)]
         settings = dict(setting.split("=") for setting in settings.split())
         cheats.append(Cheat(name, who, edits, {k: v or None for k, v in settings.items()}))
     return cheats
