@@ -118,16 +118,12 @@ RANS = {
 
 
 @pytest.mark.parametrize("name", RANS)
-def test_rans_gives_back_every_symbol(name):
+def test_rans_gives_back_every_symbol_within_a_percent_of_the_entropy(name):
     symbols, classes, freq = RANS[name]
     data = t.rans_encode(symbols, classes, freq)
     assert np.array_equal(t.rans_decode(data, classes, freq), symbols)
-
-
-def test_rans_is_within_a_percent_of_the_entropy():
-    symbols, classes, freq = RANS["gaussian"]
     share = freq[classes, symbols] / 2**t.RANS_BITS
-    assert len(t.rans_encode(symbols, classes, freq)) < 1.01 * -np.log2(share).sum() / 8 + 100
+    assert len(data) < 1.01 * -np.log2(share).sum() / 8 + 100
 
 
 @pytest.mark.parametrize("damage", [
@@ -165,7 +161,7 @@ def test_reloaded_weights_are_the_quantized_ones_bit_for_bit(model, files, codec
 @pytest.mark.parametrize("changes", [
     dict(stack="gdn*2"), dict(stack="(attn::a swa::b)*2"), dict(ngram_buckets=0, smear=False),
     dict(mlp_act="leaky_relu2", mlp_mult=0.25, gdn_neg_eigval=True, kv_share=2, unet=True),
-    dict(bos_id=-1, ngram_order=2, vocab_size=300), dict(rope_base=100.0, swa_window=5),
+    dict(bos_id=-1, ngram_order=2, vocab_size=300), dict(rope_base=100, swa_window=5),
     dict(model_dim=8, vocab_size=16, stack="gdn", gdn_heads=1, mlp_mult=1.0, ngram_buckets=0),
     dict(matrix_bits=2, mlp_bits=3, embed_bits=5, embed_clip_sigmas=4.0, sandwich_bits=8)], ids=str)
 def test_any_model_and_bits_come_back(tmp_path, changes):
@@ -204,18 +200,9 @@ def test_base_supplies_the_settings_that_the_file_does_not_fix(files, model):
     base = replace(model.cfg, eval_spans=9, stack="gdn")
     loaded = t.load_artifact(files["brotli"], base=base).cfg
     assert (loaded.eval_spans, loaded.stack) == (9, model.cfg.stack)
-
-
-def test_setting_that_does_not_fit_the_artifact_is_named(files):
     with pytest.raises(t.GolfError, match="unfit for a setting .*EVAL_STRIDE=512"):
         t.load_artifact(files["rans"], base=tiny_config(train_seq_len=512, eval_stride=512,
                                                         eval_batch_tokens=512))
-
-
-def test_whole_numbers_for_floats_come_back(tmp_path):
-    cfg = tiny_config(**BASE | dict(mlp_mult=2, rope_base=10_000))
-    t.save_artifact(tmp_path / "a", tiny_model(cfg), cfg)
-    assert t.load_artifact(tmp_path / "a").cfg.rope_base == 10_000.0
 
 
 def test_shared_tensors_are_stored_once(model, blob):
@@ -372,19 +359,16 @@ def test_a_stream_that_expands_a_thousandfold_is_not_expanded(files, codec, clai
     assert peak_of_refusal(seal(header, stream)) < 2**23
 
 
-def test_streams_that_go_back_in_the_payload_are_not_copied(files):
+@pytest.mark.parametrize("streams, payload, most", [
+    ([["f16", "none", 1, 2**20], ["f16", "none", 1, -2**20]] * 100 + [["f16", "none", 1, 2**20]],
+     bytes(2**20), 2**23),
+    ([["integers", "lzma", 1000, len(PACK["lzma"](bytes(1000)))]],
+     PACK["lzma"](bytes(1000))[:1] + b"\xff" * 4 + PACK["lzma"](bytes(1000))[5:], 2**28)],
+    ids=["back in the payload", "dictionary of gigabytes"])
+def test_hostile_streams_are_refused_in_little_memory(files, streams, payload, most):
     header, _ = opened(files["lzma"].read_bytes())
-    header["streams"] = [["f16", "none", 1, 2**20], ["f16", "none", 1, -2**20]] * 100
-    header["streams"].append(["f16", "none", 1, 2**20])
-    assert peak_of_refusal(seal(header, bytes(2**20))) < 2**23
-
-
-def test_an_lzma_dictionary_of_gigabytes_is_refused(files):
-    stream = bytearray(PACK["lzma"](bytes(1000)))
-    stream[1:5] = b"\xff" * 4
-    header, _ = opened(files["lzma"].read_bytes())
-    header["streams"] = [["integers", "lzma", 1000, len(stream)]]
-    assert peak_of_refusal(seal(header, bytes(stream))) < 2**28
+    header["streams"] = streams
+    assert peak_of_refusal(seal(header, payload)) < most
 
 
 def test_a_header_that_expands_a_thousandfold_is_stopped():

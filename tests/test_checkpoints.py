@@ -329,14 +329,11 @@ def test_text_of_a_hostile_checkpoint_is_not_printed_raw(dead):
     assert str(caught.value).isprintable()
 
 
-def test_settings_that_change_no_weight_may_differ(dead):
-    assert find(t.replace(dead[0], eval_spans=7, train_log_every=3, matrix_bits=5))
-
-
-def test_other_data_is_refused(dead):
+def test_other_data_is_refused_but_not_settings_that_change_no_weight(dead):
     data = fixed_data(dead[0])
     with pytest.raises(t.GolfError, match="DATA_PATH was 2 shards of 4200 tokens, is 1 shards"):
         t.find_checkpoint(dead[0], t.Run(), data._replace(train=data.train[:1]))
+    assert find(t.replace(dead[0], eval_spans=7, train_log_every=3, matrix_bits=5))
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -437,33 +434,18 @@ def test_artifact_that_cannot_be_written_is_scored_and_fails_the_verdict(run, en
     assert values(result.out, "final") == values((ended / "b.txt").read_text(), "final")
 
 
-@pytest.fixture
-def logging(tmp_path):
-    """A Run that logs to a file."""
+def test_log_that_is_deleted_or_whose_disk_or_console_is_full(tmp_path, capsys):
     run = t.Run()
     run.log_path = tmp_path / "log.txt"
-    return run
-
-
-def test_console_on_a_full_disk_goes_on_in_the_log(logging, monkeypatch):
+    run.log("step", a=1)
+    run.log_path.unlink()  # what was lost is written again
     full = SimpleNamespace(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
-    monkeypatch.setattr(t.sys, "stdout", full)
-    logging.log("step", a=1)
-    assert logging.log_path.read_text() == "step a:1\n"
-
-
-def test_log_on_a_full_disk_goes_on_at_the_console(logging, capsys):
-    logging.log_path = logging.log_path / "gone" / "log.txt"
-    logging.log("step", a=1)
-    assert capsys.readouterr().out == "step a:1\n"
-
-
-def test_log_that_is_deleted_under_way_is_written_whole_again(logging):
-    logging.log("step", a=1)
-    logging.log_path.unlink()
-    logging.log("step", a=2)
-    logging.log("step", a=3)
-    assert logging.log_path.read_text() == "step a:1\nstep a:2\nstep a:3\n"
+    with mock.patch.object(t.sys, "stdout", full):
+        run.log("step", a=2)
+    assert run.log_path.read_text() == "step a:1\nstep a:2\n"
+    run.log_path = tmp_path / "gone" / "log.txt"
+    run.log("step", a=3)
+    assert capsys.readouterr().out == "step a:1\nstep a:3\n"
 
 
 @pytest.mark.parametrize("resume, goes_on", [("auto", True), ("other.ckpt", False)])
