@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import fixed_data, tiny_config, tiny_model
 from test_model import assert_all_close, dense_attention, normal, results_and_gradients
+from test_training import with_wrong
 
 import train_gpt as t
 
@@ -148,6 +149,8 @@ def test_operator_hands_every_gradient_to_its_input(stand_in, beta_max):
     x = gdn_inputs(70, 2, 8, spare=3)
     got, want = [gdn_results(kernel, x, beta_max) for kernel in (stand_in, None)]
     assert_all_close(got, want, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():  # outside of training no states are kept
+        assert t._gdn_forward(*x.values(), beta_max, stand_in, False)[-1].numel() == 0
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["y alone", "state alone"])
@@ -160,12 +163,6 @@ def test_operator_is_differentiated_where_one_result_is_unused(stand_in, used):
         found.append({n: y.grad if y.grad is not None else torch.zeros_like(y)
                       for n, y in leaves.items()})
     assert_all_close(*found, rtol=1e-5, atol=1e-4)
-
-
-def test_operator_keeps_no_states_outside_of_training(stand_in):
-    with torch.no_grad():
-        results = t._gdn_forward(*gdn_inputs(70, 2, 8).values(), 1.0, stand_in, False)
-    assert results[-1].numel() == 0
 
 
 @pytest.mark.parametrize("returns_tuple", [False, True])
@@ -441,12 +438,7 @@ def test_cuda_preset_passes_the_check_of_the_fast_path(env):
 @pytest.mark.parametrize("operation", t.Ops._fields[:3])
 def test_cuda_wrong_kernel_fails_the_check_of_the_fast_path(operation):
     model = gpu_model(compile="0")
-    right = getattr(model.ops, operation)
-
-    def wrong(*args, **keywords):
-        out = right(*args, **keywords)
-        return (out[0].roll(1, 1), *out[1:]) if isinstance(out, tuple) else 1.3 * out
-    wrong_model = t.LM(model.cfg, model.ops._replace(**{operation: wrong})).cuda()
+    wrong_model = t.LM(model.cfg, with_wrong(model.ops, operation)).cuda()
     wrong_model.load_state_dict(model.state_dict())
     with pytest.raises(t.GolfError, match="the fast path's loss differs"):
         t.check_fast_path(wrong_model, t.Run(device="cuda:0"), 2)

@@ -283,16 +283,13 @@ def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tin
     torch.testing.assert_close(model(ids)[0], model.embed.logits(x), rtol=1e-5, atol=1e-5)
 
 
-def test_xsa_takes_the_tokens_own_value_out_of_its_output():
+def test_xsa_takes_the_tokens_own_value_out_of_the_last_attention_layers(tiny_config):
     o, v = normal(2, 6, 4, 8), normal(2, 6, 2, 8, seed=1)
     left = t.without_own_value(o, v)
     own = v.repeat_interleave(2, 2)
     assert float((left * own).sum(-1).abs().max()) < 1e-5
     torch.testing.assert_close(left + (o * own).sum(-1, True) / own.square().sum(-1, True) * own,
                                o, rtol=1e-5, atol=1e-5)
-
-
-def test_xsa_is_for_the_last_attention_layers(tiny_config):
     blocks = t.LM(tiny_config(stack="attn swa gdn attn gdn", xsa_layers=2)).blocks
     assert [block.xsa for block in blocks] == [False, True, False, True, False]
 

@@ -17,6 +17,7 @@ from conftest import ROOT
 from PIL import Image
 
 import figures  # isort: skip
+import page as dark  # isort: skip
 import report  # isort: skip
 
 TOOLS = ROOT / "logs" / "tools"
@@ -415,6 +416,7 @@ def test_page_is_whole_and_loads_nothing(page):
         named = {e.get("id") for e in elements}
         used = re.findall(r'(?:xlink:href="|url\()#([^")]+)', svg)
         assert set(used) <= named and len(elements) > 20
+    assert {*figures.COLORS, *figures.PARTS.values()} == set(dark.SERIES)
     for scheme in ("#ffffff", "#000000", "#0072b2"):  # every color has a dark counterpart
         assert scheme not in "".join(svgs)
 
@@ -425,12 +427,6 @@ def test_page_shows_what_the_logs_say(page):
                   "foreign&co", "1 of 3 without the verdict ok.", "causal", "bits per weight"):
         assert shown in text, shown
     assert "int8" not in text
-
-
-def test_every_color_of_the_figures_has_a_dark_one():
-    import page as module
-    used = {*figures.COLORS, *figures.PARTS.values()}
-    assert used == set(module.SERIES)
 
 
 def test_page_without_matplotlib_has_the_table_and_says_what_is_missing(logs, tmp_path):

@@ -110,29 +110,9 @@ def optimizer_of(model, rule, decay=0.0, clip=0.0, run=None):
     return t.Optimizer(model, treatment, run or t.Run(), clip, momentum=0.9, compiled=False)
 
 
-class WrittenMuon:
-    """Muon for one matrix as published: Nesterov momentum, five Newton-Schulz steps."""
-
-    def __init__(self, p, decay):
-        self.p = p
-        self.decay = decay
-        self.buffer = torch.zeros_like(p.data)
-        self.param_groups = [{"lr": 0.1}]
-
-    def step(self):
-        G = self.p.grad
-        self.buffer = 0.9 * self.buffer + 0.1 * G
-        X = 0.1 * G + 0.9 * self.buffer
-        X = X / X.norm()
-        for _ in range(5):
-            A = X @ X.T
-            X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        rate = self.param_groups[0]["lr"]
-        scale = max(1, len(X) / X.shape[1]) ** 0.5
-        self.p.data = self.p.data * (1 - rate * self.decay) - rate * scale * X
-
-
-RULES = {"sgd": lambda p: torch.optim.SGD([p], momentum=0.9), "muon": lambda p: WrittenMuon(p, 0.3),
+RULES = {"sgd": lambda p: torch.optim.SGD([p], momentum=0.9),
+         "muon": lambda p: torch.optim.Muon([p], lr=0.1, momentum=0.9, weight_decay=0.3,
+                                            adjust_lr_fn="original"),
          "adamw": lambda p: torch.optim.AdamW([p], betas=(0.8, 0.9), weight_decay=0.3, eps=1e-10)}
 
 
@@ -150,7 +130,9 @@ def test_rule_moves_weights_as_the_published_optimizer_does(rule, name):
         theirs.step()
         fill(ours, grads)
         ours.step(rate)
-    torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-4, atol=1e-5)
+    # torch orthogonalises in bfloat16.
+    torch.testing.assert_close(model.get_parameter(name), p, rtol=1e-4,
+                               atol=2e-3 if rule == "muon" else 1e-5)
 
 
 @pytest.mark.parametrize("clip, share", [(0.0, 1.0), (1e9, 1.0), (2.0, None)],
@@ -338,15 +320,20 @@ def test_qat_moves_the_weights_by_the_gradient_of_the_rounded_ones():
     assert_same_weights(*moves, rtol=1e-3, atol=1e-5)
 
 
+def with_wrong(ops, operation):
+    """The Ops with one operation that returns something else."""
+    right = getattr(ops, operation)
+
+    def wrong(*args, **keywords):
+        out = right(*args, **keywords)
+        return (out[0].roll(1, 1), *out[1:]) if isinstance(out, tuple) else 1.3 * out
+    return ops._replace(**{operation: wrong})
+
+
 @pytest.mark.parametrize("operation", t.Ops._fields[:3])
 def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, capsys):
-    right = getattr(t.REFERENCE, operation)
-
-    def wrong(*args):
-        out = right(*args)
-        return (out[0].roll(1, 1), *out[1:]) if isinstance(out, tuple) else 1.3 * out
     model = tiny_model(tiny_config())
-    fast = t.LM(model.cfg, t.REFERENCE._replace(**{operation: wrong}))
+    fast = t.LM(model.cfg, with_wrong(t.REFERENCE, operation))
     fast.load_state_dict(model.state_dict())
     with pytest.raises(t.GolfError, match="KERNEL=reference COMPILE=0: the fast path's loss"):
         t.check_fast_path(fast, t.Run(), 2)
