@@ -1,7 +1,6 @@
 """What every test file shares: a tiny model and text, runs at toy size, ranks, the log's parser.
 
-`tiny_config(**overrides)` and `tiny_model(cfg)` are plain functions; fixtures of the same names
-hand them to tests.  Tests marked gpu are skipped where torch finds no CUDA GPU.
+Tests marked gpu are skipped where torch finds no CUDA GPU.
 """
 
 import contextlib
@@ -63,10 +62,6 @@ def tiny_model(cfg, seed=0):
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=rng))
     return model
-
-
-fixture_tiny_config = pytest.fixture(lambda: tiny_config, name="tiny_config")
-fixture_tiny_model = pytest.fixture(lambda: tiny_model, name="tiny_model")
 
 
 def weights_of(model):

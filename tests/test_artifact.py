@@ -77,9 +77,6 @@ def fault(path):
     return str(caught.value)
 
 
-# ---- codecs
-
-
 @pytest.mark.parametrize("codec", COMPRESSORS)
 @pytest.mark.parametrize("size", [1, 999, 1001, 10**8])
 def test_stream_of_another_length_than_promised_is_refused(codec, size):
@@ -153,11 +150,6 @@ def test_hostile_table_of_frequencies_is_refused(change):
 # ---- save and load
 
 
-@pytest.mark.parametrize("codec", CODERS)
-def test_reloaded_weights_are_the_quantized_ones_bit_for_bit(model, files, codec):
-    assert_holds(t.load_artifact(files[codec]), stored(model))
-
-
 @pytest.mark.parametrize("changes", [
     dict(stack="gdn*2"), dict(stack="(attn::a swa::b)*2"), dict(ngram_buckets=0, smear=False),
     dict(mlp_act="leaky_relu2", mlp_mult=0.25, gdn_neg_eigval=True, kv_share=2, unet=True),
@@ -212,7 +204,9 @@ def test_shared_tensors_are_stored_once(model, blob):
 
 
 @pytest.mark.parametrize("codec", CODERS)
-def test_same_model_gives_the_same_bytes_of_the_size_returned(model, files, codec, tmp_path):
+def test_reloaded_weights_are_the_quantized_ones_and_the_same_bytes_again(model, files, codec,
+                                                                          tmp_path):
+    assert_holds(t.load_artifact(files[codec]), stored(model))
     size = t.save_artifact(tmp_path / "again", model, replace(model.cfg, compressor=codec))
     assert (tmp_path / "again").read_bytes() == files[codec].read_bytes()
     assert size == files[codec].stat().st_size
@@ -263,9 +257,9 @@ def test_foreign_file_is_refused_by_name(tmp_path, content):
     assert str(path) in fault(path)
 
 
-@pytest.mark.parametrize("version", [0, t.ARTIFACT_VERSION - 1, t.ARTIFACT_VERSION + 1, 2**32 - 1])
-def test_another_version_is_named(blob, version):
-    assert f"version {version}" in fault(blob[:8] + version.to_bytes(4, "little") + blob[12:])
+def test_another_version_is_named(blob):
+    for version in (0, t.ARTIFACT_VERSION - 1, t.ARTIFACT_VERSION + 1, 2**32 - 1):
+        assert f"version {version}" in fault(blob[:8] + version.to_bytes(4, "little") + blob[12:])
 
 
 # ---- hostile files: right checksums around wrong contents
@@ -327,13 +321,6 @@ def test_header_of_more_weights_than_its_bytes_can_code_is_refused(blob):
     assert "weights in" in fault(seal(header, bytes(10)))
 
 
-def test_bytes_that_belong_to_no_tensor_are_refused(blob):
-    header, payload = opened(blob)
-    more = t.compress(bytes(4), "brotli")
-    header["streams"].append(["f32", "brotli", 4, len(more)])
-    fault(seal(header, payload + more))
-
-
 def peak_of_refusal(blob):
     """Bytes that refusing an artifact takes at most at one time."""
     tracemalloc.start()
@@ -371,6 +358,10 @@ def test_hostile_streams_are_refused_in_little_memory(files, streams, payload, m
     assert peak_of_refusal(seal(header, payload)) < most
 
 
-def test_a_header_that_expands_a_thousandfold_is_stopped():
+def test_a_header_that_expands_a_thousandfold_or_a_stream_too_many_is_refused(blob):
     bomb = b"[" + b" " * 2**26 + b"]"
     assert peak_of_refusal(seal(bomb, b"")) < 5 * t.MAX_HEADER_BYTES
+    header, payload = opened(blob)
+    more = t.compress(bytes(4), "brotli")
+    header["streams"].append(["f32", "brotli", 4, len(more)])
+    fault(seal(header, payload + more))

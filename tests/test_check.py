@@ -79,7 +79,7 @@ BROKEN = [  # the kind of fault, others that follow from it, and the change
     ("log_unfinished" + LACKS_LOG, edit(LOG, r"^compliance .*\n", "")),
     ("log_seed seeds compliance_claim readme_seed seed_result", edit(LOG, "seed:42 ", "seed:7 ")),
     ("log_inconsistent", edit(LOG, r"^(final .*)", r"\1\n\1")),
-    ("rerun log_inconsistent configurations_differ code_sha256 environment log_seed", edit(
+    ("rerun log_inconsistent configurations_differ code_bytes code_sha256 total_bytes", edit(
         LOG, r"^(final_int6_roundtrip .*)", r"\1\nrun preset:record seed:42 world_size:8")),
     ("log_inconsistent", edit(LOG, "train_time:592012ms", "train_time:611012ms")),
     ("dirty_commit", edit(LOG, "commit:d474b71", "commit:d474b71-dirty")),

@@ -123,9 +123,6 @@ def test_what_is_not_used_contradicts_nothing():
     assert t.Config.from_env(dict(EVAL_ONLY="1", ARTIFACT="a")) == t.Config(artifact="a")
 
 
-# ---- STACK ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stack, part", [
     ("", "layer"), (" , ", "layer"), ("mamba", "'mamba'"), ("gdn*0", "'gdn*0'"),
     ("gdn*-1", "'gdn*-1'"), ("gdn*257", "257 layers"), ("gdn:", "'gdn:'"),
@@ -207,10 +204,10 @@ def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
     assert t.Config.from_env({}) == t.Config.from_env(dict(PRESET="record")) == t.Config()
 
 
-@pytest.mark.parametrize("preset, wrong", [("recrod", "recrod"), ("sample,nothing", "nothing")])
-def test_unknown_preset_is_refused_with_the_list(preset, wrong):
-    assert fault(PRESET=preset) == (f"PRESET={wrong}: must be a comma list of record, pr1749, "
-                                    "pr1698, pr456, sample")
+def test_unknown_preset_is_refused_with_the_list():
+    for preset, wrong in (("recrod", "recrod"), ("sample,nothing", "nothing")):
+        assert fault(PRESET=preset) == (f"PRESET={wrong}: must be a comma list of record, pr1749, "
+                                        "pr1698, pr456, sample")
 
 
 @pytest.mark.parametrize("preset, stack, kept", [
@@ -255,9 +252,6 @@ def test_help_shows_a_preset_as_the_environment_takes_it(preset):
 def test_unset_run_id_becomes_time_presets_and_seed():
     name = t.name_run(t.Config.from_env(dict(PRESET="pr1749, sample")), t.Run()).run_id
     assert re.fullmatch(r"\d{8}-\d{6}_pr1749-sample_seed1337", name)
-
-
-# ---- one place for one thing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, places", [

@@ -142,9 +142,6 @@ def test_holdout_is_the_end_of_the_training_text_and_left_out_of_it(tmp_path):
         t.open_data(sample_config(tmp_path, holdout_tokens=250))
 
 
-# ---- bytes ---------------------------------------------------------------------------------------
-
-
 def test_every_piece_has_the_bytes_of_the_challenges_rule():
     for i in range(VOCAB + 76):
         expected = (0, False, True)
@@ -174,9 +171,6 @@ def test_bytes_of_a_stream_are_those_of_its_documents(texts, end):
     assert counted == sum(len(SP.decode(ids).encode()) for ids in documents)
 
 
-# ---- the run's own check of the bytes ------------------------------------------------------------
-
-
 def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice(monkeypatch):
     [shard] = t.open_shards(SAMPLE, "val")
     by_table, by_text = t.decoded_bytes(SP, shard[:], BOS, 1_000_000)
@@ -194,9 +188,6 @@ def test_both_counts_of_a_text_cut_anywhere_agree(texts, first, last):
     stream = np.array([i for ids in documents for i in (BOS, *ids)], np.uint16)[first:]
     by_table, by_text = t.decoded_bytes(SP, stream, BOS, len(stream) - last)
     assert by_table == by_text
-
-
-# ---- CaseOps -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
 
 import train_gpt as t
 
@@ -153,7 +154,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("feature", [*FEATURES, "hash table"])
-def test_logits_before_a_changed_token_stay_bit_equal(tiny_config, tiny_model, feature):
+def test_logits_before_a_changed_token_stay_bit_equal(feature):
     model = tiny_model(tiny_config(**FEATURES.get(feature, {})))
     if feature == "hash table":
         model.embed.hash_table = torch.nn.Parameter(normal(32, 64, dtype=torch.float32))
@@ -178,7 +179,7 @@ CUTS += [("record", [cut, 70]) for cut in (1, 2, 3, 15, 16, 17, 65)]
 
 
 @pytest.mark.parametrize("preset, cuts", CUTS)
-def test_text_in_parts_with_carried_state_equals_one_pass(tiny_model, preset, cuts):
+def test_text_in_parts_with_carried_state_equals_one_pass(preset, cuts):
     model = tiny_model(t.Config.from_env(SMALL | dict(PRESET=preset)))
     ids = random_ids(2, sum(cuts))
     state = None
@@ -191,7 +192,7 @@ def test_text_in_parts_with_carried_state_equals_one_pass(tiny_model, preset, cu
 
 
 @pytest.mark.parametrize("negative, top", [(False, 1.0), (True, 2.0)])
-def test_neg_eigval_doubles_the_range_of_beta(monkeypatch, tiny_config, tiny_model, negative, top):
+def test_neg_eigval_doubles_the_range_of_beta(monkeypatch, negative, top):
     seen = []
     right = t.delta_rule
     monkeypatch.setattr(t, "delta_rule", lambda *args: seen.append(args[4]) or right(*args))
@@ -199,7 +200,7 @@ def test_neg_eigval_doubles_the_range_of_beta(monkeypatch, tiny_config, tiny_mod
     assert 0.8 * top < float(seen[0].detach().max()) < top
 
 
-def test_returned_state_is_detached(tiny_model, tiny_config):
+def test_returned_state_is_detached():
     _, state = tiny_model(tiny_config(stack="gdn swa"))(random_ids(1, 10))
     assert not any(x.requires_grad for pair in state for x in pair)
 
@@ -213,7 +214,7 @@ def embed(model, ids):
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_a_document_start_hides_the_text_before_from_the_embedding(tiny_config, tiny_model, order):
+def test_a_document_start_hides_the_text_before_from_the_embedding(order):
     model = tiny_model(tiny_config(ngram_order=order))
     ids = random_ids(1, 12, low=2)
     ids[:, 5] = 1
@@ -222,7 +223,7 @@ def test_a_document_start_hides_the_text_before_from_the_embedding(tiny_config, 
 
 
 @pytest.mark.parametrize("feature, back", [(dict(smear=False), 2), (dict(ngram_buckets=0), 1)])
-def test_trigrams_reach_two_tokens_back_and_smear_one(tiny_config, tiny_model, feature, back):
+def test_trigrams_reach_two_tokens_back_and_smear_one(feature, back):
     model = tiny_model(tiny_config(**feature))
     ids = random_ids(1, 12, low=2)
     changed = torch.cat([ids[:, :5], ids[:, 5:6] ^ 4, ids[:, 6:]], 1)
@@ -230,7 +231,7 @@ def test_trigrams_reach_two_tokens_back_and_smear_one(tiny_config, tiny_model, f
     assert differs.nonzero().flatten().tolist() == list(range(5, 6 + back))
 
 
-def test_logits_stay_within_the_softcap(tiny_config, tiny_model):
+def test_logits_stay_within_the_softcap():
     model = tiny_model(tiny_config(logit_softcap=2.0))
     with torch.no_grad():
         model.embed.weight.mul_(100)
@@ -239,7 +240,7 @@ def test_logits_stay_within_the_softcap(tiny_config, tiny_model):
 
 @pytest.mark.parametrize("bonus", [None, (torch.tensor([[7, -1, 0, 5]]), 1.5)],
                          ids=["plain", "hinted"])
-def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(tiny_config, tiny_model, bonus):
+def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(bonus):
     model, ids = tiny_model(tiny_config()), random_ids(1, 4)
     logits = model(ids)[0].detach().double()
     for place, token in enumerate(bonus[0][0].tolist() if bonus else ()):
@@ -253,7 +254,7 @@ def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(tiny_config, tiny
 # ---- what layers share
 
 
-def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vector(tiny_config):
+def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vector():
     _, one, _, other = t.LM(tiny_config(stack="gdn swa:a gdn swa:a")).blocks
     assert one.mixer is other.mixer
     assert one.mlp is not other.mlp and one.qk_gain is not other.qk_gain
@@ -262,7 +263,7 @@ def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vec
     assert one.mixer_scale is not other.mixer_scale
 
 
-def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value(tiny_config):
+def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value():
     model = t.LM(tiny_config(stack="gdn*2 swa gdn*2 swa gdn", kv_share=2))
     names = [name for name, _ in model.named_parameters() if name.endswith("k_proj")]
     assert names == [f"blocks.{i}.mixer.kv.k_proj" for i in (0, 2, 3, 6)]
@@ -271,7 +272,7 @@ def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value(tiny_config):
     assert blocks[0].mixer.q_proj is not blocks[1].mixer.q_proj
 
 
-def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tiny_model):
+def test_unet_adds_the_first_half_to_the_second_in_mirror_order():
     model = tiny_model(tiny_config(stack="gdn swa gdn swa attn", unet=True))
     ids = random_ids(1, 20)
     x0 = embed(model, ids)
@@ -283,7 +284,7 @@ def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tin
     torch.testing.assert_close(model(ids)[0], model.embed.logits(x), rtol=1e-5, atol=1e-5)
 
 
-def test_xsa_takes_the_tokens_own_value_out_of_the_last_attention_layers(tiny_config):
+def test_xsa_takes_the_tokens_own_value_out_of_the_last_attention_layers():
     o, v = normal(2, 6, 4, 8), normal(2, 6, 2, 8, seed=1)
     left = t.without_own_value(o, v)
     own = v.repeat_interleave(2, 2)
@@ -349,6 +350,6 @@ def test_others_start_with_the_spread_of_their_distributions(fresh):
         assert float(values.std()) == pytest.approx(deviation, rel=0.1), kind
 
 
-def test_another_seed_gives_other_initial_values(tiny_config):
+def test_another_seed_gives_other_initial_values():
     a, b = [t.init_weights(t.LM(tiny_config()), seed) for seed in (3, 4)]
     assert not torch.equal(a.blocks[0].mixer.q_proj, b.blocks[0].mixer.q_proj)

@@ -98,6 +98,13 @@ def test_one_log(logs):
         dict(pre=BPBS[0] - 0.01, roundtrip=BPBS[0] + 0.004, exact=BPBS[0]))
     assert (log.model_bytes, log.total_bytes, log.code_bytes) == (MODEL_BYTES, TOTAL, len(CODE))
     assert log.final.method == "exact" and log.finished and len(log.val) == 6
+    summary = ("\nscore    1.0561 bits per byte, verdict ok\nbytes    15,900,061 of 16,000,000\n"
+               "seconds  598.1 training, 5.2 evaluation\nfiles    logs/x.txt logs/x.artifact\n"
+               "next     python logs/tools/report.py logs/x.txt --html page.html\n")
+    logs[1].write_text(logs[0].read_text() + summary)
+    screen = report.parse_log(logs[1])
+    assert screen.left_out == [] and screen.events == log.events
+    assert (screen.final, screen.scores, screen.verdict) == (log.final, log.scores, "ok")
     logs[1].write_text(log_text().replace("verdict:ok", "verdict:other_limits"))
     assert report.parse_log(logs[1]).verdict == "other_limits"
     old = "config_changed run_id:x default:-\nconfig matrix_lr:0.03"
@@ -106,16 +113,6 @@ def test_one_log(logs):
         logs[0].write_text(text.replace("peak_mem_mib", "peak_mem_mb"))
         log = report.parse_log(logs[0])
         assert log.config == found and log.peak_mib == 31206
-
-
-def test_the_screen_says_the_same_as_the_log(logs, tmp_path):
-    summary = ("\nscore    1.0561 bits per byte, verdict ok\nbytes    15,900,061 of 16,000,000\n"
-               "seconds  598.1 training, 5.2 evaluation\nfiles    logs/x.txt logs/x.artifact\n"
-               "next     python logs/tools/report.py logs/x.txt --html page.html\n")
-    (tmp_path / "screen.txt").write_text(logs[0].read_text() + summary)
-    log, screen = report.parse_log(logs[0]), report.parse_log(tmp_path / "screen.txt")
-    assert screen.left_out == [] and screen.events == log.events
-    assert (screen.final, screen.scores, screen.verdict) == (log.final, log.scores, "ok")
 
 
 def test_damaged_logs_are_read_or_refused(logs, tmp_path):

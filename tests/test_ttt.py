@@ -233,9 +233,6 @@ def test_close_leaves_the_model_as_it_was():
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-# ---- hints
-
-
 def hints_by_hand(scored, ids):
     """The follower of the last occurrence of the longest known context of 3, 2 or 1 tokens."""
     last = {tuple(scored[at - n + 1:at + 1]): scored[at + 1]
@@ -267,9 +264,6 @@ def test_contexts_that_share_a_bucket_give_no_wrong_hint(monkeypatch):
     follows = {(a, b) for a, b in zip(tokens.tolist(), tokens[1:].tolist())}
     hinted = [(token, hint) for token, hint in zip(tokens.tolist(), found) if hint >= 0]
     assert len(hinted) > 20 and set(hinted) <= follows
-
-
-# ---- the budget of time
 
 
 def adapt_by_the_clock(monkeypatch, budget_s, epoch_s, wanted=8, chunks=20):
