@@ -119,8 +119,11 @@ def test_rans_gives_back_every_symbol_within_a_percent_of_the_entropy(name):
     symbols, classes, freq = RANS[name]
     data = t.rans_encode(symbols, classes, freq)
     assert np.array_equal(t.rans_decode(data, classes, freq), symbols)
-    share = freq[classes, symbols] / 2**t.RANS_BITS
-    assert len(data) < 1.01 * -np.log2(share).sum() / 8 + 100
+    counts = np.zeros(freq.shape)
+    np.add.at(counts, (classes, symbols), 1)
+    share = (counts / counts.sum(1, keepdims=True).clip(1))[classes, symbols]
+    states = 4 * (1 + len(symbols) // 4096)
+    assert len(data) < 1.01 * -np.log2(share).sum() / 8 + states + 100
 
 
 @pytest.mark.parametrize("damage", [
