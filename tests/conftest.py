@@ -152,10 +152,10 @@ def on_ranks(count, work, *arguments):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])  # imported once for all ranks of all tests
+    context.set_forkserver_preload(["torch", "hypothesis", "sentencepiece"])  # once for all ranks
     with ProcessPoolExecutor(count, context) as pool:
         ranks = [pool.submit(run_rank, work, i, count, port, arguments) for i in range(count)]
-        return [rank.result(timeout=120) for rank in ranks]
+        return [rank.result(timeout=300) for rank in ranks]
 
 
 # ---- runs from the command line ------------------------------------------------------------------

@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, files_in, fixed_data, launch,
-                      parse, tiny_config, tiny_model, values, weights_of)
+from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, enter, files_in, fixed_data,
+                      launch, on_ranks, parse, tiny_config, tiny_model, values, weights_of)
 
 import train_gpt as t
 
@@ -367,14 +367,19 @@ def test_help_is_the_only_argument(run):
     assert (result.code, result.out, result.err) == (0, t.help_text() + "\n", "")
 
 
+def enter_as_rank(run, env):
+    """The script in this process as one of several ranks, whose group `run` has joined."""
+    return enter(env | dict(RANK=str(run.rank), WORLD_SIZE=str(run.world_size)))
+
+
 @pytest.mark.slow
 def test_eight_ranks_give_the_scores_of_one(whole, tmp_path):
-    env = whole.env | dict(OUT_DIR=str(tmp_path), RUN_ID="many", EVAL_DIAGNOSTICS="0",
-                           FINAL_SCORE="ttt", VAL_LOSS_EVERY="0")
-    code, out, err = finish(launch(env, 8))
-    assert code == 0, err
-    log = (tmp_path / "many.txt").read_text()
-    assert out.split("\n\n")[0] + "\n" == log  # the other ranks are silent
+    first, *others = on_ranks(8, enter_as_rank, whole.env | dict(
+        OUT_DIR=str(tmp_path), RUN_ID="many", EVAL_DIAGNOSTICS="0", FINAL_SCORE="ttt",
+        VAL_LOSS_EVERY="0"))
+    assert first.code == 0, first.err
+    assert {(rank.code, rank.out) for rank in others} == {(0, "")}
+    assert first.out.split("\n\n")[0] + "\n" == (tmp_path / "many.txt").read_text()
     for event in ("pre_quantization_post_ema", "final_int6_ttt"):
         one = float(values(whole.out, event)["val_bpb"])
-        assert float(values(out, event)["val_bpb"]) == pytest.approx(one, rel=1e-5), event
+        assert float(values(first.out, event)["val_bpb"]) == pytest.approx(one, rel=1e-5), event
