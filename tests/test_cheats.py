@@ -14,9 +14,10 @@ sys.path.insert(0, str(ROOT / "tests" / "cheats"))
 import run as cheats  # noqa: E402
 
 CHEATS = {cheat.name: cheat for cheat in cheats.read_cheats()}
-# One for each check of the run; tests of the probes and the Ledger have the others.
-QUICK = ["scores lowered by a constant", "probing switched off", "a leak at every place",
-         "half of the text is scored", "bytes entered twice", "the cap is 16 MiB"]
+QUICK = ["scores lowered by a constant", "scores that know the target", "probing switched off",
+         "a leak at every place", "a leak from the row below", "the state has seen the whole row",
+         "half of the text is scored", "the last part is left out", "bytes entered twice",
+         "the cap is 16 MiB"]
 
 
 @pytest.mark.parametrize("name", CHEATS)
@@ -49,4 +50,5 @@ def test_nothing_is_found_in_the_script_as_it_is(tmp_path):
 
 @pytest.mark.parametrize("name", QUICK)
 def test_cheat_is_found_by_the_run(name):
-    assert cheats.examine(CHEATS[name])[0] == "run"
+    cheat = CHEATS[name]._replace(settings=dict(ITERATIONS="1"))
+    assert cheats.examine(cheat)[0] == "run"

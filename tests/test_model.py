@@ -251,6 +251,16 @@ def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(bonus):
                                rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("hint", [None, (torch.tensor([[3, -1, 63, 0, -1]]), 4.0)],
+                         ids=["plain", "hinted"])
+def test_probabilities_of_all_candidates_sum_to_one(hint):
+    ids = random_ids(1, 5)
+    model = tiny_model(tiny_config())
+    nats = torch.stack([model.nll(ids, torch.full((1, 5), token), bonus=hint)[0]
+                        for token in range(64)], -1)
+    torch.testing.assert_close(nats.neg().exp().sum(-1), torch.ones(1, 5))
+
+
 # ---- what layers share
 
 

@@ -1,4 +1,4 @@
-"""Scoring: windows against the challenge's rule, the Ledger against gaps and repeats, evaluate()
+"""Scoring: windows against written-out lists, the Ledger against gaps and repeats, evaluate()
 against plain loops over the text, ranks against one, adapters against what they may see, and the
 probes of the scoring calls against planted faults.
 """
@@ -102,6 +102,13 @@ def nats(ledger):
 # ---- windows and Ledger
 
 
+def test_windows_are_these():
+    assert list(t.windows(1, 4, 2)) == [(0, 1, 0)]
+    assert list(t.windows(9, 4, 3)) == [(0, 4, 0), (3, 7, 4), (6, 9, 7)]
+    assert list(t.windows(10, 4, 4)) == [(0, 4, 0), (4, 8, 4), (8, 10, 8)]
+    assert list(t.windows(11, 4, 2)) == [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8), (8, 11, 10)]
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 80), st.data())
 def test_windows_follow_the_challenges_rule(total, seq_len, data):
@@ -139,6 +146,17 @@ def test_ledger_refuses_a_repeat_an_overlap_and_a_gap():
     with pytest.raises(t.GolfError, match="lies before 5"):
         ledger.skip(4)
     assert ledger.tokens == 5
+
+
+def test_ledgers_of_ranks_add_up():
+    def enter(run):
+        ledger = t.Ledger()
+        ledger.skip(3 * run.rank)
+        ledger.add(3 * run.rank, *entry(3, 1.0 + run.rank))
+        ledger.skip(6)
+        return ledger.over_ranks(run)
+    for ledger in on_threads(2, enter):
+        assert (ledger.next_target, ledger.tokens, ledger.bytes, nats(ledger)) == (6, 6, 12, 9.0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -0.5])
@@ -369,6 +387,15 @@ def test_causality_probe_follows_the_carried_state(method):
         return nats(scorer, ids, *rest)
     with mock.patch.object(t.Scorer, "nats", peeking):
         assert probed(model, 3000, method).causal > 1e-3
+
+
+def test_normalization_probe_takes_the_hints_of_the_adapter_into_account():
+    tokens = random_text(900)
+    model = tiny_model(replace(MODEL.cfg, ttt_tilt=1.0, ttt_epochs=0, ttt_scoring="exact"))
+    adapter = t.Adapter(model, len(tokens) - 1, t.Run())
+    ledger = t.evaluate(model, tokens, TABLE, "exact", adapter, probing=True)
+    assert ledger.causal == 0 and ledger.normalized < 1e-5 < abs(
+        ledger.val_loss - t.evaluate(model, tokens, TABLE, "exact").val_loss)
 
 
 def test_probe_takes_scores_that_are_no_numbers_as_a_fault():

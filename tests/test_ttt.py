@@ -95,6 +95,19 @@ def test_ranks_score_as_one_and_every_option_passes_its_probes(option):
         assert ledger.val_loss == pytest.approx(alone.val_loss, rel=1e-5)
 
 
+@pytest.mark.parametrize("option", ["sliding", "exact", "all"])
+def test_first_chunk_is_scored_by_the_weights_of_the_artifact(option):
+    tokens = text()
+    trained, idle = [scores(ttt_config(option, ttt_lr=lr, ttt_hash_lr=lr, ttt_phase_chunks=1),
+                            tokens) for lr in (1.0, 0.0)]
+    assert torch.equal(trained[:128], idle[:128]) and not torch.allclose(trained[160:], idle[160:])
+
+
+def test_last_chunk_is_scored_and_never_trained_on():
+    for length, calls in ((129, 0), (130, 1), (257, 1), (258, 2)):
+        assert adapted(ttt_config("exact"), text(length))[1].calls == calls, length
+
+
 @pytest.mark.parametrize("when", ["while text is scored", "after the last call"])
 def test_a_weight_that_changes_outside_the_adapter_breaks_the_order(when):
     cfg = ttt_config("exact")
