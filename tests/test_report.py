@@ -387,15 +387,17 @@ def test_log_of_the_script_tells_where_the_artifacts_bytes_are(run):
     assert all(1 < found[kind] <= 8 for kind in ("mlp", "mixer", "embed"))
 
 
-@pytest.fixture
-def page(logs, tmp_path):
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
     """The page of two seeds, of which one fails a check, and of a run of another script."""
-    logs[1].write_text(with_lines(log_text(42, BPBS[1]), "final m", ttt_lines((1, 1.1))).replace(
-        "causal:ok", "causal:fail").replace("verdict:ok", "verdict:fail"))
-    (tmp_path / "foreign&co.log").write_text(BASELINE)
-    paths = [*map(str, logs[:2]), str(tmp_path / "foreign&co.log")]
-    assert report.main([*paths, "--html", str(tmp_path / "page.html")]) == 0
-    return tmp_path / "page.html"
+    folder = tmp_path_factory.mktemp("page")
+    failed = with_lines(log_text(42, BPBS[1]), "final m", ttt_lines((1, 1.1))).replace(
+        "causal:ok", "causal:fail").replace("verdict:ok", "verdict:fail")
+    paths = [folder / name for name in ("seed1337.txt", "seed42.txt", "foreign&co.log")]
+    for path, text in zip(paths, (log_text(), failed, BASELINE)):
+        path.write_text(text)
+    assert report.main([*map(str, paths), "--html", str(folder / "page.html")]) == 0
+    return folder / "page.html"
 
 
 def test_page_is_whole_and_loads_nothing(page):

@@ -179,6 +179,7 @@ def test_windows_and_spans_are_those_of_the_rules():
         assert verify.exact_spans(total, stride, 9) == t.spans(total, stride, 9)
 
 
+@pytest.mark.slow
 def test_sample_is_compared_at_the_lines_of_test_time_training(folder, capsys):
     options = [str(folder / "run.txt"), "--cpu", "--places", "4", "--artifact",
                str(folder / "run.artifact"), "--sample", "300"]
