@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import sentencepiece as spm
 import zstandard
-from conftest import ROOT, SAMPLE, shard_bytes
+from conftest import ROOT, SAMPLE, shard_bytes, tiny_config, tiny_model
 from conftest import TOKENIZER as MODEL
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -259,11 +259,11 @@ def test_sidecar_has_the_original_bytes_of_every_document(cased):
 
 def test_score_and_run_check_are_by_the_sidecars_bytes(cased):
     model = cased / "fineweb_330_bpe_caseops.model"
-    cfg = train_gpt.Config(data_path=str(cased), tokenizer_path=str(model), vocab_size=330)
+    cfg = tiny_config(data_path=str(cased), tokenizer_path=str(model), vocab_size=330)
     data = train_gpt.open_data(cfg)
-    counted = train_gpt.target_bytes(data.table, data.val).sum()
+    ledger = train_gpt.evaluate(tiny_model(cfg), data.val, data.table, "roundtrip")
     manifest = json.loads((cased / "manifest.json").read_text())
-    assert counted == manifest["splits"]["val"]["counted_bytes"]
+    assert ledger.bytes == manifest["splits"]["val"]["counted_bytes"]
     assert manifest["tokenizer"]["text_transform"] == "lossless_caps_caseops_v1"
     for sidecar in (data.table.sidecar, np.roll(data.table.sidecar, 50)):
         sp = train_gpt.open_tokenizer(cfg)
