@@ -342,13 +342,13 @@ def operation_results(name, shape, fast=True):
         q, k, v = normal(2, T, 4, 64), normal(2, S, 2, 64, seed=1), normal(2, S, 2, 64, seed=2)
         x = dict(q=q, k=k, v=v)
         attention = t.pick_attention()[1] if fast else t.attention
-        compiled = fast and name.startswith("compiled")
-        attention = torch.compile(attention, dynamic=False) if compiled else attention
+        if fast and name == "compiled attention":
+            attention = torch.compile(attention, dynamic=False)
+
         def call(q, k, v):
             return attention(q, k, v, window)
-    x = {key: value.bfloat16().cuda() for key, value in x.items()}
-    if name == "mlp":  # float32 in the model too
-        x["scale"] = normal(shape[1], seed=3).float().cuda()
+    # The scale is float32 in the model too.
+    x = {key: (y.float() if key == "scale" else y.bfloat16()).cuda() for key, y in x.items()}
     return results_and_gradients(call, x if fast else in_double(x))
 
 
