@@ -149,19 +149,23 @@ def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, 
 
 @pytest.mark.slow
 def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
-    """All settings of the model come from the file, also against the user's."""
+    """No setting of the model is repeated: all of them come from the file."""
     kept = {*EVALUATION, "PRESET", "DEVICE", "DATA_PATH", "TTT_CHUNK_TOKENS"}
     env = {name: value for name, value in whole.env.items() if name in kept} | dict(
-        ARTIFACT=f"{whole.folder}/night/run.artifact", OUT_DIR=str(tmp_path), RUN_ID="again",
-        SWA_WINDOW="7")
+        ARTIFACT=f"{whole.folder}/night/run.artifact", OUT_DIR=str(tmp_path), RUN_ID="again")
     code, out, err = finish(launch(env))
     assert (code, err, files_in(tmp_path)) == (0, "", ["again.txt"])
-    assert values(out, "artifact_config")["swa_window"] == "16"
     for event in (*t.FINAL_EVENTS.values(), "final"):
         assert values(out, event)["val_bpb"] == values(whole.out, event)["val_bpb"], event
 
 
 # ---- variants of a run ---------------------------------------------------------------------------
+
+
+def test_settings_of_the_model_come_from_the_artifact(whole, run):
+    again = run(ARTIFACT=f"{whole.folder}/night/run.artifact", SWA_WINDOW="7")
+    assert values(again.out, "artifact_config")["swa_window"] == "16"
+    assert values(again.out, "final") == values(whole.out, "final")
 
 
 def test_run_over_the_cap_fails_the_verdict_but_keeps_its_files(run):
