@@ -29,6 +29,8 @@ from hypothesis import settings
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "logs" / "tools"), str(ROOT / "data")]
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes: for tiny shapes more are slower
+
 import train_gpt as t  # noqa: E402
 
 SCRIPT = ROOT / "train_gpt.py"
