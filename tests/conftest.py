@@ -1,15 +1,20 @@
 """What every test file shares: a tiny model and text, runs at toy size, ranks, the log's parser.
 
-`tiny_config(**overrides)` and `tiny_model(cfg)` are plain functions; fixtures of the same names
-hand them to tests.  Tests marked gpu are skipped where torch finds no CUDA GPU.
+Tests marked gpu are skipped where torch finds no CUDA GPU.
 """
 
+import contextlib
+import hashlib
+import io
+import json
 import multiprocessing
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +22,20 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "logs" / "tools"), str(ROOT / "data")]
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes: for tiny shapes more are slower
 
 import train_gpt as t  # noqa: E402
 
 SCRIPT = ROOT / "train_gpt.py"
 SAMPLE = ROOT / "data" / "sample"
+TOKENIZER = SAMPLE / "corpus_1024_bpe.model"
 
 torch.set_num_threads(1)  # the shapes are tiny: more threads are slower
 settings.register_profile("busy", deadline=None)  # a busy machine is no fault of the code
@@ -55,10 +64,6 @@ def tiny_model(cfg, seed=0):
         for p in model.parameters():
             p.add_(0.1 * torch.randn(p.shape, generator=rng))
     return model
-
-
-fixture_tiny_config = pytest.fixture(lambda: tiny_config, name="tiny_config")
-fixture_tiny_model = pytest.fixture(lambda: tiny_model, name="tiny_model")
 
 
 def weights_of(model):
@@ -93,6 +98,43 @@ def fixed_data(cfg):
     return t.Data(shards, text[4200:], t.ByteTable(ids % 5, ids % 3 == 0, ids < 2))
 
 
+def shard_bytes(tokens, magic=20240520, version=1, count=None):
+    """A shard file's bytes; `count` is what its header promises."""
+    head = struct.pack("<3i", magic, version, len(tokens) if count is None else count)
+    return head.ljust(1024, b"\0") + np.asarray(tokens, "<u2").tobytes()
+
+
+def write_split(folder, split, *parts):
+    """One shard for each list of tokens."""
+    for i, tokens in enumerate(parts):
+        (folder / f"fineweb_{split}_{i:06d}.bin").write_bytes(shard_bytes(tokens))
+
+
+def trained_tokenizer(path, texts, **changes):
+    """A processor of 400 BPE pieces trained on `texts`, saved as `path`."""
+    options = dict(model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False,
+                   pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_prefix=str(path.with_suffix("")),
+        **(options | changes))
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def seal(header, payload):
+    """An artifact's bytes with right lengths and checksum; a header that is no bytes as JSON."""
+    head = zlib.compress(header if isinstance(header, bytes) else json.dumps(header).encode())
+    digest = hashlib.sha256(head + payload).digest()
+    return t.ARTIFACT_HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head),
+                                digest) + head + payload
+
+
+def opened(blob):
+    """(header, payload) of an artifact's bytes."""
+    body = blob[t.ARTIFACT_HEAD.size:]
+    packed = t.ARTIFACT_HEAD.unpack_from(blob)[2]
+    return json.loads(zlib.decompress(body[:packed])), body[packed:]
+
+
 # ---- ranks ---------------------------------------------------------------------------------------
 
 
@@ -111,9 +153,11 @@ def on_ranks(count, work, *arguments):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "hypothesis", "sentencepiece"])  # once for all ranks
+    with ProcessPoolExecutor(count, context) as pool:
         ranks = [pool.submit(run_rank, work, i, count, port, arguments) for i in range(count)]
-        return [rank.result(timeout=120) for rank in ranks]
+        return [rank.result(timeout=300) for rank in ranks]
 
 
 # ---- runs from the command line ------------------------------------------------------------------
@@ -132,11 +176,8 @@ def write_tiny_shards(folder):
     """The first tokens of the sample's shards, in a new folder."""
     folder.mkdir()
     for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        raw = (SAMPLE / f"fineweb_{split}_000000.bin").read_bytes()
-        header = np.frombuffer(raw[:1024], "<i4").copy()
-        header[2] = count
-        shard = header.tobytes() + raw[1024:1024 + 2 * count]
-        (folder / f"fineweb_{split}_000000.bin").write_bytes(shard)
+        [shard] = t.open_shards(SAMPLE, split)
+        write_split(folder, split, shard[:count])
 
 
 @pytest.fixture(scope="session")
@@ -147,25 +188,29 @@ def tiny(tmp_path_factory):
     return TINY | dict(DATA_PATH=str(folder))
 
 
+def enter(env, *arguments, script=t):
+    """script.entry() in this process under env, of which None unsets: code, out, err, folder."""
+    env = {name: value for name, value in env.items() if value is not None}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (mock.patch.dict(os.environ, env, clear=True), contextlib.redirect_stdout(out),
+              contextlib.redirect_stderr(err),
+              mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]),
+              mock.patch.object(script, "STOP", script.StopRequest())):
+            code = script.entry()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(),
+                           folder=Path(env.get("OUT_DIR", "logs")))
+
+
 @pytest.fixture
-def run(tiny, tmp_path, capfd):
-    """run(**changes) calls entry() under the tiny settings; None unsets: code, out, err, folder."""
-    def call(*arguments, **changes):
-        env = tiny | dict(OUT_DIR=str(tmp_path / "out")) | changes
-        env = {name: value for name, value in env.items() if value is not None}
-        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-        capfd.readouterr()
-        try:
-            with (mock.patch.dict(os.environ, env, clear=True),
-                  mock.patch.object(sys, "argv", ["train_gpt.py", *arguments]),
-                  mock.patch.object(t, "STOP", t.StopRequest())):
-                code = t.entry()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err, folder=tmp_path / "out")
-    return call
+def run(tiny, tmp_path):
+    """run(*arguments, **changes): enter() under the tiny settings and these changes."""
+    usual = tiny | dict(OUT_DIR=str(tmp_path / "out"))
+    return lambda *arguments, **changes: enter(usual | changes, *arguments)
 
 
 def launch(env, ranks=0):

@@ -7,7 +7,6 @@ Prints a table; a fault (a traceback, a hang) with its seed: `--seed S --cases 1
 
 import argparse
 import dataclasses
-import json
 import lzma
 import random
 import resource
@@ -22,7 +21,7 @@ from pathlib import Path
 import brotli
 import torch
 import zstandard
-from conftest import SAMPLE, fixed_data, tiny_config, tiny_model
+from conftest import TOKENIZER, fixed_data, opened, seal, shard_bytes, tiny_config, tiny_model
 
 import train_gpt as t
 
@@ -61,8 +60,7 @@ def shard(rng, folder):
     """Open a damaged shard and read two batches."""
     count = rng.choice([0, 1, 2, 64, 65, 500, 3000])
     top = rng.choice([1, 2, 1024, 1025, 65536])  # tokens that may be outside the vocabulary
-    tokens = struct.pack(f"<{count}H", *(rng.randrange(top) for _ in range(count)))
-    blob = struct.pack("<3i", *t.SHARD_HEAD, count).ljust(1024, b"\0") + tokens
+    blob = shard_bytes([rng.randrange(top) for _ in range(count)])
     path = folder / "fineweb_train_000000.bin"
     path.write_bytes(blob if rng.random() < 0.3 else mutated(rng, blob))
     loader = t.Loader(t.open_shards(folder, "train"), tiny_config(vocab_size=1024), QUIET)
@@ -75,7 +73,7 @@ def shard(rng, folder):
 def tokenizer(rng, folder):
     """Open a damaged SentencePiece model and use its byte table."""
     path = folder / "t.model"
-    path.write_bytes(mutated(rng, (SAMPLE / "corpus_1024_bpe.model").read_bytes()))
+    path.write_bytes(mutated(rng, TOKENIZER.read_bytes()))
     cfg = tiny_config(vocab_size=rng.choice([1024, 1024, 1024, 512]), tokenizer_path=str(path))
     table = t.byte_table(t.open_tokenizer(cfg), cfg.vocab_size)
     ids = torch.arange(cfg.vocab_size)
@@ -113,17 +111,12 @@ def artifact_bytes(compressor):
 def artifact(rng, folder):
     """Load and run a damaged artifact, mostly with a right checksum: inner readers are reached."""
     blob = artifact_bytes(rng.choice(["rans", "brotli", "lzma", "zstd"]))
-    magic, version, packed, _ = t.ARTIFACT_HEAD.unpack_from(blob)
-    head = blob[t.ARTIFACT_HEAD.size:][:packed]
-    body = blob[t.ARTIFACT_HEAD.size + packed:]
+    header, payload = opened(blob)
     if rng.random() < 0.5:
-        text = json.dumps(changed(rng, json.loads(t.zlib.decompress(head)))).encode()
-        head = t.zlib.compress(text)
+        header = changed(rng, header)
     if rng.random() < 0.5:
-        body = mutated(rng, body)
-    digest = t.hashlib.sha256(head + body).digest()
-    right = t.ARTIFACT_HEAD.pack(magic, version, len(head), digest)
-    blob = mutated(rng, blob) if rng.random() < 0.3 else right + head + body
+        payload = mutated(rng, payload)
+    blob = mutated(rng, blob) if rng.random() < 0.3 else seal(header, payload)
     t.load_artifact(blob)(torch.zeros(1, 8, dtype=torch.int64))
 
 
@@ -158,11 +151,7 @@ def claim(rng, folder):
             streams.append([name, codec, size, len(out)])
             body += out
     config = {name: getattr(cfg, name) for name in t.STORED_FIELDS}
-    header = dict(config=config, tensors=table, streams=streams)
-    head = t.zlib.compress(json.dumps(header).encode())
-    digest = t.hashlib.sha256(head + body).digest()
-    t.load_artifact(t.ARTIFACT_HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head), digest)
-                    + head + body)
+    t.load_artifact(seal(dict(config=config, tensors=table, streams=streams), body))
 
 
 FASTEST = dict(brotli=lambda data: brotli.compress(data, quality=1, lgwin=24),

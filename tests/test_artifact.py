@@ -2,20 +2,17 @@
 weights bit for bit, damaged and hostile files against one GolfError in bounded memory.
 """
 
-import hashlib
-import json
 import lzma
 import random
 import time
 import tracemalloc
-import zlib
 from dataclasses import replace
 
 import brotli
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, weight_of
+from conftest import opened, seal, tiny_config, tiny_model, weight_of
 
 import train_gpt as t
 
@@ -65,25 +62,10 @@ def blob(files):
     return files["brotli"].read_bytes()
 
 
-def seal(text, payload):
-    """An artifact's bytes with right lengths and checksum around any header and payload."""
-    head = zlib.compress(text)
-    digest = hashlib.sha256(head + payload).digest()
-    return HEAD.pack(t.ARTIFACT_MAGIC, t.ARTIFACT_VERSION, len(head), digest) + head + payload
-
-
-def opened(blob):
-    """(header, payload) of an artifact's bytes."""
-    body = blob[HEAD.size:]
-    packed = HEAD.unpack_from(blob)[2]
-    return json.loads(zlib.decompress(body[:packed])), body[packed:]
-
-
 def forged(blob, change):
     """The artifact with its header changed, under a right checksum; `change` may return another."""
     header, payload = opened(blob)
-    header = change(header) or header
-    return seal(header if isinstance(header, bytes) else json.dumps(header).encode(), payload)
+    return seal(change(header) or header, payload)
 
 
 def fault(path):
@@ -93,16 +75,6 @@ def fault(path):
         t.load_artifact(path)
     assert time.process_time() - began < 1.0
     return str(caught.value)
-
-
-# ---- codecs
-
-
-@pytest.mark.parametrize("codec", COMPRESSORS)
-@pytest.mark.parametrize("data", [b"x", bytes(100_000), random.Random(0).randbytes(50_000)],
-                         ids=["one byte", "zeros", "noise"])
-def test_compressor_is_lossless(codec, data):
-    assert t.decompress(t.compress(data, codec), codec, len(data)) == data
 
 
 @pytest.mark.parametrize("codec", COMPRESSORS)
@@ -143,16 +115,15 @@ RANS = {
 
 
 @pytest.mark.parametrize("name", RANS)
-def test_rans_gives_back_every_symbol(name):
+def test_rans_gives_back_every_symbol_within_a_percent_of_the_entropy(name):
     symbols, classes, freq = RANS[name]
     data = t.rans_encode(symbols, classes, freq)
     assert np.array_equal(t.rans_decode(data, classes, freq), symbols)
-
-
-def test_rans_is_within_a_percent_of_the_entropy():
-    symbols, classes, freq = RANS["gaussian"]
-    share = freq[classes, symbols] / 2**t.RANS_BITS
-    assert len(t.rans_encode(symbols, classes, freq)) < 1.01 * -np.log2(share).sum() / 8 + 100
+    counts = np.zeros(freq.shape)
+    np.add.at(counts, (classes, symbols), 1)
+    share = (counts / counts.sum(1, keepdims=True).clip(1))[classes, symbols]
+    states = 4 * (1 + len(symbols) // 4096)
+    assert len(data) < 1.01 * -np.log2(share).sum() / 8 + states + 100
 
 
 @pytest.mark.parametrize("damage", [
@@ -182,15 +153,10 @@ def test_hostile_table_of_frequencies_is_refused(change):
 # ---- save and load
 
 
-@pytest.mark.parametrize("codec", CODERS)
-def test_reloaded_weights_are_the_quantized_ones_bit_for_bit(model, files, codec):
-    assert_holds(t.load_artifact(files[codec]), stored(model))
-
-
 @pytest.mark.parametrize("changes", [
     dict(stack="gdn*2"), dict(stack="(attn::a swa::b)*2"), dict(ngram_buckets=0, smear=False),
     dict(mlp_act="leaky_relu2", mlp_mult=0.25, gdn_neg_eigval=True, kv_share=2, unet=True),
-    dict(bos_id=-1, ngram_order=2, vocab_size=300), dict(rope_base=100.0, swa_window=5),
+    dict(bos_id=-1, ngram_order=2, vocab_size=300), dict(rope_base=100, swa_window=5),
     dict(model_dim=8, vocab_size=16, stack="gdn", gdn_heads=1, mlp_mult=1.0, ngram_buckets=0),
     dict(matrix_bits=2, mlp_bits=3, embed_bits=5, embed_clip_sigmas=4.0, sandwich_bits=8)], ids=str)
 def test_any_model_and_bits_come_back(tmp_path, changes):
@@ -229,18 +195,9 @@ def test_base_supplies_the_settings_that_the_file_does_not_fix(files, model):
     base = replace(model.cfg, eval_spans=9, stack="gdn")
     loaded = t.load_artifact(files["brotli"], base=base).cfg
     assert (loaded.eval_spans, loaded.stack) == (9, model.cfg.stack)
-
-
-def test_setting_that_does_not_fit_the_artifact_is_named(files):
     with pytest.raises(t.GolfError, match="unfit for a setting .*EVAL_STRIDE=512"):
         t.load_artifact(files["rans"], base=tiny_config(train_seq_len=512, eval_stride=512,
                                                         eval_batch_tokens=512))
-
-
-def test_whole_numbers_for_floats_come_back(tmp_path):
-    cfg = tiny_config(**BASE | dict(mlp_mult=2, rope_base=10_000))
-    t.save_artifact(tmp_path / "a", tiny_model(cfg), cfg)
-    assert t.load_artifact(tmp_path / "a").cfg.rope_base == 10_000.0
 
 
 def test_shared_tensors_are_stored_once(model, blob):
@@ -250,7 +207,9 @@ def test_shared_tensors_are_stored_once(model, blob):
 
 
 @pytest.mark.parametrize("codec", CODERS)
-def test_same_model_gives_the_same_bytes_of_the_size_returned(model, files, codec, tmp_path):
+def test_reloaded_weights_are_the_quantized_ones_and_the_same_bytes_again(model, files, codec,
+                                                                          tmp_path):
+    assert_holds(t.load_artifact(files[codec]), stored(model))
     size = t.save_artifact(tmp_path / "again", model, replace(model.cfg, compressor=codec))
     assert (tmp_path / "again").read_bytes() == files[codec].read_bytes()
     assert size == files[codec].stat().st_size
@@ -296,19 +255,14 @@ def test_every_flipped_bit_is_noticed(blob):
                          ids=["empty", "text", "zip", "noise"])
 def test_foreign_file_is_refused_by_name(tmp_path, content):
     path = tmp_path / "foreign"
+    assert f"{path}: No such file" in fault(path)
     path.write_bytes(content)
     assert str(path) in fault(path)
 
 
-@pytest.mark.parametrize("version", [0, t.ARTIFACT_VERSION - 1, t.ARTIFACT_VERSION + 1, 2**32 - 1])
-def test_another_version_is_named(blob, version):
-    assert f"version {version}" in fault(blob[:8] + version.to_bytes(4, "little") + blob[12:])
-
-
-@pytest.mark.parametrize("name, reason", [("none", "No such file"), (".", "No such file")])
-def test_unreadable_path_is_named(tmp_path, name, reason):
-    message = fault(tmp_path / name)
-    assert str(tmp_path) in message and reason in message
+def test_another_version_is_named(blob):
+    for version in (0, t.ARTIFACT_VERSION - 1, t.ARTIFACT_VERSION + 1, 2**32 - 1):
+        assert f"version {version}" in fault(blob[:8] + version.to_bytes(4, "little") + blob[12:])
 
 
 # ---- hostile files: right checksums around wrong contents
@@ -320,30 +274,21 @@ FORGERIES = {
     "setting missing": lambda h: h["config"].pop("smear") and None,
     "setting of another type": lambda h: h["config"].update(smear=1),
     "setting outside its rule": lambda h: h["config"].update(model_dim=-8),
-    "setting not finite": lambda h: h["config"].update(rope_base=float("nan")),
     "bad stack": lambda h: h["config"].update(stack="gdn swa:a gdn:a"),
-    "endless stack": lambda h: h["config"].update(stack="gdn*99 " * 200),
     "other model": lambda h: h["config"].update(stack="gdn"),
     "larger than any memory": lambda h: h["config"].update(vocab_size=65536, model_dim=2**30),
-    "larger than any integer": lambda h: h["config"].update(gdn_heads=10**30),
     "tensor missing": lambda h: h["tensors"].pop() and None,
-    "tensors swapped": lambda h: h["tensors"].reverse(),
     "shape of fractions": lambda h: h["tensors"][0].__setitem__(1, [64.0, 32.0]),
     "coding unknown": lambda h: h["tensors"][0].__setitem__(2, "pickle"),
-    "coding of a vector": lambda h: h["tensors"][0].__setitem__(2, "f16"),
     "matrix that is not there": lambda h: next(
         entry for entry in h["tensors"] if entry[2] == "f32").__setitem__(2, "int8"),
     "streams missing": lambda h: h.update(streams=[]),
     "stream of two parts": lambda h: h["streams"][0].pop() and None,
     "stream length negative": lambda h: h["streams"][0].__setitem__(2, -1),
-    "stream length text": lambda h: h["streams"][0].__setitem__(2, "many"),
-    "stream length infinite": lambda h: h["streams"][0].__setitem__(2, float("inf")),
     "packed length longer": lambda h: h["streams"][0].__setitem__(3, h["streams"][0][3] + 1),
-    "packed length negative": lambda h: h["streams"][0].__setitem__(3, -h["streams"][0][3]),
     "other codec": lambda h: h["streams"][0].__setitem__(1, "lzma"),
     "words without tables": lambda h: h["streams"][0].__setitem__(0, "words"),
     "codec unknown": lambda h: h["streams"][0].__setitem__(1, "rar"),
-    "unknown compressor": lambda h: h["config"].update(compressor="rar"),
     "50000 empty streams": lambda h: h["streams"].extend([["x", "lzma", 0, 0]] * 50_000)}
 
 
@@ -376,14 +321,7 @@ def test_header_of_more_weights_than_its_bytes_can_code_is_refused(blob):
     header["config"] = {name: getattr(cfg, name) for name in t.STORED_FIELDS}
     header["tensors"] = [[name, shape, "f32"] for name, shape in shapes]
     header["streams"] = [["f32", "lzma", int(size), 10]]
-    assert "weights in" in fault(seal(json.dumps(header).encode(), bytes(10)))
-
-
-def test_bytes_that_belong_to_no_tensor_are_refused(blob):
-    header, payload = opened(blob)
-    more = t.compress(bytes(4), "brotli")
-    header["streams"].append(["f32", "brotli", 4, len(more)])
-    fault(seal(json.dumps(header).encode(), payload + more))
+    assert "weights in" in fault(seal(header, bytes(10)))
 
 
 def peak_of_refusal(blob):
@@ -408,24 +346,25 @@ def test_a_stream_that_expands_a_thousandfold_is_not_expanded(files, codec, clai
     stream = PACK[codec](bytes(2**26))
     header, _ = opened(files[codec].read_bytes())
     header["streams"] = [["integers", codec, claimed, len(stream)]]
-    assert peak_of_refusal(seal(json.dumps(header).encode(), stream)) < 2**23
+    assert peak_of_refusal(seal(header, stream)) < 2**23
 
 
-def test_streams_that_go_back_in_the_payload_are_not_copied(files):
+@pytest.mark.parametrize("streams, payload, most", [
+    ([["f16", "none", 1, 2**20], ["f16", "none", 1, -2**20]] * 100 + [["f16", "none", 1, 2**20]],
+     bytes(2**20), 2**23),
+    ([["integers", "lzma", 1000, len(PACK["lzma"](bytes(1000)))]],
+     PACK["lzma"](bytes(1000))[:1] + b"\xff" * 4 + PACK["lzma"](bytes(1000))[5:], 2**28)],
+    ids=["back in the payload", "dictionary of gigabytes"])
+def test_hostile_streams_are_refused_in_little_memory(files, streams, payload, most):
     header, _ = opened(files["lzma"].read_bytes())
-    header["streams"] = [["f16", "none", 1, 2**20], ["f16", "none", 1, -2**20]] * 100
-    header["streams"].append(["f16", "none", 1, 2**20])
-    assert peak_of_refusal(seal(json.dumps(header).encode(), bytes(2**20))) < 2**23
+    header["streams"] = streams
+    assert peak_of_refusal(seal(header, payload)) < most
 
 
-def test_an_lzma_dictionary_of_gigabytes_is_refused(files):
-    stream = bytearray(PACK["lzma"](bytes(1000)))
-    stream[1:5] = b"\xff" * 4
-    header, _ = opened(files["lzma"].read_bytes())
-    header["streams"] = [["integers", "lzma", 1000, len(stream)]]
-    assert peak_of_refusal(seal(json.dumps(header).encode(), bytes(stream))) < 2**28
-
-
-def test_a_header_that_expands_a_thousandfold_is_stopped():
+def test_a_header_that_expands_a_thousandfold_or_a_stream_too_many_is_refused(blob):
     bomb = b"[" + b" " * 2**26 + b"]"
     assert peak_of_refusal(seal(bomb, b"")) < 5 * t.MAX_HEADER_BYTES
+    header, payload = opened(blob)
+    more = t.compress(bytes(4), "brotli")
+    header["streams"].append(["f32", "brotli", 4, len(more)])
+    fault(seal(header, payload + more))

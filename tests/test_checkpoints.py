@@ -6,6 +6,7 @@ Most runs here are of a tiny model in this process; tests/faults.py kills whole 
 import itertools
 import os
 import re
+import shutil
 import signal
 import zipfile
 from contextlib import nullcontext
@@ -14,8 +15,9 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import (SCRIPT, files_in, fixed_data, launch, on_ranks, parse, tiny_config, values,
-                      weights_of)
+from conftest import (SCRIPT, enter, files_in, fixed_data, launch, on_ranks, parse, tiny_config,
+                      values, weights_of)
+from test_training import assert_same_weights
 
 import train_gpt as t
 
@@ -65,10 +67,25 @@ def halted(cfg, *steps):
             train(cfg, halt_at=number)
 
 
-def assert_same(one, two):
-    """Both {name: tensor} are equal to the last bit."""
-    assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+@pytest.fixture(scope="module")
+def died_at_2(tmp_path_factory):
+    """The folder of a run that died before its second step."""
+    folder = tmp_path_factory.mktemp("died")
+    halted(job_config(folder), 2)
+    return folder
+
+
+@pytest.fixture
+def dead(died_at_2, tmp_path):
+    """The Config of a copy of that run, and the path of its only checkpoint."""
+    shutil.copytree(died_at_2, tmp_path, dirs_exist_ok=True)
+    return job_config(tmp_path), tmp_path / "job.ckpt" / "step_00000001.npz"
+
+
+def change_facts(path, **changes):
+    """Write a checkpoint again with other facts."""
+    tensors, facts = t.load_tensors(path)
+    t.save_tensors(path, tensors, facts | changes)
 
 
 # ---- going on ------------------------------------------------------------------------------------
@@ -85,14 +102,8 @@ def test_resumed_training_is_bit_equal_to_an_undisturbed_one(tmp_path, overrides
     halted(cfg, 6, 2)
     assert find(cfg)[1]["step"] == 6
     resumed, (_, again) = train(cfg)
-    assert_same(whole, resumed)
-    assert_same(first.H, again.H)
-
-
-def test_two_step_files_are_kept_and_no_part(tmp_path):
-    train(job_config(tmp_path))
-    assert files_in(tmp_path / "job.ckpt") == ["step_00000006.npz", "step_00000007.npz",
-                                               "trained.npz"]
+    assert_same_weights(whole, resumed)
+    assert_same_weights(first.H, again.H)
 
 
 def test_checkpoints_are_kept_by_step_whatever_their_dates(tmp_path):
@@ -108,12 +119,12 @@ def test_checkpoints_are_kept_by_step_whatever_their_dates(tmp_path):
 
 def test_trained_run_calibrates_again_on_a_clock_that_goes_on(tmp_path):
     whole, (_, first) = train(job_config(tmp_path))
-    path = tmp_path / "job.ckpt" / "trained.npz"
-    tensors, facts = t.load_tensors(path)
-    t.save_tensors(path, tensors, facts | dict(elapsed_s=1000.0))
+    folder = tmp_path / "job.ckpt"
+    assert files_in(folder) == ["step_00000006.npz", "step_00000007.npz", "trained.npz"]  # no .part
+    change_facts(folder / "trained.npz", elapsed_s=1000.0)
     resumed, (train_s, again) = train(job_config(tmp_path), halt_at=1)
-    assert_same(whole, resumed)
-    assert_same(first.H, again.H)
+    assert_same_weights(whole, resumed)
+    assert_same_weights(first.H, again.H)
     assert 1000.02 < train_s < 1100
 
 
@@ -140,13 +151,12 @@ def test_checkpoint_of_two_ranks_goes_on_under_one(tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
-    """A run to its end in a process: its environment, final line and artifact."""
-    folder = tmp_path_factory.mktemp("whole")
+    """A run to its end: its environment, final line and artifact."""
     env = tiny | dict(ITERATIONS="8", RUN_ID="x", RESUME="auto", TRAIN_LOG_EVERY="1",
                       CHECKPOINT_EVERY_SECONDS="0", WARMUP_STEPS="0")
-    out, _ = launch(env | dict(OUT_DIR=str(folder))).communicate(timeout=120)
-    return SimpleNamespace(env=env, final=values(out, "final"),
-                           artifact=(folder / "x.artifact").read_bytes())
+    ended = enter(env | dict(OUT_DIR=str(tmp_path_factory.mktemp("whole"))))
+    return SimpleNamespace(env=env, final=values(ended.out, "final"),
+                           artifact=(ended.folder / "x.artifact").read_bytes())
 
 
 def assert_goes_on(run, whole, **changes):
@@ -232,62 +242,72 @@ def test_deterministic_runs_have_equal_losses_and_artifacts(run):
 # ---- whose checkpoint it is ----------------------------------------------------------------------
 
 SHORT = dict(ITERATIONS="1", FINAL_SCORE="roundtrip")
+SCORED = dict(ITERATIONS="1", EVAL_DIAGNOSTICS="1", RUN_ID="a", RESUME="auto")
 
 
-def forget_the_end(folder, name):
-    """As if the run had been killed while it evaluated."""
-    log = folder / f"{name}.txt"
-    log.write_text(log.read_text().partition("reload artifact_bytes")[0])
+@pytest.fixture(scope="module")
+def ended_runs(tiny, tmp_path_factory):
+    """A folder of three runs that have ended: night/a and b, short, and a with all scores."""
+    folder = tmp_path_factory.mktemp("ended")
+    for settings in (SHORT | dict(RUN_ID="night/a"), SHORT | dict(RUN_ID="b"), SCORED):
+        assert enter(tiny | dict(OUT_DIR=str(folder)) | settings).code == 0
+    return folder
 
 
-def test_ended_run_is_left_alone(run):
-    first = run(RUN_ID="a", **SHORT)
-    before = {name: (first.folder / name).read_bytes() for name in files_in(first.folder)}
-    again = run(RUN_ID="a", RESUME="auto", **SHORT)
+@pytest.fixture
+def ended(ended_runs, tmp_path):
+    """A copy of that folder, where `run` writes."""
+    return shutil.copytree(ended_runs, tmp_path / "out")
+
+
+def cut_log(log, mark="reload artifact_bytes"):
+    """As if the run had been killed before that line, while it evaluated: the whole log."""
+    whole = log.read_text()
+    log.write_text(whole.partition(mark)[0])
+    return whole
+
+
+def test_ended_run_is_left_alone(run, ended):
+    before = {name: (ended / name).read_bytes() for name in files_in(ended)}
+    again = run(RUN_ID="b", RESUME="auto", **SHORT)
     assert again.code == 2 and "this run has ended" in again.err
-    assert before == {name: (first.folder / name).read_bytes() for name in files_in(first.folder)}
+    assert before == {name: (ended / name).read_bytes() for name in files_in(ended)}
 
 
 @pytest.mark.parametrize("path", ["a.ckpt", "a.ckpt/trained.npz"])
-def test_resume_by_a_path_goes_on_with_the_run_of_the_checkpoint(run, path):
-    first = run(RUN_ID="night/a", **SHORT)
-    forget_the_end(first.folder / "night", "a")
-    again = run(RESUME=f"{first.folder}/night/{path}", **SHORT)
+def test_resume_by_a_path_goes_on_with_the_run_of_the_checkpoint(run, ended, path):
+    whole = cut_log(ended / "night" / "a.txt")
+    again = run(RESUME=f"{ended}/night/{path}", **SHORT)
     assert values(again.out, "settings")["run_id"] == "night/a"
-    assert values(again.out, "final") == values(first.out, "final")
+    assert values(again.out, "final") == values(whole, "final")
 
 
 @pytest.mark.parametrize("cut", ["final_int6_exact", "final method"])
-def test_settings_of_a_score_that_was_seen_are_fixed(run, cut):
+def test_settings_of_a_score_that_was_seen_are_fixed(run, ended, cut):
     """Killed behind a score, a run may not go on with the method or export that looks better."""
-    settings = dict(ITERATIONS="1", EVAL_DIAGNOSTICS="1", RUN_ID="a", RESUME="auto")
-    first = run(**settings)
-    log = first.folder / "a.txt"
-    whole = log.read_text()
-    log.write_text(whole.partition(cut)[0])
+    whole = cut_log(ended / "a.txt", cut)
     for change in (dict(FINAL_SCORE="sliding"), dict(EVAL_SPANS="2"), dict(MATRIX_BITS="5")):
-        again = run(**settings | change)
+        again = run(**SCORED | change)
         assert again.code == 2 and f"{[*change][0]}: must stay as they were" in again.err
-    again = run(**settings)
+    again = run(**SCORED)
     assert again.code == 0 and values(again.out, "final") == values(whole, "final")
 
 
-def test_trained_weights_may_be_exported_otherwise(run):
-    first = run(RUN_ID="a", **SHORT)
-    forget_the_end(first.folder, "a")
-    again = run(RUN_ID="a", RESUME="auto", **SHORT | dict(MATRIX_BITS="4", GRID="sdclip"))
-    sizes = [int(values(result.out, "reload")["artifact_bytes"]) for result in (first, again)]
+def test_trained_weights_may_be_exported_otherwise(run, ended):
+    whole = cut_log(ended / "b.txt")
+    again = run(RUN_ID="b", RESUME="auto", **SHORT | dict(MATRIX_BITS="4", GRID="sdclip"))
+    sizes = [int(values(text, "reload")["artifact_bytes"]) for text in (whole, again.out)]
     assert again.code == 0 and sizes[1] < sizes[0]
-    assert (first.folder / "a.artifact").stat().st_size == sizes[1]
+    assert (ended / "b.artifact").stat().st_size == sizes[1]
 
 
-def test_checkpoint_of_another_run_is_not_taken_for_ones_own(run):
-    first, second = run(RUN_ID="a", **SHORT), run(RUN_ID="b", **SHORT)
-    forget_the_end(second.folder, "b")
-    mixed = run(RUN_ID="b", RESUME=str(first.folder / "a.ckpt"), **SHORT)
+def test_checkpoint_of_another_run_is_not_taken_for_ones_own(run, ended):
+    whole = cut_log(ended / "b.txt")
+    path = str(ended / "night" / "a.ckpt")
+    mixed = run(RUN_ID="b", RESUME=path, **SHORT)
     assert mixed.code == 2 and "RUN_ID=b has checkpoints of its own" in mixed.err
-    third = run(RUN_ID="c", RESUME=str(first.folder / "a.ckpt"), **SHORT)
-    assert values(third.out, "final") == values(first.out, "final")
+    third = run(RUN_ID="c", RESUME=path, **SHORT)
+    assert values(third.out, "final") == values(whole, "final")
 
 
 @pytest.mark.parametrize("changes, parts", [
@@ -295,34 +315,22 @@ def test_checkpoint_of_another_run_is_not_taken_for_ones_own(run):
      ["MATRIX_LR was 0.025, is 0.5", "MLP_ACT was relu2, is leaky_relu2"]),
     (dict(seed=1), ["SEED was 1337, is 1"]),
     (dict(train_batch_tokens=1024), ["TRAIN_BATCH_TOKENS was 512, is 1024"])])
-def test_other_configuration_is_refused_with_what_differs(tmp_path, changes, parts):
-    halted(job_config(tmp_path), 2)
+def test_other_configuration_is_refused_with_what_differs(dead, changes, parts):
+    cfg, path = dead
     with pytest.raises(t.GolfError) as caught:
-        find(job_config(tmp_path, **changes))
+        find(t.replace(cfg, **changes))
     assert all(part in str(caught.value) for part in parts)
-
-
-def test_text_of_a_hostile_checkpoint_is_not_printed_raw(tmp_path):
-    halted(job_config(tmp_path), 2)
-    path = tmp_path / "job.ckpt" / "step_00000001.npz"
-    tensors, facts = t.load_tensors(path)
-    t.save_tensors(path, tensors, facts | dict(config=facts["config"] | {"seed": "\x1b[31m\nok"}))
+    change_facts(path, config=t.load_tensors(path)[1]["config"] | {"seed": "\x1b[31m\nok"})
     with pytest.raises(t.GolfError) as caught:
-        find(job_config(tmp_path))
-    assert str(caught.value).isprintable()
+        find(cfg)
+    assert str(caught.value).isprintable()  # also where a checkpoint is hostile
 
 
-def test_settings_that_change_no_weight_may_differ(tmp_path):
-    halted(job_config(tmp_path), 2)
-    assert find(job_config(tmp_path, eval_spans=7, train_log_every=3, matrix_bits=5))
-
-
-def test_other_data_is_refused(tmp_path):
-    cfg = job_config(tmp_path)
-    halted(cfg, 2)
-    data = fixed_data(cfg)
+def test_other_data_is_refused_but_not_settings_that_change_no_weight(dead):
+    data = fixed_data(dead[0])
     with pytest.raises(t.GolfError, match="DATA_PATH was 2 shards of 4200 tokens, is 1 shards"):
-        t.find_checkpoint(cfg, t.Run(), data._replace(train=data.train[:1]))
+        t.find_checkpoint(dead[0], t.Run(), data._replace(train=data.train[:1]))
+    assert find(t.replace(dead[0], eval_spans=7, train_log_every=3, matrix_bits=5))
 
 
 # ---- damage --------------------------------------------------------------------------------------
@@ -348,21 +356,17 @@ def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, caps
     dict(step="1"), dict(row=[3]), dict(epoch=-1), dict(config=3), dict(averaged=None),
     dict(trained=1), dict(elapsed_s="0"), dict(row=-1), dict(averaged=-11),
     dict(elapsed_s=float("nan"))], ids=str)
-def test_facts_of_other_types_or_below_zero_are_refused(tmp_path, change):
-    cfg = job_config(tmp_path)
-    halted(cfg, 2)
-    path = tmp_path / "job.ckpt" / "step_00000001.npz"
-    tensors, facts = t.load_tensors(path)
-    t.save_tensors(path, tensors, facts | change)
+def test_facts_of_other_types_or_below_zero_are_refused(dead, change):
+    cfg, path = dead
+    change_facts(path, **change)
     with pytest.raises(t.GolfError):
         find(cfg)
 
 
 @pytest.mark.parametrize("prefix", ["model.", "m.", "v.", "average."])
 @pytest.mark.parametrize("fault", ["missing", "reshaped"])
-def test_missing_or_reshaped_tensor_is_named(tmp_path, prefix, fault):
-    cfg = job_config(tmp_path)
-    halted(cfg, 2)
+def test_missing_or_reshaped_tensor_is_named(dead, prefix, fault):
+    cfg, _ = dead
     tensors, facts = find(cfg)
     name = next(n for n in tensors if n.startswith(prefix))
     removed = tensors.pop(name)
@@ -419,29 +423,26 @@ def test_stop_on_a_full_disk_promises_no_checkpoint(run, whole, monkeypatch):
     assert "at step 5; its checkpoint could not be written" in stopped.err
 
 
-def test_artifact_that_cannot_be_written_is_scored_and_fails_the_verdict(run, monkeypatch):
-    whole = run(RUN_ID="whole", **SHORT)
+def test_artifact_that_cannot_be_written_is_scored_and_fails_the_verdict(run, ended, monkeypatch):
     full_disk(monkeypatch, "artifact")
     result = run(RUN_ID="full", **SHORT)
     assert result.code == 1 and values(result.out, "over_limit")["limit"] == "file"
     assert "No,space" in values(result.out, "artifact_not_written")["reason"]
-    assert values(result.out, "final") == values(whole.out, "final")
+    assert values(result.out, "final") == values((ended / "b.txt").read_text(), "final")
 
 
-def test_console_on_a_full_disk_goes_on_in_the_log(tmp_path, monkeypatch):
-    full = SimpleNamespace(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
-    monkeypatch.setattr(t.sys, "stdout", full)
+def test_log_that_is_deleted_or_whose_disk_or_console_is_full(tmp_path, capsys):
     run = t.Run()
     run.log_path = tmp_path / "log.txt"
     run.log("step", a=1)
-    assert run.log_path.read_text() == "step a:1\n"
-
-
-def test_log_on_a_full_disk_goes_on_at_the_console(tmp_path, capsys):
-    run = t.Run()
+    run.log_path.unlink()  # what was lost is written again
+    full = SimpleNamespace(write=mock.Mock(side_effect=OSError(28, "No space left on device")))
+    with mock.patch.object(t.sys, "stdout", full):
+        run.log("step", a=2)
+    assert run.log_path.read_text() == "step a:1\nstep a:2\n"
     run.log_path = tmp_path / "gone" / "log.txt"
-    run.log("step", a=1)
-    assert capsys.readouterr().out == "step a:1\n"
+    run.log("step", a=3)
+    assert capsys.readouterr().out == "step a:1\nstep a:3\n"
 
 
 @pytest.mark.parametrize("resume, goes_on", [("auto", True), ("other.ckpt", False)])
@@ -457,16 +458,6 @@ def test_link_at_the_name_of_a_part_is_not_followed(tmp_path):
     t.write_whole(tmp_path / "a", lambda f: f.write(b"mine"))
     assert (tmp_path / "precious").read_text() == "precious"
     assert (tmp_path / "a").read_bytes() == b"mine" and not (tmp_path / "a").is_symlink()
-
-
-def test_log_that_is_deleted_under_way_is_written_whole_again(tmp_path):
-    run = t.Run()
-    run.log_path = tmp_path / "log.txt"
-    run.log("step", a=1)
-    run.log_path.unlink()
-    run.log("step", a=2)
-    run.log("step", a=3)
-    assert run.log_path.read_text() == "step a:1\nstep a:2\nstep a:3\n"
 
 
 def test_weights_that_are_not_finite_are_never_written(tmp_path):

@@ -14,8 +14,8 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, TINY, files_in, fixed_data, launch,
-                      parse, tiny_config, tiny_model, values, weights_of)
+from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, enter, files_in, fixed_data,
+                      launch, on_ranks, parse, tiny_config, tiny_model, values, weights_of)
 
 import train_gpt as t
 
@@ -43,42 +43,31 @@ def whole(tiny, tmp_path_factory):
 # ---- a whole run ---------------------------------------------------------------------------------
 
 
-def test_whole_run_ends_well_and_in_silence(whole):
+def test_whole_run_ends_well_in_silence_and_its_log_is_what_it_printed(whole):
+    """A RUN_ID with a slash is a folder of the run's files."""
     assert (whole.code, whole.err) == (0, "")
-
-
-def test_run_id_with_a_slash_is_a_folder_of_the_runs_files(whole):
     assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt/trained.npz",
                                       "night/run.txt"]
-
-
-def test_console_and_log_file_are_the_same_text(whole):
     assert whole.out.split("\n\n")[0] + "\n" == (whole.folder / "night" / "run.txt").read_text()
 
 
-def test_events_come_in_the_order_of_the_run(whole):
+def test_lines_are_in_the_grammar_and_in_the_order_of_the_run(whole):
     wanted = ["run", "settings", "model", "kernel", "step", "hessians",
               "pre_quantization_post_ema", "fill_cap", "gptq", "quantized", "artifact", "reload",
               "final_int6_roundtrip", "final_int6_exact", "final_int6_sliding_window", "ttt",
               "final_int6_ttt", "final", "compliance"]
     events = [event or "step" for event, _ in parse(whole.out)]
     assert list(dict.fromkeys(event for event in events if event in wanted)) == wanted
-
-
-def test_every_line_is_in_the_grammar_or_one_of_the_verbatim_forms(whole):
     log = (whole.folder / "night" / "run.txt").read_text()
     outside = [line for line in log.splitlines() if not LINE.fullmatch(line)]
     assert [bool(VERBATIM.fullmatch(line)) for line in outside] == [True, True]  # the two sizes
 
 
-def test_settings_line_shows_what_differs_from_the_defaults(whole):
+def test_settings_line_shows_what_differs_from_the_defaults(whole, tmp_path, monkeypatch, capsys):
     cfg = t.Config.from_env(whole.env)
     changed = {f.name: ",".join(t.plain(getattr(cfg, f.name)).split()) for f in t.fields(cfg)
                if getattr(cfg, f.name) != f.default}
     assert values(whole.out, "settings") == changed
-
-
-def test_run_of_the_defaults_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     t.start_log(t.Config(), t.Run())
     assert "\nsettings all:default\n" in capsys.readouterr().out
@@ -92,14 +81,11 @@ def test_run_line_names_script_and_commit(whole):
     assert found["commit"].removesuffix("-dirty") == head
 
 
-def test_validation_happens_at_its_steps_and_at_the_end(whole):
-    found = [pairs["step"] for event, pairs in parse(whole.out) if "val_bpb" in pairs and not event]
-    assert found == ["0/3", "2/3", "3/3"]
-
-
-def test_training_lines_show_the_loss(whole):
-    found = [float(pairs["train_loss"]) for _, pairs in parse(whole.out) if "train_loss" in pairs]
-    assert found == pytest.approx(3 * [np.log(1024)], abs=0.2)
+def test_losses_are_shown_at_their_steps(whole):
+    steps = [pairs for event, pairs in parse(whole.out) if not event]
+    assert [pairs["step"] for pairs in steps if "val_bpb" in pairs] == ["0/3", "2/3", "3/3"]
+    losses = [float(pairs["train_loss"]) for pairs in steps if "train_loss" in pairs]
+    assert losses == pytest.approx(3 * [np.log(1024)], abs=0.2)
 
 
 @pytest.mark.parametrize("event", ["pre_quantization_post_ema", *t.FINAL_EVENTS.values(), "final"])
@@ -108,34 +94,23 @@ def test_final_lines_make_their_numbers_checkable(whole, event):
     bits = float(found["val_loss"]) * int(found["tokens"]) / np.log(2)
     assert int(found["tokens"]) == NUM_VAL - 1
     assert float(found["val_bpb"]) == pytest.approx(bits / int(found["bytes"]), rel=1e-7)
+    if event == "final":  # the score of the method that was set beforehand
+        assert found["method"] == "exact"
+        assert found["val_bpb"] == values(whole.out, "final_int6_exact")["val_bpb"]
 
 
-def test_final_score_is_the_one_set_beforehand(whole):
-    final = values(whole.out, "final")
-    assert final["method"] == "exact"
-    assert final["val_bpb"] == values(whole.out, "final_int6_exact")["val_bpb"]
-
-
-def test_printed_sizes_are_those_of_the_files(whole):
+def test_verdict_is_ok_sizes_are_those_of_the_files_and_the_last_screen_a_summary(whole):
+    told, final = values(whole.out, "compliance"), values(whole.out, "final")
     size = (whole.folder / "night" / "run.artifact").stat().st_size
     total = size + SCRIPT.stat().st_size
     assert f"\nSerialized model int8+rans: {size} bytes\n" in whole.out
     assert f"\nTotal submission size int8+rans: {total} bytes\n" in whole.out
-    assert values(whole.out, "compliance")["total_bytes"] == str(total)
-
-
-def test_verdict_is_ok_by_every_check(whole):
-    found = values(whole.out, "compliance")
-    for check in ("causal", "normalized", "score_first", "coverage", "bytes", "verdict"):
-        assert found[check] == "ok", check
-
-
-def test_the_last_screen_is_a_summary_for_a_person(whole):
-    lines = whole.out.split("\n\n")[1].splitlines()
-    found = dict(line.split(maxsplit=1) for line in lines)
-    told, final = values(whole.out, "compliance"), values(whole.out, "final")
+    assert told["total_bytes"] == str(total)
+    assert {told[check] for check in (
+        "causal", "normalized", "score_first", "coverage", "bytes", "verdict")} == {"ok"}
     run = f"{whole.folder}/night/run"
-    assert found == dict(
+    lines = whole.out.split("\n\n")[1].splitlines()
+    assert dict(line.split(maxsplit=1) for line in lines) == dict(
         score=f"{float(final['val_bpb']):.4f} bits per byte, verdict ok",
         bytes=f"{int(told['total_bytes']):,} of 16,000,000",
         seconds=f"{told['train_s']} training, {told['eval_s']} evaluation",
@@ -143,7 +118,7 @@ def test_the_last_screen_is_a_summary_for_a_person(whole):
         next=f"python logs/tools/report.py {run}.txt --html page.html")
 
 
-def test_a_long_evaluation_tells_how_far_it_is(tiny_model, capsys, monkeypatch):
+def test_a_long_evaluation_tells_how_far_it_is(capsys, monkeypatch):
     cfg = tiny_config(eval_batch_tokens=64)
     data = fixed_data(cfg)
     clock = iter(range(0, 10_000, 9))  # each look at the clock is 9 s later
@@ -157,7 +132,7 @@ def test_a_long_evaluation_tells_how_far_it_is(tiny_model, capsys, monkeypatch):
 
 @pytest.mark.parametrize("method, num_tokens", [
     ("ttt", 3 * 100 + 1), ("exact", 1201), ("sliding", 256 + 1), ("roundtrip", 256 + 1)])
-def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, tiny_model, capsys,
+def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, capsys,
                                                             monkeypatch):
     cfg = tiny_config()  # chunks of 100 tokens, batches of 256
     model = tiny_model(cfg)
@@ -172,9 +147,6 @@ def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, 
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
-# ---- an artifact alone ---------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
     """No setting of the model is repeated: all of them come from the file."""
@@ -187,21 +159,13 @@ def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
         assert values(out, event)["val_bpb"] == values(whole.out, event)["val_bpb"], event
 
 
+# ---- variants of a run ---------------------------------------------------------------------------
+
+
 def test_settings_of_the_model_come_from_the_artifact(whole, run):
     again = run(ARTIFACT=f"{whole.folder}/night/run.artifact", SWA_WINDOW="7")
     assert values(again.out, "artifact_config")["swa_window"] == "16"
     assert values(again.out, "final") == values(whole.out, "final")
-
-
-def test_artifact_of_another_vocabulary_is_refused(tmp_path, run):
-    cfg = tiny_config(vocab_size=512)
-    t.save_artifact(tmp_path / "other", tiny_model(cfg), cfg)
-    result = run(ARTIFACT=str(tmp_path / "other"))
-    assert result.code == 2
-    assert re.fullmatch(r"error: ARTIFACT=.*other: a model of 512 tokens, .*1024\n", result.err)
-
-
-# ---- variants of a run ---------------------------------------------------------------------------
 
 
 def test_run_over_the_cap_fails_the_verdict_but_keeps_its_files(run):
@@ -268,8 +232,10 @@ def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving):
 
 
 def test_run_without_a_step_is_a_whole_run(run):
-    result = run(ITERATIONS="0")
+    """White space in a value keeps the log's grammar."""
+    result = run(ITERATIONS="0", STACK="gdn\n\tswa:a  gdn swa:a")
     assert result.code == 0
+    assert values(result.out, "settings")["stack"] == "gdn,swa:a,gdn,swa:a"
     assert float(values(result.out, "final")["val_loss"]) == pytest.approx(np.log(1024), abs=0.05)
 
 
@@ -277,13 +243,6 @@ def test_score_of_held_out_training_text_is_not_a_verdict_of_the_split(run):
     result = run(HOLDOUT_TOKENS="1000", ITERATIONS="1", FINAL_SCORE="roundtrip")
     assert values(result.out, "final")["tokens"] == "999"
     assert (result.code, values(result.out, "compliance")["verdict"]) == (0, "holdout")
-
-
-def test_diverging_run_stops_and_says_so(run):
-    result = run(MATRIX_LR="1e9", TIED_EMBED_LR="1e9", SCALAR_LR="1e9", GRAD_CLIP_NORM="0",
-                 ITERATIONS="20")
-    assert result.code == 2
-    assert re.match(r"error: step \d+: 11 steps had gradients that are not finite", result.err)
 
 
 @pytest.mark.parametrize("scoring", ["sliding", "exact"])
@@ -352,6 +311,11 @@ def test_compressor_that_does_not_work_is_found_before_training(run, monkeypatch
 
 def test_artifact_is_scored_with_its_own_tokenizer_only(whole, run, tmp_path):
     """Another file of the same pieces is another tokenizer; the hash is in the artifact."""
+    cfg = tiny_config(vocab_size=512)
+    t.save_artifact(tmp_path / "small", tiny_model(cfg), cfg)
+    result = run(ARTIFACT=str(tmp_path / "small"))
+    assert result.code == 2
+    assert re.fullmatch(r"error: ARTIFACT=.*small: a model of 512 tokens, .*1024\n", result.err)
     (tmp_path / "other.model").write_bytes(
         (SAMPLE / "corpus_1024_bpe.model").read_bytes() + b"\xa2\x06\0")  # an unknown, empty field
     settings = dict(ARTIFACT=str(whole.folder / "night" / "run.artifact"),
@@ -359,22 +323,23 @@ def test_artifact_is_scored_with_its_own_tokenizer_only(whole, run, tmp_path):
     assert_one_line(run(**settings), "run.artifact: made with another tokenizer", "other.model")
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
-def test_closed_streams_end_no_run(tiny, tmp_path, closed):
+@pytest.mark.slow
+@pytest.mark.parametrize("closed, changes, code", [
+    (">&- 2>&- <&-", dict(ITERATIONS="0"), 0), ("2>&-", dict(VOCAB_SIZE="3"), 2)])
+def test_closed_streams_end_no_run(tiny, tmp_path, closed, changes, code):
     """Also of a fault, whose exit code stays."""
-    for changes, code in (({"ITERATIONS": "0"}, 0), ({"VOCAB_SIZE": "3"}, 2)):
-        env = os.environ | tiny | dict(OUT_DIR=str(tmp_path), RUN_ID="x", PYTHON=sys.executable)
-        done = subprocess.run(f'"$PYTHON" {SCRIPT} {closed}', shell=True, env=env | changes,
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert done.returncode == code and "Traceback" not in done.stderr
-    assert "verdict:ok" in (tmp_path / "x.txt").read_text()
+    env = os.environ | tiny | dict(OUT_DIR=str(tmp_path), RUN_ID="x", PYTHON=sys.executable)
+    done = subprocess.run(f'"$PYTHON" {SCRIPT} {closed}', shell=True, env=env | changes,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert code or "verdict:ok" in (tmp_path / "x.txt").read_text()
 
 
 def test_where_posix_is_missing_the_run_is_the_same(run, monkeypatch):
     """Windows has no module resource and no SIGHUP."""
     monkeypatch.setitem(sys.modules, "resource", None)
     monkeypatch.delattr(signal, "SIGHUP")
-    assert run(ITERATIONS="1").code == 0
+    assert run(ITERATIONS="1", FINAL_SCORE="roundtrip").code == 0
 
 
 @pytest.mark.slow
@@ -384,10 +349,10 @@ def test_torchruns_summary_has_the_cause(tiny):
     assert "GolfError: TOKENIZER_PATH=" in err.split("Root Cause")[1]
 
 
-@pytest.mark.parametrize("rank, speaks", [("0", True), ("1", False)])
-def test_fault_of_the_user_is_told_once_a_node(run, rank, speaks):
-    result = run(SEED="x", LOCAL_RANK=rank)
-    assert (result.code, bool(result.err)) == (2, speaks)
+def test_fault_of_the_user_is_told_once_a_node(run):
+    for rank, speaks in (("0", True), ("1", False)):
+        result = run(SEED="x", LOCAL_RANK=rank)
+        assert (result.code, bool(result.err)) == (2, speaks)
 
 
 @pytest.mark.parametrize("name, resume", [("mine.txt", ""), ("mine.artifact", ""),
@@ -401,38 +366,25 @@ def test_another_runs_files_are_not_overwritten(run, tmp_path, name, resume):
     assert "RUN_ID=mine" in result.err and "set another RUN_ID" in result.err
 
 
-def test_argument_is_refused(run):
+def test_help_is_the_only_argument(run):
     assert_one_line(run("--seed=1"), "--seed=1", "--help")
-
-
-def test_help_is_printed(run):
     result = run("--help")
     assert (result.code, result.out, result.err) == (0, t.help_text() + "\n", "")
 
 
-def test_value_with_any_white_space_keeps_the_grammar(run):
-    result = run(ITERATIONS="0", STACK="gdn\n\tswa:a  gdn swa:a")
-    assert values(result.out, "settings")["stack"] == "gdn,swa:a,gdn,swa:a"
-
-
-# ---- several ranks -------------------------------------------------------------------------------
-
-
-def test_batch_that_the_ranks_cannot_share_names_the_nearest():
-    cfg = t.Config.from_env(TINY)
-    with pytest.raises(t.GolfError, match=r"TRAIN_BATCH_TOKENS=512: .* set it to 576"):
-        t.micro_batch_rows(cfg, t.Run(0, 3))
+def enter_as_rank(run, env):
+    """The script in this process as one of several ranks, whose group `run` has joined."""
+    return enter(env | dict(RANK=str(run.rank), WORLD_SIZE=str(run.world_size)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 8])
-def test_any_number_of_ranks_gives_the_scores_of_one(whole, tmp_path, ranks):
-    env = whole.env | dict(OUT_DIR=str(tmp_path), RUN_ID="many", EVAL_DIAGNOSTICS="0",
-                           FINAL_SCORE="ttt", VAL_LOSS_EVERY="0")
-    code, out, err = finish(launch(env, ranks))
-    assert code == 0, err
-    log = (tmp_path / "many.txt").read_text()
-    assert out.split("\n\n")[0] + "\n" == log  # the other ranks are silent
+def test_eight_ranks_give_the_scores_of_one(whole, tmp_path):
+    first, *others = on_ranks(8, enter_as_rank, whole.env | dict(
+        OUT_DIR=str(tmp_path), RUN_ID="many", EVAL_DIAGNOSTICS="0", FINAL_SCORE="ttt",
+        VAL_LOSS_EVERY="0"))
+    assert first.code == 0, first.err
+    assert {(rank.code, rank.out) for rank in others} == {(0, "")}
+    assert first.out.split("\n\n")[0] + "\n" == (tmp_path / "many.txt").read_text()
     for event in ("pre_quantization_post_ema", "final_int6_ttt"):
         one = float(values(whole.out, event)["val_bpb"])
-        assert float(values(out, event)["val_bpb"]) == pytest.approx(one, rel=1e-5), event
+        assert float(values(first.out, event)["val_bpb"]) == pytest.approx(one, rel=1e-5), event

@@ -7,7 +7,7 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import SCRIPT, tiny_config
+from conftest import SCRIPT
 
 import train_gpt as t
 
@@ -76,11 +76,15 @@ def names_of(kind):
     return [name for name, f in FIELDS.items() if type(f.default) is kind]
 
 
-@pytest.mark.parametrize("kind, expected", [(int, "a whole number"), (float, "a number")])
-def test_number_setting_refuses_other_text(kind, expected):
+@pytest.mark.parametrize("kind, expected, other, too_large", [
+    (int, "a whole number", ["abc", "", "1,5", "1.5", "1e3", "0x10"], [str(2**31)]),
+    (float, "a number", ["abc", "", "1,5"], ["nan", "-inf", "1e+300"])])
+def test_number_setting_refuses_other_text_and_what_is_not_finite(kind, expected, other, too_large):
     for name in names_of(kind):
-        for text in ("abc", "", "1,5") + (("1.5", "1e3", "0x10") if kind is int else ()):
+        for text in other:
             assert fault(**{name: text}) == f"{name}={text!r}: must be {expected}"
+        for text in too_large:
+            assert fault(**{name: text}).startswith(f"{name}={text}: must be ")
 
 
 def test_text_that_is_not_utf_8_is_refused():
@@ -89,26 +93,14 @@ def test_text_that_is_not_utf_8_is_refused():
         assert fault(**{name: text}) == f"{name}={text!r}: must be UTF-8" or name == "PRESET"
 
 
-@pytest.mark.parametrize("kind, texts", [(int, [str(2**31)]), (float, ["nan", "-inf", "1e+300"])])
-def test_number_that_is_not_finite_or_too_large_is_refused(kind, texts):
-    for name in names_of(kind):
-        for text in texts:
-            assert fault(**{name: text}).startswith(f"{name}={text}: must be ")
-
-
-@pytest.mark.parametrize("name", names_of(bool))
-def test_boolean_setting_is_0_or_1_alone(name):
-    for text in ("true", "True", "yes", "", "2", " 1", "-1"):
-        assert fault(**{name: text}) == f"{name}={text!r}: must be 0 or 1"
+def test_boolean_setting_is_0_or_1_alone():
     needed = {"MAX_WALLCLOCK_SECONDS": "0"}  # by DETERMINISTIC=1
-    for text in ("0", "1"):
-        cfg = t.Config.from_env(needed | {name: text})
-        assert getattr(cfg, name.lower()) is (text == "1")
-
-
-def test_values_of_all_types_arrive():
-    cfg = t.Config.from_env(dict(SEED="7", MATRIX_LR="2e-3", SMEAR="0", OUT_DIR="here"))
-    assert (cfg.seed, cfg.matrix_lr, cfg.smear, cfg.out_dir) == (7, 0.002, False, "here")
+    for name in names_of(bool):
+        for text in ("true", "yes", "", "2", " 1", "-1"):
+            assert fault(**{name: text}) == f"{name}={text!r}: must be 0 or 1"
+        for text in ("0", "1"):
+            cfg = t.Config.from_env(needed | {name: text})
+            assert getattr(cfg, name.lower()) is (text == "1")
 
 
 @pytest.mark.parametrize("text, other", [
@@ -126,15 +118,9 @@ def test_contradicting_settings_are_refused(text, other):
     assert message.startswith(text.split()[0] + ": ") and other in message
 
 
-def test_head_counts_do_not_matter_without_attention():
+def test_what_is_not_used_contradicts_nothing():
     t.Config.from_env(dict(STACK="gdn*2", NUM_HEADS="7", NUM_KV_HEADS="3"))
-
-
-def test_eval_only_is_accepted_beside_an_artifact():
     assert t.Config.from_env(dict(EVAL_ONLY="1", ARTIFACT="a")) == t.Config(artifact="a")
-
-
-# ---- STACK ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("stack, part", [
@@ -150,34 +136,19 @@ def test_bad_stack_is_refused(stack, part):
     assert message.startswith("STACK=") and part in message
 
 
-def shape(stack):
-    """Each layer's kind and the numbers of the first layers with its mixer and its MLP."""
-    layers = t.parse_stack(stack)
-    mixers = [layer.mixer for layer in layers]
-    mlps = [layer.mlp for layer in layers]
-    return [(layer.kind, mixers.index(layer.mixer), mlps.index(layer.mlp)) for layer in layers]
-
-
-@pytest.mark.parametrize("stack, layers", [
-    ("gdn", [("gdn", 0, 0)]),
+@pytest.mark.parametrize("stack, layers", [  # kind, first layers with its mixer and its MLP
     ("gdn*2 swa", [("gdn", 0, 0), ("gdn", 1, 1), ("swa", 2, 2)]),
     ("gdn,attn", [("gdn", 0, 0), ("attn", 1, 1)]),
     ("swa:a gdn swa:a", [("swa", 0, 0), ("gdn", 1, 1), ("swa", 0, 2)]),
     ("swa::a gdn swa::a", [("swa", 0, 0), ("gdn", 1, 1), ("swa", 0, 0)]),
     ("attn::b*2", [("attn", 0, 0), ("attn", 0, 0)]),
-    ("(gdn swa:a)*2", [("gdn", 0, 0), ("swa", 1, 1), ("gdn", 2, 2), ("swa", 1, 3)]),
-    ("((gdn::a)*2 swa)*1", [("gdn", 0, 0), ("gdn", 0, 0), ("swa", 2, 2)]),
-])
+    ("((gdn::a)*2 swa:b)*2", [("gdn", 0, 0), ("gdn", 0, 0), ("swa", 2, 2),
+                              ("gdn", 0, 0), ("gdn", 0, 0), ("swa", 2, 5)])])
 def test_stack_lists_layers_in_order_with_what_they_share(stack, layers):
-    assert shape(stack) == layers
-
-
-def test_repeated_group_of_double_tags_has_the_weights_of_one_group():
-    stored = []
-    for stack in ("(gdn::a swa::b)*2", "gdn swa"):
-        model = t.LM(tiny_config(stack=stack))
-        stored.append([n for n, _ in model.named_parameters() if ".mixer." in n or ".mlp." in n])
-    assert stored[0] == stored[1]
+    found = t.parse_stack(stack)
+    mixers, mlps = [layer.mixer for layer in found], [layer.mlp for layer in found]
+    assert [(layer.kind, mixers.index(layer.mixer), mlps.index(layer.mlp))
+            for layer in found] == layers
 
 
 # ---- names ---------------------------------------------------------------------------------------
@@ -197,16 +168,14 @@ def test_misspelt_name_is_refused_with_a_suggestion(name, meant):
                                     "them all)")
 
 
-@pytest.mark.parametrize("name", ["PHASED_TTT_ENABLED", "TTT_LORA", "GDN_CONV", "MY_SWA",
-                                  "MUON_NESTEROV", "NGRAM_TILT", "GPTQ"])
-def test_unknown_name_with_one_of_our_words_is_refused(name):
-    assert fault(**{name: "1"}).startswith(f"{name}: unknown setting")
+def test_unknown_name_with_one_of_our_words_is_refused():
+    for name in "PHASED_TTT_ENABLED TTT_LORA GDN_CONV MY_SWA MUON_NESTEROV NGRAM_TILT GPTQ".split():
+        assert fault(**{name: "1"}).startswith(f"{name}: unknown setting")
 
 
-@pytest.mark.parametrize("name", t.ELSEWHERE)
-def test_name_of_another_script_is_answered_with_ours(name):
-    assert fault(**{name: "1"}).endswith(f"; {t.ELSEWHERE[name]} takes its place")
-    assert t.ELSEWHERE[name] in FIELDS
+def test_name_of_another_script_is_answered_with_ours():
+    for name, ours in t.ELSEWHERE.items():
+        assert fault(**{name: "1"}).endswith(f"; {ours} takes its place") and ours in FIELDS
     assert {"LEARNING_RATE", "BATCH_SIZE", "MAX_STEPS"} <= set(t.ELSEWHERE)
 
 
@@ -229,18 +198,16 @@ def test_variables_of_other_programs_are_ignored():
 def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
     monkeypatch.setitem(t.PRESETS, "one", dict(model_dim=256, num_heads=4, seed=1))
     monkeypatch.setitem(t.PRESETS, "two", dict(model_dim=128, seed=2))
-    both = t.Config.from_env({"PRESET": "one, two", "SEED": "3"})
+    both = t.Config.from_env({"PRESET": "one, two", "SEED": "3", "MATRIX_LR": "2e-3", "SMEAR": "0"})
     assert (both.model_dim, both.num_heads, both.seed) == (128, 4, 3)
-
-
-def test_the_record_is_the_defaults():
+    assert (both.matrix_lr, both.smear) == (0.002, False)
     assert t.Config.from_env({}) == t.Config.from_env(dict(PRESET="record")) == t.Config()
 
 
-@pytest.mark.parametrize("preset, wrong", [("recrod", "recrod"), ("sample,nothing", "nothing")])
-def test_unknown_preset_is_refused_with_the_list(preset, wrong):
-    assert fault(PRESET=preset) == (f"PRESET={wrong}: must be a comma list of record, pr1749, "
-                                    "pr1698, pr456, sample")
+def test_unknown_preset_is_refused_with_the_list():
+    for preset, wrong in (("recrod", "recrod"), ("sample,nothing", "nothing")):
+        assert fault(PRESET=preset) == (f"PRESET={wrong}: must be a comma list of record, pr1749, "
+                                        "pr1698, pr456, sample")
 
 
 @pytest.mark.parametrize("preset, stack, kept", [
@@ -251,22 +218,16 @@ def test_unknown_preset_is_refused_with_the_list(preset, wrong):
     ("pr456,sample", "attn*6", dict(unet=True, xsa_layers=3, mlp_bits=5, ngram_order=2))])
 def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, kept):
     cfg = t.Config.from_env({"PRESET": preset})
+    with torch.device("meta"):
+        assert len(t.LM(cfg).blocks) == len(t.parse_stack(cfg.stack))
     assert cfg.stack == stack
     assert {name: getattr(cfg, name) for name in kept} == kept
 
 
-@pytest.mark.parametrize("preset", [*t.PRESETS, *t.WITH_SAMPLE])
-def test_preset_builds_a_model(preset):
-    cfg = t.Config.from_env({"PRESET": preset})
-    with torch.device("meta"):
-        model = t.LM(cfg)
-    assert len(model.blocks) == len(t.parse_stack(cfg.stack))
-
-
-@pytest.mark.parametrize("values", [*t.PRESETS.values(), *t.WITH_SAMPLE.values()])
-def test_preset_values_have_their_fields_types(values):
-    assert {n: type(v) for n, v in values.items()} == {
-        n: type(FIELDS[n.upper()].default) for n in values}
+def test_preset_values_have_their_fields_types():
+    for values in (*t.PRESETS.values(), *t.WITH_SAMPLE.values()):
+        assert {n: type(v) for n, v in values.items()} == {
+            n: type(FIELDS[n.upper()].default) for n in values}
 
 
 def test_help_lists_every_setting_with_default_and_meaning():
@@ -291,9 +252,6 @@ def test_help_shows_a_preset_as_the_environment_takes_it(preset):
 def test_unset_run_id_becomes_time_presets_and_seed():
     name = t.name_run(t.Config.from_env(dict(PRESET="pr1749, sample")), t.Run()).run_id
     assert re.fullmatch(r"\d{8}-\d{6}_pr1749-sample_seed1337", name)
-
-
-# ---- one place for one thing ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text, places", [

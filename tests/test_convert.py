@@ -75,18 +75,6 @@ def test_weights_and_biases_get_every_point_once(path, monkeypatch):
     assert [p["ttt/running_bpb"] for p in points if "ttt/running_bpb" in p] == [1.2, 1.1]
 
 
-def test_tensorboard_files_hold_the_points(path, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    assert convert.main([str(path), "--tensorboard", str(tmp_path / "runs")]) == 0
-    events = EventAccumulator(str(tmp_path / "runs" / "one"))
-    events.Reload()
-    log = convert.collect([path])[0]
-    found = {e.step: e.value for e in events.Scalars("val/bpb")}
-    assert found == pytest.approx({step: point.bpb for step, point in log.val.items()})
-    assert events.Scalars("summary/final_bpb")[0].value == pytest.approx(BPBS[0])
-
-
 @pytest.mark.parametrize("option, missing", [("--wandb", "wandb"),
                                              ("--tensorboard", "torch.utils.tensorboard")])
 def test_a_missing_library_is_one_clear_line(option, missing, path, tmp_path, monkeypatch, capsys):

@@ -12,36 +12,24 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from conftest import SAMPLE, TextShard, tiny_config
+from conftest import (SAMPLE, TOKENIZER, TextShard, shard_bytes, tiny_config, trained_tokenizer,
+                      write_split)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt as t
 
-MODEL = SAMPLE / "corpus_1024_bpe.model"
 VOCAB = 1024
 BOS = 1
 
 
-def shard_bytes(tokens, magic=20240520, version=1, count=None):
-    """A shard file's bytes; `count` is what its header promises."""
-    head = struct.pack("<3i", magic, version, len(tokens) if count is None else count)
-    return head.ljust(1024, b"\0") + np.asarray(tokens, "<u2").tobytes()
-
-
-def write_split(folder, split, *parts):
-    """One shard for each list of tokens."""
-    for i, tokens in enumerate(parts):
-        (folder / f"fineweb_{split}_{i:06d}.bin").write_bytes(shard_bytes(tokens))
-
-
 def sample_config(folder=SAMPLE, **changes):
     """A tiny Config with the sample's tokenizer and the shards in `folder`."""
-    return tiny_config(data_path=str(folder), tokenizer_path=str(MODEL), vocab_size=VOCAB,
+    return tiny_config(data_path=str(folder), tokenizer_path=str(TOKENIZER), vocab_size=VOCAB,
                        **changes)
 
 
-SP = sentencepiece.SentencePieceProcessor(model_file=str(MODEL))  # byte fallback, no dummy prefix
+SP = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))  # with byte fallback
 TABLE = t.byte_table(SP, VOCAB + 76)  # more ids than the tokenizer has
 
 
@@ -73,6 +61,9 @@ def test_shards_read_as_their_tokens_in_the_order_of_their_names(tmp_path):
     shards = t.open_shards(tmp_path, "val")
     assert [shard[:].tolist() for shard in shards] == [[0, 1, 65535, 256, 7], [2], [3]]
     assert (len(shards[0]), shards[0][1:3].tolist()) == (5, [1, 65535])
+    os.truncate(shards[0].path, 1028)
+    with pytest.raises(t.GolfError, match="fineweb_val_000000.bin: became shorter"):
+        shards[0][:]
 
 
 def test_more_shards_than_open_files(tmp_path):
@@ -85,14 +76,6 @@ def test_more_shards_than_open_files(tmp_path):
         loader.close()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def test_shard_that_shrinks_while_it_is_read_is_named(tmp_path):
-    write_split(tmp_path, "val", range(100))
-    [shard] = t.open_shards(tmp_path, "val")
-    os.truncate(shard.path, 1100)
-    with pytest.raises(t.GolfError, match="fineweb_val_000000.bin: became shorter"):
-        shard[:]
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
@@ -119,7 +102,9 @@ def test_validation_text_that_cannot_be_scored_is_refused(tmp_path, val, fault):
 
 @pytest.mark.parametrize("name, content, fault", [
     ("x.model", b"", "not a SentencePiece model"), ("x.model", b"text", "not a SentencePiece"),
-    ("y.model", b"", "No such file"), ("x.model", MODEL.read_bytes(), "1024 pieces.*SIZE=2048")])
+    ("y.model", b"", "No such file"), ("x.model", TOKENIZER.read_bytes(), "1024 pieces.*SIZE=2048"),
+    ("x.model", TOKENIZER.read_bytes().replace("\u2581the".encode(), b"\xe2\x96\x81t\xa8e", 1),
+     "not a SentencePiece model")], ids=["empty", "text", "missing", "size", "no UTF-8"])
 def test_tokenizer_that_does_not_fit_is_named(tmp_path, name, content, fault):
     (tmp_path / "x.model").write_bytes(content)
     cfg = tiny_config(tokenizer_path=str(tmp_path / name), vocab_size=2048)
@@ -157,9 +142,6 @@ def test_holdout_is_the_end_of_the_training_text_and_left_out_of_it(tmp_path):
         t.open_data(sample_config(tmp_path, holdout_tokens=250))
 
 
-# ---- bytes ---------------------------------------------------------------------------------------
-
-
 def test_every_piece_has_the_bytes_of_the_challenges_rule():
     for i in range(VOCAB + 76):
         expected = (0, False, True)
@@ -168,13 +150,9 @@ def test_every_piece_has_the_bytes_of_the_challenges_rule():
             length = len(SP.id_to_piece(i)[spaced:].encode())
             expected = (1 if SP.is_byte(i) else length, spaced, False)
         assert tuple(column[i].item() for column in TABLE[:3]) == expected
-
-
-def test_leading_space_counts_only_after_text():
-    the = SP.piece_to_id("\u2581the")
+    the = SP.piece_to_id("\u2581the")  # its space counts after text only
     text = [SP.piece_to_id("a"), SP.piece_to_id("<0x41>"), the]
-    no_text = [BOS, SP.unk_id(), VOCAB + 1]
-    prev = torch.tensor([text, no_text])
+    prev = torch.tensor([text, [BOS, SP.unk_id(), VOCAB + 1]])
     assert t.count_bytes(TABLE, prev, torch.full_like(prev, the)).tolist() == [3 * [4], 3 * [3]]
 
 
@@ -191,9 +169,6 @@ def test_bytes_of_a_stream_are_those_of_its_documents(texts, end):
     stream = torch.tensor([BOS] + [i for ids in documents for i in (*ids, end)])
     counted = int(t.count_bytes(TABLE, stream[:-1], stream[1:]).sum())
     assert counted == sum(len(SP.decode(ids).encode()) for ids in documents)
-
-
-# ---- the run's own check of the bytes ------------------------------------------------------------
 
 
 def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice(monkeypatch):
@@ -215,9 +190,6 @@ def test_both_counts_of_a_text_cut_anywhere_agree(texts, first, last):
     assert by_table == by_text
 
 
-# ---- CaseOps -------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def caseops(tmp_path_factory):
     """A folder of a tokenizer with the four marks, two equal validation shards and sidecars.
@@ -225,12 +197,8 @@ def caseops(tmp_path_factory):
     The original text "Ab AB" is stored as mark-1 "ab" mark-2 " ab".
     """
     folder = tmp_path_factory.mktemp("caseops")
-    (folder / "text").write_text("\n".join(f"ab the {i} ab" for i in range(200)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text"), model_prefix=str(folder / "m"), vocab_size=290, minloglevel=5,
-        model_type="bpe", byte_fallback=True, add_dummy_prefix=False, num_threads=1,
-        user_defined_symbols=list(t.CASE_MARKS))
-    sp = sentencepiece.SentencePieceProcessor(model_file=str(folder / "m.model"))
+    sp = trained_tokenizer(folder / "m.model", [f"ab the {i} ab" for i in range(200)],
+                           vocab_size=290, user_defined_symbols=list(t.CASE_MARKS))
     ids = [sp.bos_id(), *sp.encode("\ue001ab\ue002 ab")]
     counts = t.target_bytes(t.byte_table(sp, 290), np.array(ids)).tolist()
     write_split(folder, "train", 20 * ids)
@@ -287,16 +255,13 @@ def batches(count, cfg, run=None, place=(0, 0)):
     return found
 
 
-def test_epoch_has_every_row_once_and_the_next_another_order():
+def test_epoch_has_every_row_of_the_text_once_and_the_next_another_order():
     cfg = tiny_config(vocab_size=8192)
     rows = [row for part, _ in batches(16, cfg) for row in part]
     first, second = rows[:64], rows[64:]
     assert len(set(first)) == len(set(second)) == 64  # 46 + 18 rows
     assert first != second
-
-
-def test_rows_are_the_text_with_the_next_token_as_target():
-    loader = t.Loader(COUNTING, tiny_config(vocab_size=8192), t.Run())
+    loader = t.Loader(COUNTING, cfg, t.Run())
     batch = next(loader)
     loader.close()
     assert (batch.shape, batch.dtype) == ((8, 65), torch.int32)
@@ -318,15 +283,12 @@ def test_loader_begun_at_a_place_goes_on_from_there():
         assert batches(20 - done, cfg, place=whole[done - 1][1]) == whole[done:]
 
 
-def test_training_token_outside_the_vocabulary_is_named_when_it_is_read():
+def test_training_text_that_cannot_be_read_is_named():
     loader = t.Loader(COUNTING, tiny_config(vocab_size=64), t.Run())
     with pytest.raises(t.GolfError, match="token .* is outside VOCAB_SIZE=64"):
         next(loader)
     assert "is outside VOCAB_SIZE=64" in loader.fault()
     loader.close()
-
-
-def test_shards_shorter_than_a_row_are_refused():
     with pytest.raises(t.GolfError, match="50 tokens, fewer than one row of TRAIN_SEQ_LEN=64"):
         t.Loader(COUNTING[2:], tiny_config(), t.Run())
 
@@ -346,16 +308,6 @@ def test_begin_of_document_must_be_the_tokenizers(tmp_path):
     with pytest.raises(t.GolfError, match=r"BOS_ID=1: is not in .*val.*the tokenizer's EOS is 2"):
         t.open_data(sample_config(tmp_path))
     assert t.open_data(sample_config(tmp_path, bos_id=2)).val[-1] == 2
-
-
-def trained_tokenizer(path, documents, **changes):
-    """A processor of 400 BPE pieces trained on `documents`, saved as `path`."""
-    options = dict(model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False,
-                   pad_id=0, bos_id=1, eos_id=2, unk_id=3, minloglevel=2, num_threads=1)
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(documents), model_prefix=str(path.with_suffix("")),
-        **(options | changes))
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
 
 
 @pytest.fixture(scope="module")
@@ -403,11 +355,3 @@ def test_tokenizer_whose_bytes_cannot_be_counted_is_refused(tmp_path, documents,
                       tokenizer_path=str(tmp_path / "t.model"))
     with pytest.raises(t.GolfError, match="TOKENIZER_PATH=.*t.model: counts [0-9]+ bytes for"):
         t.open_data(cfg)
-
-
-def test_tokenizer_with_a_piece_that_is_not_utf8_is_refused(tmp_path):
-    damaged = MODEL.read_bytes().replace("\u2581the".encode(), b"\xe2\x96\x81t\xa8e", 1)
-    (tmp_path / "x.model").write_bytes(damaged)
-    cfg = tiny_config(tokenizer_path=str(tmp_path / "x.model"), vocab_size=VOCAB)
-    with pytest.raises(t.GolfError, match="x.model: not a SentencePiece model"):
-        t.open_tokenizer(cfg)

@@ -3,8 +3,7 @@
 import fuzz
 import numpy as np
 import pytest
-import sentencepiece
-from conftest import SAMPLE, TextShard, tiny_config
+from conftest import SAMPLE, TextShard, tiny_config, trained_tokenizer
 
 import train_gpt as t
 
@@ -30,15 +29,9 @@ def test_fuzz_sees_a_fault(monkeypatch):
 def test_bytes_of_an_unusual_tokenizer_are_right_or_the_check_says_so(tmp_path, options):
     with t.lzma.open(SAMPLE / "sample_val.txt.xz", "rt", encoding="utf-8") as f:
         text = f.read(60_000).replace("\x1e", "")
-    (tmp_path / "text").write_text(text, encoding="utf-8")
-    settings = dict(model_type="bpe", vocab_size=400, byte_fallback=True, add_dummy_prefix=False,
-                    pad_id=0, bos_id=1, eos_id=2, unk_id=3, character_coverage=0.99, minloglevel=2,
-                    num_threads=1)
-    sentencepiece.SentencePieceTrainer.train(input=str(tmp_path / "text"),
-                                             model_prefix=f"{tmp_path}/m", **(settings | options))
-    sp = sentencepiece.SentencePieceProcessor(model_file=f"{tmp_path}/m.model")
-    lines = [line for line in text.splitlines() if line.strip()][:200]
-    ids = [i for line in lines for i in [sp.bos_id(), *sp.encode(line)]]
+    lines = [line for line in text.splitlines() if line.strip()]
+    sp = trained_tokenizer(tmp_path / "m.model", lines, **dict(character_coverage=0.99) | options)
+    ids = [i for line in lines[:200] for i in [sp.bos_id(), *sp.encode(line)]]
     by_table, by_text = t.decoded_bytes(sp, np.array(ids, np.uint16), sp.bos_id(), 10**6)
     assert (by_table == by_text) == ("treat_whitespace_as_suffix" not in options)
     cfg = tiny_config(vocab_size=sp.vocab_size())

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import tiny_config, tiny_model
 
 import train_gpt as t
 
@@ -73,16 +74,6 @@ def test_delta_rule_equals_the_token_by_token_recurrence(case):
     x = delta_inputs(**case)
     assert_all_close(results_and_gradients(t.delta_rule, x), results_and_gradients(recurrence, x),
                      rtol=1e-7, atol=1e-8)
-
-
-@pytest.mark.parametrize("cut", [1, 63, 64, 100, 199])
-def test_delta_rule_from_no_state_in_two_parts_equals_one_pass_from_zeros(cut):
-    x = delta_inputs(200)
-    zeros = torch.zeros_like(x.pop("state"))
-    first, carried = t.delta_rule(**{n: y[:, :cut] for n, y in x.items()})
-    second, last = t.delta_rule(**{n: y[:, cut:] for n, y in x.items()}, state=carried)
-    torch.testing.assert_close((torch.cat([first, second], 1), last),
-                               t.delta_rule(**x, state=zeros), rtol=1e-9, atol=1e-10)
 
 
 def conv_by_torch(x, weight, tail, heads):
@@ -163,7 +154,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("feature", [*FEATURES, "hash table"])
-def test_logits_before_a_changed_token_stay_bit_equal(tiny_config, tiny_model, feature):
+def test_logits_before_a_changed_token_stay_bit_equal(feature):
     model = tiny_model(tiny_config(**FEATURES.get(feature, {})))
     if feature == "hash table":
         model.embed.hash_table = torch.nn.Parameter(normal(32, 64, dtype=torch.float32))
@@ -188,7 +179,7 @@ CUTS += [("record", [cut, 70]) for cut in (1, 2, 3, 15, 16, 17, 65)]
 
 
 @pytest.mark.parametrize("preset, cuts", CUTS)
-def test_text_in_parts_with_carried_state_equals_one_pass(tiny_model, preset, cuts):
+def test_text_in_parts_with_carried_state_equals_one_pass(preset, cuts):
     model = tiny_model(t.Config.from_env(SMALL | dict(PRESET=preset)))
     ids = random_ids(2, sum(cuts))
     state = None
@@ -201,7 +192,7 @@ def test_text_in_parts_with_carried_state_equals_one_pass(tiny_model, preset, cu
 
 
 @pytest.mark.parametrize("negative, top", [(False, 1.0), (True, 2.0)])
-def test_neg_eigval_doubles_the_range_of_beta(monkeypatch, tiny_config, tiny_model, negative, top):
+def test_neg_eigval_doubles_the_range_of_beta(monkeypatch, negative, top):
     seen = []
     right = t.delta_rule
     monkeypatch.setattr(t, "delta_rule", lambda *args: seen.append(args[4]) or right(*args))
@@ -209,7 +200,7 @@ def test_neg_eigval_doubles_the_range_of_beta(monkeypatch, tiny_config, tiny_mod
     assert 0.8 * top < float(seen[0].detach().max()) < top
 
 
-def test_returned_state_is_detached(tiny_model, tiny_config):
+def test_returned_state_is_detached():
     _, state = tiny_model(tiny_config(stack="gdn swa"))(random_ids(1, 10))
     assert not any(x.requires_grad for pair in state for x in pair)
 
@@ -223,7 +214,7 @@ def embed(model, ids):
 
 
 @pytest.mark.parametrize("order", [2, 3])
-def test_a_document_start_hides_the_text_before_from_the_embedding(tiny_config, tiny_model, order):
+def test_a_document_start_hides_the_text_before_from_the_embedding(order):
     model = tiny_model(tiny_config(ngram_order=order))
     ids = random_ids(1, 12, low=2)
     ids[:, 5] = 1
@@ -232,7 +223,7 @@ def test_a_document_start_hides_the_text_before_from_the_embedding(tiny_config, 
 
 
 @pytest.mark.parametrize("feature, back", [(dict(smear=False), 2), (dict(ngram_buckets=0), 1)])
-def test_trigrams_reach_two_tokens_back_and_smear_one(tiny_config, tiny_model, feature, back):
+def test_trigrams_reach_two_tokens_back_and_smear_one(feature, back):
     model = tiny_model(tiny_config(**feature))
     ids = random_ids(1, 12, low=2)
     changed = torch.cat([ids[:, :5], ids[:, 5:6] ^ 4, ids[:, 6:]], 1)
@@ -240,7 +231,7 @@ def test_trigrams_reach_two_tokens_back_and_smear_one(tiny_config, tiny_model, f
     assert differs.nonzero().flatten().tolist() == list(range(5, 6 + back))
 
 
-def test_logits_stay_within_the_softcap(tiny_config, tiny_model):
+def test_logits_stay_within_the_softcap():
     model = tiny_model(tiny_config(logit_softcap=2.0))
     with torch.no_grad():
         model.embed.weight.mul_(100)
@@ -249,7 +240,7 @@ def test_logits_stay_within_the_softcap(tiny_config, tiny_model):
 
 @pytest.mark.parametrize("bonus", [None, (torch.tensor([[7, -1, 0, 5]]), 1.5)],
                          ids=["plain", "hinted"])
-def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(tiny_config, tiny_model, bonus):
+def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(bonus):
     model, ids = tiny_model(tiny_config()), random_ids(1, 4)
     logits = model(ids)[0].detach().double()
     for place, token in enumerate(bonus[0][0].tolist() if bonus else ()):
@@ -260,10 +251,10 @@ def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(tiny_config, tiny
                                rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("bonus", [False, True], ids=["plain", "hinted"])
-def test_probabilities_of_all_candidates_sum_to_one(tiny_config, tiny_model, bonus):
+@pytest.mark.parametrize("hint", [None, (torch.tensor([[3, -1, 63, 0, -1]]), 4.0)],
+                         ids=["plain", "hinted"])
+def test_probabilities_of_all_candidates_sum_to_one(hint):
     ids = random_ids(1, 5)
-    hint = (torch.tensor([[3, -1, 63, 0, -1]]), 4.0) if bonus else None
     model = tiny_model(tiny_config())
     nats = torch.stack([model.nll(ids, torch.full((1, 5), token), bonus=hint)[0]
                         for token in range(64)], -1)
@@ -273,19 +264,16 @@ def test_probabilities_of_all_candidates_sum_to_one(tiny_config, tiny_model, bon
 # ---- what layers share
 
 
-def test_a_single_colon_shares_the_mixer_alone(tiny_config):
+def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vector():
     _, one, _, other = t.LM(tiny_config(stack="gdn swa:a gdn swa:a")).blocks
     assert one.mixer is other.mixer
     assert one.mlp is not other.mlp and one.qk_gain is not other.qk_gain
+    one, _, other, _ = t.LM(tiny_config(stack="(attn::a gdn::b)*2")).blocks
+    assert one.mixer is other.mixer and one.mlp is other.mlp
+    assert one.mixer_scale is not other.mixer_scale
 
 
-def test_a_double_colon_shares_mixer_and_mlp_but_no_vectors(tiny_config):
-    blocks = t.LM(tiny_config(stack="(attn::a gdn::b)*2")).blocks
-    assert blocks[0].mixer is blocks[2].mixer and blocks[1].mlp is blocks[3].mlp
-    assert blocks[0].mixer_scale is not blocks[2].mixer_scale
-
-
-def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value(tiny_config):
+def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value():
     model = t.LM(tiny_config(stack="gdn*2 swa gdn*2 swa gdn", kv_share=2))
     names = [name for name, _ in model.named_parameters() if name.endswith("k_proj")]
     assert names == [f"blocks.{i}.mixer.kv.k_proj" for i in (0, 2, 3, 6)]
@@ -294,7 +282,7 @@ def test_kv_share_gives_neighbours_of_one_kind_one_key_and_value(tiny_config):
     assert blocks[0].mixer.q_proj is not blocks[1].mixer.q_proj
 
 
-def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tiny_model):
+def test_unet_adds_the_first_half_to_the_second_in_mirror_order():
     model = tiny_model(tiny_config(stack="gdn swa gdn swa attn", unet=True))
     ids = random_ids(1, 20)
     x0 = embed(model, ids)
@@ -306,16 +294,13 @@ def test_unet_adds_the_first_half_to_the_second_in_mirror_order(tiny_config, tin
     torch.testing.assert_close(model(ids)[0], model.embed.logits(x), rtol=1e-5, atol=1e-5)
 
 
-def test_xsa_takes_the_tokens_own_value_out_of_its_output():
+def test_xsa_takes_the_tokens_own_value_out_of_the_last_attention_layers():
     o, v = normal(2, 6, 4, 8), normal(2, 6, 2, 8, seed=1)
     left = t.without_own_value(o, v)
     own = v.repeat_interleave(2, 2)
     assert float((left * own).sum(-1).abs().max()) < 1e-5
     torch.testing.assert_close(left + (o * own).sum(-1, True) / own.square().sum(-1, True) * own,
                                o, rtol=1e-5, atol=1e-5)
-
-
-def test_xsa_is_for_the_last_attention_layers(tiny_config):
     blocks = t.LM(tiny_config(stack="attn swa gdn attn gdn", xsa_layers=2)).blocks
     assert [block.xsa for block in blocks] == [False, True, False, True, False]
 
@@ -350,16 +335,17 @@ UNIFORM = dict(q_proj=512, k_proj=512, g_proj=512, a_proj=512, up_proj=512, ngra
                q_conv=4)
 
 
-@pytest.mark.parametrize("kind", CONSTANTS)
-def test_parameter_starts_constant(fresh, kind):
-    assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(CONSTANTS[kind])]))
+def test_constants_start_at_their_values(fresh):
+    for kind, value in CONSTANTS.items():
+        assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(value)])), kind
+    assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))
 
 
-@pytest.mark.parametrize("kind", UNIFORM)
-def test_matrix_starts_uniform_in_one_over_the_root_of_its_columns(fresh, kind):
-    values = every(fresh, kind) * UNIFORM[kind] ** 0.5
-    assert float(values.std()) == pytest.approx(3**-0.5, rel=0.03)
-    assert 0.99 < float(values.abs().max()) <= 1.0001
+def test_matrices_start_uniform_in_one_over_the_root_of_their_columns(fresh):
+    for kind, columns in UNIFORM.items():
+        values = every(fresh, kind) * columns**0.5
+        assert float(values.std()) == pytest.approx(3**-0.5, rel=0.03), kind
+        assert 0.99 < float(values.abs().max()) <= 1.0001, kind
 
 
 SPREAD = {"weight": (lambda x: x / 0.005, 0.0, 1.0),  # how to straighten it, mean, deviation
@@ -367,18 +353,13 @@ SPREAD = {"weight": (lambda x: x / 0.005, 0.0, 1.0),  # how to straighten it, me
           "dt_bias": (lambda x: F.softplus(x).log(), math.log(0.01), math.log(100) / 12**0.5)}
 
 
-@pytest.mark.parametrize("kind", SPREAD)
-def test_parameter_starts_with_the_spread_of_its_distribution(fresh, kind):
-    straighten, mean, deviation = SPREAD[kind]
-    values = straighten(every(fresh, kind))
-    assert float(values.mean()) == pytest.approx(mean, abs=0.15 * deviation)
-    assert float(values.std()) == pytest.approx(deviation, rel=0.1)
+def test_others_start_with_the_spread_of_their_distributions(fresh):
+    for kind, (straighten, mean, deviation) in SPREAD.items():
+        values = straighten(every(fresh, kind))
+        assert float(values.mean()) == pytest.approx(mean, abs=0.15 * deviation), kind
+        assert float(values.std()) == pytest.approx(deviation, rel=0.1), kind
 
 
-def test_residual_mix_starts_at_the_residual(fresh):
-    assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))
-
-
-def test_another_seed_gives_other_initial_values(tiny_config):
+def test_another_seed_gives_other_initial_values():
     a, b = [t.init_weights(t.LM(tiny_config()), seed) for seed in (3, 4)]
     assert not torch.equal(a.blocks[0].mixer.q_proj, b.blocks[0].mixer.q_proj)

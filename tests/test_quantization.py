@@ -50,21 +50,15 @@ def test_gptq_error_is_below_that_of_rounding_on_correlated_inputs(seed, qmax, c
         W, nearest(W, step, qmax), step, H)
 
 
-def test_matrices_of_one_shape_are_rounded_as_each_alone():
+def test_matrices_of_one_shape_are_rounded_as_each_alone_in_blocks_of_any_size():
     pairs = [correlated(seed) for seed in (2, 3)]
     U = torch.stack([t.error_factor(H)[0] for _, H in pairs])
     step = torch.full((2, 24, 1), 0.1)
     Q = t.gptq(torch.stack([W for W, _ in pairs]), step, None, torch.full((2, 24), 31), U)
     for both, (W, H) in zip(Q, pairs):
-        assert (both != t.gptq(W, step[0], H, 31)).float().mean() < 0.005
-
-
-@pytest.mark.parametrize("block", [1, 7, 128])
-def test_block_size_does_not_change_the_result(block):
-    W, H = correlated(1)
-    step = torch.full((24, 40), 0.1)
-    a, b = [t.gptq(W, step, H, 31, block=size) for size in (block, 16)]
-    assert (a != b).float().mean() < 0.005  # ties flip with the order of sums
+        for block in (1, 7, 16, 128):  # ties flip with the order of sums
+            alone = t.gptq(W, step[0], H, 31, block=block)
+            assert (both != alone).float().mean() < 0.005, block
 
 
 def test_each_row_keeps_to_its_own_largest_integer():
@@ -82,15 +76,12 @@ def test_a_column_without_inputs_is_rounded_to_nearest():
     assert torch.equal(t.gptq(W, step, H, 31)[:, 3], nearest(W, step, 31)[:, 3])
 
 
-def test_damping_rises_until_the_hessian_is_positive_definite():
+def test_damping_rises_until_the_hessian_is_positive_definite_or_is_given_up():
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
     U, damp = t.error_factor(x.mT @ x - 0.02 * torch.eye(40), damp=1e-6)  # slightly indefinite
     assert 1e-6 < damp < 1 and U.isfinite().all()
-
-
-def test_a_hessian_that_is_not_finite_means_rounding_to_nearest():
     U, damp = t.error_factor(torch.full((40, 40), float("nan")))
-    assert torch.equal(U, torch.eye(40)) and damp == float("inf")
+    assert torch.equal(U, torch.eye(40)) and damp == float("inf")  # rounding to nearest
 
 
 # ---- calibration
@@ -192,12 +183,8 @@ def test_sdclip_step_is_the_clip_over_the_largest_integer(calibrated, name, bits
     want = clip * model.get_parameter(name).detach().std(1, correction=0) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(step.float(), want, rtol=2**-10, atol=0)
     assert torch.equal(columns, torch.ones(len(columns))) and step.dtype == torch.float16
-
-
-def test_sdclip_step_is_a_positive_number_for_rows_of_any_size():
-    sizes = torch.tensor([[0.0], [1e-30], [1e-4], [1e3]])
-    step = t.sdclip_step(sizes * torch.ones(4, 5), 6, 12.85)
-    assert step.isfinite().all() and (step > 0).all()
+    odd = t.sdclip_step(torch.tensor([[0.0], [1e-30], [1e-4], [1e3]]) * torch.ones(4, 5), 6, 12.85)
+    assert odd.isfinite().all() and (odd > 0).all()
 
 
 def test_rate_step_is_inverse_to_a_rows_effect_on_the_loss(calibrated):
@@ -279,12 +266,11 @@ def test_the_search_ends_just_under_the_cap(larger, monkeypatch, grid, bits_per_
     assert 0.99 * most <= len(blob) <= most
 
 
-def test_a_model_far_below_the_cap_gets_the_finest_grid(larger, monkeypatch):
+def test_a_model_far_from_the_cap_gets_the_finest_grid_or_the_smallest_size(larger, monkeypatch,
+                                                                            capsys):
     clip, _, _ = fill(larger, 10**7, monkeypatch, grid="sdclip")
     assert clip == pytest.approx(31 * t.FINEST_STEP)
-
-
-def test_a_model_that_cannot_fit_comes_at_the_smallest_size_found(larger, monkeypatch, capsys):
+    capsys.readouterr()
     _, _, blob = fill(larger, 1000, monkeypatch, grid="sdclip")
     sizes = [int(line.split("model_bytes:")[1].split()[0])
              for line in capsys.readouterr().out.splitlines() if "model_bytes:" in line]

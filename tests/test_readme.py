@@ -69,15 +69,12 @@ def test_commands_stand_behind_their_marks(mark):
     assert f"<!-- {mark} -->\n```bash\n{COMMANDS[mark]}\n```\n" in read("README.md")
 
 
-def test_readme_has_its_pictures_for_light_and_dark_pages():
+def test_readme_is_short_and_has_its_pictures_for_light_and_dark_pages():
+    text = read("README.md")
+    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2200
     found = [link for link in links("README.md") if link.endswith(".png")]
     assert len(found) == 4 and {name.replace("_dark.png", ".png") for name in found} == {
         "logs/figures/architecture.png", "logs/figures/evaluation.png"}
-
-
-def test_readme_is_short():
-    text = read("README.md")
-    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2200
 
 
 def test_line_numbers_are_true():

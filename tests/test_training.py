@@ -193,9 +193,6 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(rule, bad):
     assert_same_weights(*weights)
 
 
-# ---- several ranks
-
-
 def steps_of(run, rule, seeds, weights=None, state=None):
     """(weights, state) after a step for each seed; the ranks' gradients have a mean of one's."""
     model = tiny_model(tiny_config(stack="gdn swa gdn attn gdn"))
@@ -230,8 +227,6 @@ def test_a_loaded_optimizer_goes_on_under_any_number_of_ranks(rule, before, afte
     for weights, _ in on_threads(after, lambda run: steps_of(run, rule, (2,), *saved)):
         assert_same_weights(weights, want, rtol=1e-4, atol=1e-5)
 
-
-# ---- averaging
 
 # settings, the rate of each step, the share of the weights after each step, the first included
 AVERAGES = {
@@ -288,25 +283,23 @@ def test_ten_steps_give_the_golden_losses():
     assert golden_losses() == pytest.approx(golden, rel=1e-4)
 
 
-@pytest.mark.parametrize("progress, warmdown, want", [
-    (0.0, 0.6, 1.0), (0.4, 0.6, 1.0), (0.7, 0.6, 0.6), (1.0, 0.6, 0.2), (1.5, 0.6, 0.2),
-    (0.9, 0.0, 1.0), (0.5, 1.0, 0.6)])
-def test_learning_rate_is_flat_then_falls_linearly_to_min_lr(progress, warmdown, want):
-    cfg = tiny_config(warmdown_frac=warmdown, min_lr=0.2)
-    assert t.learning_rate(progress, cfg) == pytest.approx(want)
+def test_learning_rate_is_flat_then_falls_linearly_to_min_lr():
+    for progress, warmdown, want in ((0.0, 0.6, 1.0), (0.4, 0.6, 1.0), (0.7, 0.6, 0.6),
+                                     (1.0, 0.6, 0.2), (1.5, 0.6, 0.2), (0.9, 0.0, 1.0)):
+        cfg = tiny_config(warmdown_frac=warmdown, min_lr=0.2)
+        assert t.learning_rate(progress, cfg) == pytest.approx(want), progress
 
 
-@pytest.mark.parametrize("rows, ranks, most, want", [
-    (12, 1, 0, 12), (12, 2, 0, 6), (12, 1, 320, 4), (12, 3, 200, 2), (7, 1, 200, 1)])
-def test_micro_batch_divides_the_rows_of_a_rank(rows, ranks, most, want):
-    cfg = tiny_config(train_batch_tokens=64 * rows, micro_batch_tokens=most)
-    assert t.micro_batch_rows(cfg, t.Run(world_size=ranks)) == want
-
-
-@pytest.mark.parametrize("ranks, tokens", [(1, 131072), (2, 262144), (6, 786432), (7, 688128),
-                                           (8, 786432), (1000, 2048000)])
-def test_default_batch_grows_with_the_ranks_to_the_challenges(ranks, tokens):
-    assert t.settle_batch(t.Config(), t.Run(world_size=ranks)).train_batch_tokens == tokens
+def test_batch_grows_with_the_ranks_and_is_divided_into_micro_batches():
+    for ranks, tokens in ((1, 131072), (2, 262144), (6, 786432), (7, 688128), (8, 786432),
+                          (1000, 2048000)):  # the challenge's, or near it
+        assert t.settle_batch(t.Config(), t.Run(world_size=ranks)).train_batch_tokens == tokens
+    for rows, ranks, most, want in ((12, 1, 0, 12), (12, 2, 0, 6), (12, 1, 320, 4), (12, 3, 200, 2),
+                                    (7, 1, 200, 1)):
+        cfg = tiny_config(train_batch_tokens=64 * rows, micro_batch_tokens=most)
+        assert t.micro_batch_rows(cfg, t.Run(world_size=ranks)) == want
+    with pytest.raises(t.GolfError, match=r"TRAIN_BATCH_TOKENS=512: .* set it to 576"):
+        t.micro_batch_rows(tiny_config(), t.Run(0, 3))
 
 
 def test_warm_up_leaves_no_trace():
@@ -347,22 +340,24 @@ def test_qat_moves_the_weights_by_the_gradient_of_the_rounded_ones():
     assert_same_weights(*moves, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("operation", t.Ops._fields[:3])
-def test_a_wrong_operation_fails_the_check_of_the_fast_path(operation):
-    right = getattr(t.REFERENCE, operation)
+def with_wrong(ops, operation):
+    """The Ops with one operation that returns something else."""
+    right = getattr(ops, operation)
 
-    def wrong(*args):
-        out = right(*args)
+    def wrong(*args, **keywords):
+        out = right(*args, **keywords)
         return (out[0].roll(1, 1), *out[1:]) if isinstance(out, tuple) else 1.3 * out
+    return ops._replace(**{operation: wrong})
+
+
+@pytest.mark.parametrize("operation", t.Ops._fields[:3])
+def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, capsys):
     model = tiny_model(tiny_config())
-    fast = t.LM(model.cfg, t.REFERENCE._replace(**{operation: wrong}))
+    fast = t.LM(model.cfg, with_wrong(t.REFERENCE, operation))
     fast.load_state_dict(model.state_dict())
     with pytest.raises(t.GolfError, match="KERNEL=reference COMPILE=0: the fast path's loss"):
         t.check_fast_path(fast, t.Run(), 2)
-
-
-def test_a_right_model_passes_the_check_of_the_fast_path(capsys):
-    t.check_fast_path(tiny_model(tiny_config()), t.Run(), 4)
+    t.check_fast_path(model, t.Run(), 2)
     assert "fast_path loss_error:0.000" in capsys.readouterr().out
 
 

@@ -6,13 +6,9 @@ Exit code 1 if a cheat is not found by the one who should find it, or if its tex
 the script.  The first row is the script as it is, in which nobody may find anything.
 """
 
-import contextlib
-import io
 import multiprocessing
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -26,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "logs" / "tools")]
 
 import verify  # noqa: E402
-from conftest import SAMPLE, TINY, write_tiny_shards  # noqa: E402
+from conftest import TINY, TOKENIZER, enter, write_tiny_shards  # noqa: E402
 
 LIST = Path(__file__).with_name("cheats.txt")
 OUT = ROOT / "logs" / "checks" / "cheats.md"
@@ -52,9 +48,9 @@ def read_cheats():
     for block in re.split("^== ", LIST.read_text(encoding="utf-8"), flags=re.MULTILINE)[2:]:
         head, _, body = block.partition("\n")
         name, who, settings = (head + " | ").split(" | ")[:3]
-        pairs = re.findall(r"((?:^-.*\n)+)((?:^\+.*\n)*)", body, re.MULTILINE)
-        edits = [["".join(line[1:] for line in part.splitlines(True)) for part in pair]
-                 for pair in pairs]
+        edits = [["".join(line[1:] for line in part.splitlines(True) if line[0] in marks)
+                  for marks in ("-=", "=+")]
+                 for part in re.findall(r"(?:^[-=].*\n)+(?:^\+.*\n)*", body, re.MULTILINE)]
         settings = dict(setting.split("=") for setting in settings.split())
         cheats.append(Cheat(name, who, edits, {k: v or None for k, v in settings.items()}))
     return cheats
@@ -73,31 +69,17 @@ def plant(cheat):
     return code
 
 
-def run_script(folder, settings):
-    """(exit code, what it printed) of the script of `folder` at tiny size, in this process."""
-    write_tiny_shards(folder / "shards")
-    env = TINY | dict(DATA_PATH=str(folder / "shards"), OUT_DIR=str(folder), RUN_ID="run",
-                      TOKENIZER_PATH=str(SAMPLE / "corpus_1024_bpe.model")) | settings
-    env = {name: value for name, value in env.items() if value is not None}
-    out = io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        with (mock.patch.dict(os.environ, env, clear=True), contextlib.redirect_stdout(out),
-              contextlib.redirect_stderr(out), mock.patch.object(sys, "argv", ["train_gpt.py"]),
-              mock.patch.object(sys, "path", [str(folder), *sys.path])):
-            code = verify.load_script(folder / "train_gpt.py").entry()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return code, out.getvalue()
-
-
 def caught_by_run(folder, settings):
-    """What the run says against itself, or ''."""
-    code, out = run_script(folder, settings)
-    if code == 2:
-        return out.strip().split("\n")[-1][:100]
-    line = re.findall("^compliance .*", out, re.MULTILINE)[-1]
+    """What the script of `folder`, run in this process at tiny size, says against itself, or ''."""
+    write_tiny_shards(folder / "shards")
+    with mock.patch.object(sys, "path", [str(folder), *sys.path]):
+        ended = enter(TINY | dict(
+            DATA_PATH=str(folder / "shards"), OUT_DIR=str(folder), RUN_ID="run",
+            TOKENIZER_PATH=str(TOKENIZER)) | settings,
+            script=verify.load_script(folder / "train_gpt.py"))
+    if ended.code == 2:
+        return ended.err.strip().split("\n")[-1][:100]
+    line = re.findall("^compliance .*", ended.out, re.MULTILINE)[-1]
     return "" if "verdict:ok" in line else " ".join(re.findall(r"\w+:(?:fail|other_limits)", line))
 
 
