@@ -202,18 +202,12 @@ class Config:
                 rule = f"between {low} and {high}"
             if rule and value != f.default:
                 raise GolfError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
-        for name, holds, rule in self.cross_rules():
-            if not holds:
-                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
-
-    def cross_rules(self):
-        """Rules beyond limits: (name to blame, whether it holds, what it must)."""
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
-        name = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
-        return (
-            ("run_id", name, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
+        run_id = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
+        rules = (  # name to blame, whether it holds, what it must
+            ("run_id", run_id, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
             *((name, getattr(self, name) % n == 0, f"be a multiple of {n}") for name, n in
               (("model_dim", 8), ("gdn_head_dim", 8), ("train_seq_len", 64))),
             ("train_batch_tokens", self.train_batch_tokens % T == 0,
@@ -235,12 +229,22 @@ class Config:
             ("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip"),
             ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
              "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens"))
+        for name, holds, rule in rules:
+            if not holds:
+                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
 
     @classmethod
     def from_env(cls, env):
         """The Config of `env`, {variable: text}; GolfError also for names like ours."""
         known = {f.name.upper(): f for f in fields(cls)}
-        reject_strays(env, known)
+        for name in sorted(set(env) - set(known) - OTHERS):
+            if name in ELSEWHERE:
+                raise GolfError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
+            near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
+            near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
+            if near or OUR_WORDS & set(name.split("_")):
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
         if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
             raise GolfError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
         values = {}
@@ -276,19 +280,8 @@ ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:S
     LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
     MAX_STEPS:ITERATIONS NUM_STEPS:ITERATIONS MAX_ITERS:ITERATIONS BIGRAM_VOCAB_SIZE:NGRAM_BUCKETS
     BIGRAM_DIM:NGRAM_DIM ROPE_THETA:ROPE_BASE ATTN_KERNEL:KERNEL""".split())
+OUR_WORDS = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}  # an unknown name with one is refused
 OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
-
-def reject_strays(env, known):
-    """Raise GolfError for an unknown variable that resembles a setting or uses our words."""
-    words = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
-    for name in sorted(set(env) - set(known) - OTHERS):
-        if name in ELSEWHERE:
-            raise GolfError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
-        near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
-        near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
-        if near or words & set(name.split("_")):
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
 
 class Layer(NamedTuple):
     """One layer: kind of its mixer, and the keys of mixer and MLP (equal keys share weights)."""
@@ -459,10 +452,7 @@ class Run:
 
     def broadcast(self, value):
         """Rank 0's Python value, on every rank; does not wait for the GPU."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        return self.gather(value)[0]
 
     def from_rank_0(self, make):
         """make() of rank 0, on every rank; a GolfError or OSError there is raised on all."""
@@ -483,9 +473,7 @@ class Run:
         return out
 
     def all_gather_rows(self, tensor):
-        """Every rank's `tensor` (n, ...), concatenated to (world_size * n, ...)."""
-        if self.world_size == 1:
-            return tensor
+        """Every one of many ranks' `tensor` (n, ...), concatenated to (world_size * n, ...)."""
         out = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
         dist.all_gather_into_tensor(out, tensor)
         return out
@@ -832,52 +820,48 @@ class Loader:
         self.shards, self.cfg = shards, cfg
         self.run = run
         self.place = tuple(place)
-        self.epoch, self.row = self.place  # of the thread, which is ahead
-        self.lengths = np.array([len(shard) for shard in shards])
-        if not (self.lengths > cfg.train_seq_len).any():
-            raise GolfError(f"{shards[0].path}: {self.lengths[0]} tokens, fewer than one row of "
+        if max(map(len, shards)) <= cfg.train_seq_len:
+            raise GolfError(f"{shards[0].path}: {len(shards[0])} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
-        self._cut_rows()
         # Without set_device the thread would pin its memory through GPU 0.
         begin = partial(torch.cuda.set_device, run.device) if run.on_cuda else None
         self.pool = ThreadPoolExecutor(1, initializer=begin)
-        self.ahead = deque(self.pool.submit(self._next_batch) for _ in range(2))
+        self.batches = self._batches(*self.place)
+        self.ahead = deque(self.pool.submit(next, self.batches) for _ in range(2))
 
-    def _cut_rows(self):
-        """Draw the epoch's phases and order of rows."""
-        rng = np.random.default_rng([self.cfg.seed, self.epoch])
-        seq_len = self.cfg.train_seq_len
-        self.phase = rng.integers(0, np.clip(self.lengths - seq_len, 1, seq_len))
-        counts = np.maximum(0, (self.lengths - 1 - self.phase) // seq_len)
-        self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self.order = rng.permutation(self.offsets[-1])
-
-    def _next_batch(self):
-        """In the thread: this rank's part of the next global batch, and the place behind it."""
+    def _batches(self, epoch, row):
+        """In the thread: this rank's part of each global batch, and the place behind it."""
         seq_len = self.cfg.train_seq_len
         count = self.cfg.train_batch_tokens // seq_len
-        rows = []
-        while len(rows) < count:
-            if self.row >= len(self.order):
-                self.epoch += 1
-                self.row = 0
-                self._cut_rows()
-            take = self.order[self.row:self.row + count - len(rows)]
-            self.row += len(take)
-            shard = np.searchsorted(self.offsets, take, side="right") - 1
-            start = self.phase[shard] + (take - self.offsets[shard]) * seq_len
-            rows += zip(shard.tolist(), start.tolist())
         first, last = self.run.share(count)
-        rows = rows[first:last]
-        batch = np.stack([self.shards[s][start:start + seq_len + 1] for s, start in rows])
-        check_vocabulary(self.shards[rows[0][0]].path, batch, self.cfg.vocab_size)
-        batch = torch.from_numpy(batch.astype(np.int32))
-        return batch.pin_memory() if self.run.on_cuda else batch, (self.epoch, self.row)
+        lengths = np.array([len(shard) for shard in self.shards])
+        rows = []  # (shard, first token) of the global batch
+        while True:
+            rng = np.random.default_rng([self.cfg.seed, epoch])
+            phase = rng.integers(0, np.clip(lengths - seq_len, 1, seq_len))
+            counts = np.maximum(0, (lengths - 1 - phase) // seq_len)
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            order = rng.permutation(offsets[-1])
+            while row < len(order):
+                take = order[row:row + count - len(rows)]
+                row += len(take)
+                shard = np.searchsorted(offsets, take, side="right") - 1
+                start = phase[shard] + (take - offsets[shard]) * seq_len
+                rows += zip(shard.tolist(), start.tolist())
+                if len(rows) == count:
+                    own = rows[first:last]
+                    batch = np.stack([self.shards[s][i:i + seq_len + 1] for s, i in own])
+                    check_vocabulary(self.shards[own[0][0]].path, batch, self.cfg.vocab_size)
+                    batch = torch.from_numpy(batch.astype(np.int32))
+                    yield batch.pin_memory() if self.run.on_cuda else batch, (epoch, row)
+                    rows = []
+            epoch += 1
+            row = 0
 
     def __next__(self):
         batch, self.place = self.ahead.popleft().result()
         self.run.taken[1:] = [time.perf_counter() - self.run.scoring_s]  # [first, newest]
-        self.ahead.append(self.pool.submit(self._next_batch))
+        self.ahead.append(self.pool.submit(next, self.batches))
         return batch.to(self.run.device, non_blocking=True)
 
     def fault(self):
@@ -1152,17 +1136,6 @@ class Embedding(nn.Module):
             logits = logits.scatter_add(-1, hint.clamp_min(0).unsqueeze(-1), raised.unsqueeze(-1))
         return token_nll(logits, targets)
 
-class KeyValue(nn.Module):
-    """Key and value projections of one mixer, or with KV_SHARE of several; for GDN convolutions."""
-
-    def __init__(self, D, rows, taps=0):
-        super().__init__()
-        self.k_proj = nn.Parameter(torch.empty(rows, D))
-        self.v_proj = nn.Parameter(torch.empty(rows, D))
-        if taps:
-            self.k_conv = nn.Parameter(torch.empty(rows, taps))
-            self.v_conv = nn.Parameter(torch.empty(rows, taps))
-
 class GatedDeltaNet(nn.Module):
     """Gated DeltaNet mixer [1].  State: inputs of the convolution (B, 3, 3 H K), S (B, H, K, V).
 
@@ -1177,7 +1150,12 @@ class GatedDeltaNet(nn.Module):
         D = cfg.model_dim
         H = cfg.gdn_heads
         width = H * cfg.gdn_head_dim
-        self.kv = kv or KeyValue(D, width, self.TAPS)
+        self.kv = kv or nn.Module()  # projections and convolutions of keys and values: KV_SHARE
+        if not kv:
+            self.kv.k_proj = nn.Parameter(torch.empty(width, D))
+            self.kv.v_proj = nn.Parameter(torch.empty(width, D))
+            self.kv.k_conv = nn.Parameter(torch.empty(width, self.TAPS))
+            self.kv.v_conv = nn.Parameter(torch.empty(width, self.TAPS))
         self.q_proj = nn.Parameter(torch.empty(width, D))
         self.g_proj = nn.Parameter(torch.empty(width, D))
         self.a_proj = nn.Parameter(torch.empty(H, D))
@@ -1238,7 +1216,11 @@ class Attention(nn.Module):
         self.cfg, self.ops = cfg, ops
         self.window = window
         D = cfg.model_dim
-        self.kv = kv or KeyValue(D, D // cfg.num_heads * cfg.num_kv_heads)
+        kv_rows = D // cfg.num_heads * cfg.num_kv_heads
+        self.kv = kv or nn.Module()
+        if not kv:
+            self.kv.k_proj = nn.Parameter(torch.empty(kv_rows, D))
+            self.kv.v_proj = nn.Parameter(torch.empty(kv_rows, D))
         self.q_proj = nn.Parameter(torch.empty(D, D))
         self.o_proj = nn.Parameter(torch.empty(D, D))
         self.num_gains = cfg.num_heads
@@ -1512,12 +1494,6 @@ def rows_of(text, starts, T):
     rows = text[index.clamp(max=len(text) - 1)]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-def segment_length(longest, rows, cfg):
-    """Tokens of one pass over rows of `longest`: equal parts, multiples of the kernels' chunk."""
-    most = max(GDN_CHUNK, cfg.eval_batch_tokens // rows // GDN_CHUNK * GDN_CHUNK)
-    parts = -(-longest // most)
-    return -(-longest // parts // GDN_CHUNK) * GDN_CHUNK
-
 PROBE_PLACES = 8  # least places in the text that a causality probe tries
 PROBE_POSITIONS = 4096  # of a segment that a normalization probe compares
 PROBE_ROUNDING = 0.5  # nats; more than one bfloat16 logit can be off
@@ -1599,9 +1575,13 @@ class Scorer:
             batch = parts[i:i + size]
             starts = [start for start, _, _ in batch]
             length = max(end - start for start, end, _ in batch)
-            longest = min(cfg.ttt_chunk_tokens, total) if one_stream else length
-            T = segment_length(longest, len(batch), cfg) if carry else cfg.train_seq_len
-            starts += [] if carry else [0] * (size - len(batch))  # batches of one shape
+            T = cfg.train_seq_len
+            if carry:  # equal segments, multiples of the kernels' chunk
+                longest = min(cfg.ttt_chunk_tokens, total) if one_stream else length
+                most = max(1, cfg.eval_batch_tokens // len(batch) // GDN_CHUNK) * GDN_CHUNK
+                T = -(-longest // -(-longest // most) // GDN_CHUNK) * GDN_CHUNK
+            else:
+                starts += [0] * (size - len(batch))  # batches of one shape
             # Fill up the text's end: that shape is compiled, and its state not needed.
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, torch.tensor(starts, device=self.run.device),
@@ -2787,15 +2767,6 @@ class Matrix:
         largest = (self.W / scale.float().unsqueeze(-1)).abs().amax(0)
         return scale, octave_grid(torch.maximum(self.column_step, largest / MOST_STEPS))
 
-    def quantized(self, Q, rows, columns):
-        """The Quantized of integers Q (R, C) in the order of rounding, on the CPU."""
-        dW = self.W - Q.float() * full_step(rows, columns)
-        whole = ((self.W @ self.H) * self.W).sum().clamp_min(1e-30)
-        rel_error = float(((dW @ self.H) * dW).sum() / whole)
-        back = self.order.argsort()
-        return Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(), int(self.bits.min()),
-                         rel_error, float(self.damp))
-
 def stored_bits(model, cfg):
     """{name: bits} of the matrices that become integers, by their Routes and SANDWICH_BITS."""
     last = {id(p) for p in model.blocks[-1].parameters()}
@@ -2818,8 +2789,13 @@ def quantize(matrices, strength):
         U = torch.stack([m.U for m in members])
         step = torch.stack([full_step(*pair) for pair in scales])
         qmax = torch.stack([2 ** (m.bits - 1) - 1 for m in members])
-        for m, Q, pair in zip(members, gptq(W, step, None, qmax, U), scales):
-            out[m.name] = m.quantized(Q, *pair)
+        for m, Q, (rows, columns) in zip(members, gptq(W, step, None, qmax, U), scales):
+            dW = m.W - Q.float() * full_step(rows, columns)
+            whole = ((m.W @ m.H) * m.W).sum().clamp_min(1e-30)
+            rel_error = float(((dW @ m.H) * dW).sum() / whole)
+            back = m.order.argsort()
+            out[m.name] = Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(),
+                                    int(m.bits.min()), rel_error, float(m.damp))
     return out
 
 def prepare_matrices(model, cfg, calibration, run):
@@ -2955,13 +2931,6 @@ def byte_planes(data, width):
 
 # ---- the file
 
-def int8_rows(p):
-    """A control tensor (..., C) as a Quantized of 8 bits: CONTROL_BITS."""
-    W = p.reshape(-1, p.shape[-1])
-    rows = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
-    Q = (W / rows.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    return Quantized(Q, rows, rows.new_ones(W.shape[1]), 8)
-
 def pack_artifact(model, cfg, quantized):
     """The artifact's bytes."""
     table, integers = [], []
@@ -2972,7 +2941,10 @@ def pack_artifact(model, cfg, quantized):
         coding = "f32" if small else "f16"
         q = quantized.get(name)
         if q is None and cfg.control_bits and not small and route(name).role == "control":
-            q = int8_rows(p)
+            W = p.reshape(-1, p.shape[-1])
+            rows = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
+            Q = (W / rows.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+            q = Quantized(Q, rows, rows.new_ones(W.shape[1]), 8)
         if q is None:
             raw[coding] += p.numpy().astype("<f4" if small else "<f2").tobytes()
         else:

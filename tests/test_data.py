@@ -320,9 +320,9 @@ def test_loader_begun_at_a_place_goes_on_from_there():
 
 def test_training_token_outside_the_vocabulary_is_named_when_it_is_read():
     loader = t.Loader(COUNTING, tiny_config(vocab_size=64), t.Run())
+    assert "is outside VOCAB_SIZE=64" in loader.fault()
     with pytest.raises(t.GolfError, match="token .* is outside VOCAB_SIZE=64"):
         next(loader)
-    assert "is outside VOCAB_SIZE=64" in loader.fault()
     loader.close()
 
 
