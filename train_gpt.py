@@ -54,6 +54,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module  # private: torch is pinned
 
 class GolfError(ValueError):
     """A fault that the user can mend: the message says what was found, expected, and to change."""
@@ -1959,23 +1960,6 @@ def replayed(graphs, function, *args):
     copy_all(held, args)
     graph.replay()
 
-@contextmanager
-def fresh_leaves(model):
-    """Inside, each trained weight is a new leaf over the same memory: {weight: leaf}.
-
-    Autograd ties a leaf to the CUDA stream of its first use; a graph is recorded on its own one.
-    """
-    places = [(module, name, p) for module in model.modules()
-              for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    leaf_of = {p: nn.Parameter(p.detach()) for _, _, p in places}
-    for module, name, p in places:
-        setattr(module, name, leaf_of[p])
-    try:
-        yield leaf_of
-    finally:
-        for module, name, p in places:
-            setattr(module, name, p)
-
 class Group(NamedTuple):
     """Parameters under one rule; `part` of the flat vectors is theirs.
 
@@ -2036,12 +2020,15 @@ class Optimizer:
         replayed(self.graphs, self._add_gradient, ids, targets, wanted, self.number(share))
 
     def _add_gradient(self, ids, targets, wanted, share):
-        with compiling(self.compiled), fresh_leaves(self.model) as leaf_of:
+        # Each call has its own leaves over the weights' memory: autograd ties a leaf to the CUDA
+        # stream of its first use, and a graph is recorded on a stream of its own.
+        leaves = {name: nn.Parameter(p.detach()) for name, p in zip(self.names, self.params)}
+        with compiling(self.compiled), _reparametrize_module(self.model, leaves):
             loss = summed_nll(self.model, ids, targets, wanted) * share
-            leaves = [leaf_of[p] for p in self.params]
-            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            torch._foreach_add_(self.grads, found)
-            self.loss += loss.detach()
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True,
+                                    materialize_grads=True)
+        torch._foreach_add_(self.grads, found)
+        self.loss += loss.detach()
 
     def step(self, rate):
         """Reduce, clip and apply the gradient at `rate` times the learning rates; then zero it."""
@@ -2826,23 +2813,22 @@ def compress(data, codec):
     return data
 
 def decompress(data, codec, size):
-    """The inverse of `compress`; GolfError unless the data makes exactly `size` bytes."""
-    out = data
-    try:
-        if codec == "brotli":
-            import brotli
-            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
-        elif codec == "zstd":
-            import zstandard
-            out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
-        elif codec == "lzma":
-            decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
-            out = decoder.decompress(data, max_length=size + 1)
-    except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        raise GolfError(f"a stream of {ascii(codec)[:20]} is damaged ({error})") from None
-    if len(out) != size:
-        raise GolfError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
-    return out
+    """The inverse of `compress`; GolfError unless the data makes exactly `size` bytes.
+
+    Damaged data raises what the codec raises.
+    """
+    if codec == "brotli":
+        import brotli
+        data = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+    elif codec == "zstd":
+        import zstandard
+        data = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+    elif codec == "lzma":
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
+        data = decoder.decompress(data, max_length=size + 1)
+    if len(data) != size:
+        raise GolfError(f"a stream decompresses to {len(data)} bytes or more, expected {size}")
+    return data
 
 # Integers are coded by rANS [6]: many states side by side, so that numpy codes one symbol of each
 # at a time, and one stream of 16-bit words for all.  A symbol's probabilities come from the table
