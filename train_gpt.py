@@ -2252,17 +2252,18 @@ class StopRequest:
 
     A repeat within a second is torchrun passing the same signal on; a later one ends the run.
     """
-    signal, deferred = 0, False
+    signal, deferred = "", False  # the signal's name
     came = -math.inf
 
     def handle(self, number, frame):
         """The signal handler."""
         since = time.monotonic() - self.came
         self.came = time.monotonic()
+        name = signal.Signals(number).name
         if self.deferred and math.isinf(since):
-            self.signal = number
+            self.signal = name
         elif since > 1.0:
-            raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}; the log is kept")
+            raise KeyboardInterrupt(f"stopped by {name}; the log is kept")
 
 STOP = StopRequest()
 
@@ -2420,8 +2421,7 @@ def train(model, data, cfg, run, saved):
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
     if stop:
-        raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} after training; "
-                                f"{how_to_go_on}")
+        raise KeyboardInterrupt(f"stopped by {stop} after training; {how_to_go_on}")
     return train_s, calibration
 
 def train_loop(job, data, micro_rows):
@@ -2432,7 +2432,7 @@ def train_loop(job, data, micro_rows):
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     durations = deque(maxlen=20)
     saved_step = job.step
-    saved_s = last_tick = clock.elapsed()
+    saved_s = clock.elapsed()
     bad_steps = int(job.optimizer.bad_steps)
     wait = run.to_host(job.optimizer.bad_steps)
     while True:
@@ -2443,12 +2443,20 @@ def train_loop(job, data, micro_rows):
         in_flight = 2 if run.on_cuda else 1  # the next step ends that many steps from now
         out_of_time = job.step > 0 and elapsed + in_flight * step_s > budget
         last = job.step >= cfg.iterations or out_of_time
-        stop_if_asked(job, told, last, bad_steps)
+        stop = max(name for _, _, name, _ in told)
+        fault = "" if last else max(text for _, _, _, text in told)
+        if stop:
+            raise KeyboardInterrupt(f"stopped by {stop} at step {job.step}; {job.save()}")
+        if fault:
+            raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
+        if bad_steps > cfg.max_bad_steps:
+            raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
+                            f"more than MAX_BAD_STEPS={cfg.max_bad_steps}; lower MATRIX_LR, "
+                            f"TIED_EMBED_LR or SCALAR_LR; {job.save()}")
         every = cfg.checkpoint_every_seconds
         if 0 < every <= elapsed - saved_s and not last and job.step > saved_step:
             job.save()
             saved_s, saved_step = elapsed, job.step
-            last_tick = clock.elapsed()
             continue  # saving took time: is there enough for another step?
         if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
             ms = 1000 * clock.pause()
@@ -2470,28 +2478,12 @@ def train_loop(job, data, micro_rows):
         if newest > bad_steps:
             run.log("bad_step", step=job.step, count=newest, most=cfg.max_bad_steps)
         bad_steps = newest
-        now = clock.elapsed()
-        durations.append(now - last_tick)
-        last_tick = now
+        durations.append(clock.elapsed() - elapsed)
         if job.step <= 3 or job.step % cfg.train_log_every == 0:
             log_step(job, loss, rate, float(np.median(durations)))
     if out_of_time:
         run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
                 step=f"{job.step}/{cfg.iterations}")
-
-def stop_if_asked(job, told, last, bad_steps):
-    """Write a checkpoint and raise if a signal came, data cannot be read or steps are bad."""
-    stop = max(number for _, _, number, _ in told)
-    fault = "" if last else max(text for _, _, _, text in told)
-    if stop:
-        raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} at step {job.step}; "
-                          f"{job.save()}")
-    if fault:
-        raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
-    if bad_steps > job.cfg.max_bad_steps:
-        raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
-                        f"more than MAX_BAD_STEPS={job.cfg.max_bad_steps}; lower MATRIX_LR, "
-                        f"TIED_EMBED_LR or SCALAR_LR; {job.save()}")
 
 def log_step(job, loss, rate, step_s):
     """One progress line; waits for the device."""
@@ -3000,8 +2992,8 @@ def read_header(blob):
     except (zlib.error, ValueError, TypeError, RecursionError) as error:
         raise GolfError(f"its header cannot be read ({type(error).__name__})") from None
 
-def read_streams(header, payload, most):
-    """An artifact's streams {name: array}; GolfError before more than `most` bytes are made."""
+def unpack_weights(header, payload, most):
+    """The float32 weights of an artifact; GolfError before its streams make over `most` bytes."""
     names, codecs, raw, packed = zip(*header["streams"])
     ends = list(accumulate(packed))
     if min(packed) < 0 or ends[-1] != len(payload) or min(raw) < 1 or sum(raw) > most:
@@ -3022,7 +3014,22 @@ def read_streams(header, payload, most):
         classes = np.concatenate([class_map(*pair) for pair in zip(sides[::2], sides[1::2])])
         symbols = rans_decode(streams.pop("words"), classes, freq)
         streams["integers"] = (symbols ^ 128).view(np.int8)
-    return streams
+
+    def take(name, n):
+        taken, streams[name] = np.split(streams[name], [n])
+        return torch.from_numpy(taken.copy())
+
+    weights = []
+    for _, shape, coding in header["tensors"]:
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        if coding == "int8":
+            Q = take("integers", rows * columns).view(rows, columns)
+            weights.append((Q * full_step(take("f16", rows), take("column", columns))).view(shape))
+        else:
+            weights.append(take(coding, rows * columns).float().view(shape))
+    if any(map(len, streams.values())):
+        raise GolfError("its streams hold more than its tensors")
+    return weights
 
 def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
@@ -3047,8 +3054,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
             raise GolfError("its tensors are not those of the model that it describes")
         if count > 8 * len(blob) + SPARE_WEIGHTS:
             raise GolfError(f"claims {count} weights in {len(blob)} bytes")
-        streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
-        weights = unpack_tensors(header["tensors"], streams)
+        weights = unpack_weights(header, payload, 5 * count + 512 * RANS_CLASSES)
     except Exception as error:  # forged headers make numpy and torch raise a dozen kinds
         fault = ascii(f"{type(error).__name__}: {error}")[1:-1][:300]
         raise GolfError(f"the artifact is damaged or unfit for a setting ({fault})") from None
@@ -3057,24 +3063,6 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
         model = LM(cfg, ops).to_empty(device=device)
     copy_all(list(model.parameters()), weights)
     return model
-
-def unpack_tensors(table, streams):
-    """The float32 weights of the header's table of tensors; GolfError if streams do not fit."""
-    def take(name, n):
-        taken, streams[name] = np.split(streams[name], [n])
-        return torch.from_numpy(taken.copy())
-
-    weights = []
-    for _, shape, coding in table:
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        if coding == "int8":
-            Q = take("integers", rows * columns).view(rows, columns)
-            weights.append((Q * full_step(take("f16", rows), take("column", columns))).view(shape))
-        else:
-            weights.append(take(coding, rows * columns).float().view(shape))
-    if any(map(len, streams.values())):
-        raise GolfError("its streams hold more than its tensors")
-    return weights
 
 # ---- the search that fills the cap
 
