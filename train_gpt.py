@@ -561,7 +561,11 @@ def load_tensors(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        return tensors, dict(json.loads(tensors.pop(FACTS).numpy().tobytes()))
+        facts = dict(json.loads(tensors.pop(FACTS).numpy().tobytes()))
+        kinds, expected = [{name: type(x) for name, x in f.items()} for f in (facts, BEGINNING)]
+        if kinds != expected or not all(facts[name] >= 0 for name in facts if name != "config"):
+            raise ValueError(f"its facts are {facts}")
+        return tensors, facts
     except Exception as error:  # on foreign bytes numpy and zipfile raise a dozen kinds
         raise GolfError(f"{path}: not a whole checkpoint of this script ({type(error).__name__}: "
                         f"{' '.join(str(error).split())[:200]})") from None
@@ -1638,6 +1642,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     else:
         stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len}[method]
         parts = windows(total, cfg.train_seq_len, stride)
+    ranks = Run(device=run.device) if one_stream else run  # that share the text
     # A window belongs to the chunk of its first scored target.
     size = cfg.ttt_chunk_tokens if adapter else total
     chunks = -(-total // size)
@@ -1646,7 +1651,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     with compiling(compiled):
         for number, chunk in groupby(parts, lambda part: part[2] // size):
             chunk = list(chunk)
-            a, b = (0, len(chunk)) if one_stream else run.share(len(chunk))
+            a, b = ranks.share(len(chunk))
             if b > a:
                 ledger.skip(chunk[a][2])
                 scorer.enter(chunk[a:b], ledger, carry=method == "exact")
@@ -1655,11 +1660,11 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
                 with torch.inference_mode(False), torch.enable_grad():
                     adapter(tokens[:ledger.next_target + 1])
             if adapter and chunks > 1 and (number + 1) % -(-chunks // TTT_LINES) == 0:
-                so_far = ledger if one_stream else ledger.over_ranks(run)
+                so_far = ledger.over_ranks(ranks)
                 run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=so_far.tokens,
                         running_bpb=so_far.bpb, epochs=getattr(adapter, "epochs", 0),
                         time=f"{1000 * (time.perf_counter() - began):.0f}ms")
-    ledger = finished(ledger if one_stream else ledger.over_ranks(run), total, scorer, run)
+    ledger = finished(ledger.over_ranks(ranks), total, scorer, run)
     run.scoring_s += time.perf_counter() - began
     return ledger
 
@@ -2359,8 +2364,7 @@ def find_checkpoint(cfg, run, data):
     """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
     folder = checkpoint_folder(cfg)
     path = folder if cfg.resume == "auto" else Path(cfg.resume)
-    files = [*path.glob("trained.npz"), *sorted(path.glob("step_*.npz"), reverse=True)]
-    files = [path] if path.is_file() else files
+    files = [path] if path.is_file() else sorted(path.glob("*.npz"), reverse=True)  # trained first
     if not files and cfg.resume != "auto":
         raise GolfError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
     if folder.exists() and folder.resolve() not in (path.resolve(), path.resolve().parent):
@@ -2372,10 +2376,6 @@ def find_checkpoint(cfg, run, data):
         except GolfError as error:
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        kinds = {name: type(x) for name, x in facts.items()}
-        if kinds != {name: type(x) for name, x in BEGINNING.items()} or not all(
-                x >= 0 for x in facts.values() if x != facts["config"]):
-            raise GolfError(f"{file}: not a checkpoint of this script")
         now = identity(cfg, data)
         then = dict.fromkeys(now, "none") | facts["config"]
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
@@ -3133,7 +3133,7 @@ def export(model, cfg, calibration, run):
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
         share = q.Q.view(torch.uint8).flatten().bincount().double() / q.Q.numel()
-        entropy = -float(torch.xlogy(share, share).sum()) * math.log2(math.e)
+        entropy = float(torch.special.entr(share).sum()) / math.log(2)
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
                 rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}", bits_per_weight=entropy)
     blob = run.broadcast(blob)
