@@ -2962,35 +2962,34 @@ def rans_pack(integers):
     sides = b"".join(rows.tobytes() + columns.tobytes() for rows, columns in parts)
     return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
 
-def read_artifact(path, cfg=None):
-    """The bytes of a whole artifact file, made with cfg's tokenizer; GolfError naming it."""
+def read_artifact(source, cfg=None):
+    """Bytes, header (dict) and payload of an artifact, a file name or its bytes; or GolfError.
+
+    Checks its head, checksum and, given cfg, that it was made with cfg's tokenizer.
+    """
+    blob = source
     try:
-        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 28:
-            raise GolfError("No such file, or more than 256 MiB")
-        blob = Path(path).read_bytes()
-        header, _ = read_header(memoryview(blob))
+        if not isinstance(source, bytes):
+            if not Path(source).is_file() or Path(source).stat().st_size > 1 << 28:
+                raise GolfError("No such file, or more than 256 MiB")
+            blob = Path(source).read_bytes()
+        if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
+            raise GolfError(f"begins with {blob[:8]!r}: not an artifact of this script")
+        _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
+        body = memoryview(blob)[ARTIFACT_HEAD.size:]
+        if version != ARTIFACT_VERSION:
+            raise GolfError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
+        if hashlib.sha256(body).digest() != digest:
+            raise GolfError("the checksum differs: truncated or altered")
+        text = zlib.decompressobj().decompress(body[:packed], MAX_HEADER_BYTES)
+        header = dict(json.loads(text))
         if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):
             raise GolfError(f"made with another tokenizer than TOKENIZER_PATH="
-                                f"{cfg.tokenizer_path}: set it to the artifact's own")
-    except (OSError, GolfError) as error:
-        raise GolfError(f"ARTIFACT={path}: {error}") from None
-    return blob
-
-def read_header(blob):
-    """Check an artifact's head and checksum: its header (dict) and payload, or GolfError."""
-    if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
-        raise GolfError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
-    _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
-    body = blob[ARTIFACT_HEAD.size:]
-    if version != ARTIFACT_VERSION:
-        raise GolfError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
-    if hashlib.sha256(body).digest() != digest:
-        raise GolfError("the checksum differs: truncated or altered")
-    try:
-        text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
-        return dict(json.loads(text)), body[packed:]
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
-        raise GolfError(f"its header cannot be read ({type(error).__name__})") from None
+                            f"{cfg.tokenizer_path}: set it to the artifact's own")
+    except (OSError, ValueError, TypeError, RecursionError, zlib.error) as error:
+        name = "its bytes" if isinstance(source, bytes) else source
+        raise GolfError(f"ARTIFACT={name}: {error}") from None
+    return blob, header, body[packed:]
 
 def unpack_weights(header, payload, most):
     """The float32 weights of an artifact; GolfError before its streams make over `most` bytes."""
@@ -3037,10 +3036,9 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
     base: Config of what the file does not fix (evaluation).   Raises GolfError.
     """
-    blob = path if isinstance(path, bytes) else read_artifact(path, base)
+    blob, header, payload = read_artifact(path, base)
     base = base or Config()
     try:
-        header, payload = read_header(memoryview(blob))
         stored = {name: header["config"][name] for name in STORED_FIELDS}
         for name, value in stored.items():
             if type(value) is not type(getattr(base, name)):
@@ -3924,7 +3922,7 @@ def main(env):
         cfg = name_run(cfg, run)
         train_s, file = None, cfg.artifact
         if file:
-            blob = read_artifact(file, cfg)
+            blob, _, _ = read_artifact(file, cfg)
             start_log(cfg, run)
         else:
             train_s, blob = make_artifact(data, cfg, run)
