@@ -1200,9 +1200,8 @@ def rotary_table(length: int, base: float, dims: int, dtype: torch.dtype,
     angle = position[:, None] * base ** (-channel / dims)
     return torch.stack([angle.cos(), angle.sin()]).unsqueeze(2).to(dtype)
 
-@rotary_table.register_fake
-def _(length, base, dims, dtype, device):
-    return torch.empty(2, length, 1, dims // 2, dtype=dtype, device=device)
+rotary_table.register_fake(lambda length, base, dims, dtype, device: torch.empty(
+    2, length, 1, dims // 2, dtype=dtype, device=device))
 
 def rotary(x, table):
     """Rotate the channels of each head of x (B, T, H, d) by a `rotary_table` of T positions."""
@@ -2518,7 +2517,7 @@ def calibrate(model, loader, cfg, run, clock):
                 now = clock.elapsed()
                 # One more batch, half again as long as the mean, and the sums of ranks must fit.
                 end = now + 1.5 * (now - loop_end_s) / max(1, done // CALIBRATION_ROWS) + 0.5
-                late = 0 < cfg.max_wallclock_seconds < end or bool(STOP.signal)
+                late = 0 < cfg.max_wallclock_seconds < end or STOP.signal
                 if run.broadcast(done > 0 and late):
                     return
                 yield part
