@@ -206,9 +206,9 @@ class Config:
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
-        run_id = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
+        named = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
         rules = (  # name to blame, whether it holds, what it must
-            ("run_id", run_id, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
+            ("run_id", named, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
             *((name, getattr(self, name) % n == 0, f"be a multiple of {n}") for name, n in
               (("model_dim", 8), ("gdn_head_dim", 8), ("train_seq_len", 64))),
             ("train_batch_tokens", self.train_batch_tokens % T == 0,
@@ -453,7 +453,10 @@ class Run:
 
     def broadcast(self, value):
         """Rank 0's Python value, on every rank; does not wait for the GPU."""
-        return self.gather(value)[0]
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
 
     def from_rank_0(self, make):
         """make() of rank 0, on every rank; a GolfError or OSError there is raised on all."""
@@ -727,9 +730,9 @@ def open_sidecar(cfg, val, shards, sp, table):
             raise GolfError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
                             "by the bytes of the original text; data/download.py fetches it")
         return None
-    if [len(part) for part in sidecars] != [len(shard) for shard in shards]:
-        raise GolfError(f"{name} holds {[len(part) for part in sidecars]} counts, the validation "
-                        f"shards {[len(shard) for shard in shards]} tokens")
+    held, wanted = [list(map(len, parts)) for parts in (sidecars, shards)]
+    if held != wanted:
+        raise GolfError(f"{name} holds {held} counts, the validation shards {wanted} tokens")
     counts = np.concatenate([part[:] for part in sidecars])
     if counts[val == cfg.bos_id].any():
         raise GolfError(f"{name} counts bytes for BOS, so it belongs to other tokens")
@@ -1027,8 +1030,7 @@ class Ops(NamedTuple):
     dtype: torch.dtype | None = None
     names: dict = {}  # of the kernels, for the log
 
-REFERENCE = Ops(gdn, mlp, attention,
-                names=dict(gdn="reference", attention="reference", mlp="reference"))
+REFERENCE = Ops(gdn, mlp, attention, names=dict.fromkeys(("gdn", "attention", "mlp"), "reference"))
 
 COMPILING = [False]  # whether regions run compiled
 
@@ -1062,6 +1064,13 @@ def region(function):
         with compiling(False):  # regions inside this one are part of its graph
             return fast()(*args)
     return run
+
+EAGER_TOKENS = 50_000_000  # below this, compiling costs more time than it saves
+
+def compiles(model, tokens=math.inf):
+    """Whether work on so many tokens runs compiled: by default if long, with the fast kernels."""
+    worth_it = model.ops is not REFERENCE and tokens > EAGER_TOKENS
+    return model.cfg.compile == "1" or model.cfg.compile == "auto" and worth_it
 
 def token_nll(logits, targets):
     """Nats of targets (B, T) by float32 logits (B, T, vocab): cross entropy over the vocabulary."""
@@ -1149,18 +1158,17 @@ class GatedDeltaNet(nn.Module):
     TAPS = 4  # of the short convolutions
     num_gains = 0
 
-    def __init__(self, cfg, ops, window, kv):
+    def __init__(self, cfg, ops, window):
         super().__init__()
         self.cfg, self.ops = cfg, ops
         D = cfg.model_dim
         H = cfg.gdn_heads
         width = H * cfg.gdn_head_dim
-        self.kv = kv or nn.Module()  # projections and convolutions of keys and values: KV_SHARE
-        if not kv:
-            self.kv.k_proj = nn.Parameter(torch.empty(width, D))
-            self.kv.v_proj = nn.Parameter(torch.empty(width, D))
-            self.kv.k_conv = nn.Parameter(torch.empty(width, self.TAPS))
-            self.kv.v_conv = nn.Parameter(torch.empty(width, self.TAPS))
+        self.kv = nn.Module()  # what KV_SHARE shares
+        self.kv.k_proj = nn.Parameter(torch.empty(width, D))
+        self.kv.v_proj = nn.Parameter(torch.empty(width, D))
+        self.kv.k_conv = nn.Parameter(torch.empty(width, self.TAPS))
+        self.kv.v_conv = nn.Parameter(torch.empty(width, self.TAPS))
         self.q_proj = nn.Parameter(torch.empty(width, D))
         self.g_proj = nn.Parameter(torch.empty(width, D))
         self.a_proj = nn.Parameter(torch.empty(H, D))
@@ -1215,16 +1223,15 @@ class Attention(nn.Module):
     State: normalized, unrotated keys and values (B, up to window - 1, Hk, d) of the tokens before.
     """
 
-    def __init__(self, cfg, ops, window, kv):
+    def __init__(self, cfg, ops, window):
         super().__init__()
         self.cfg, self.ops = cfg, ops
         self.window = window
         D = cfg.model_dim
         kv_rows = D // cfg.num_heads * cfg.num_kv_heads
-        self.kv = kv or nn.Module()
-        if not kv:
-            self.kv.k_proj = nn.Parameter(torch.empty(kv_rows, D))
-            self.kv.v_proj = nn.Parameter(torch.empty(kv_rows, D))
+        self.kv = nn.Module()  # what KV_SHARE shares
+        self.kv.k_proj = nn.Parameter(torch.empty(kv_rows, D))
+        self.kv.v_proj = nn.Parameter(torch.empty(kv_rows, D))
         self.q_proj = nn.Parameter(torch.empty(D, D))
         self.o_proj = nn.Parameter(torch.empty(D, D))
         self.num_gains = cfg.num_heads
@@ -1321,10 +1328,11 @@ class LM(nn.Module):
         for i, layer in enumerate(layers):
             if layer.mixer not in mixers:
                 alike = made[layer.kind]
-                kv = alike[-1].kv if len(alike) % cfg.kv_share else None
                 window = cfg.swa_window if layer.kind == "swa" else cfg.train_seq_len
-                alike.append(MIXERS[layer.kind](cfg, ops, window, kv))
-                mixers[layer.mixer] = alike[-1]
+                mixer = mixers[layer.mixer] = MIXERS[layer.kind](cfg, ops, window)
+                if len(alike) % cfg.kv_share:
+                    mixer.kv = alike[-1].kv
+                alike.append(mixer)
             if layer.mlp not in mlps:
                 mlps[layer.mlp] = MLP(cfg, ops)
             blocks.append(Block(cfg, mixers[layer.mixer], mlps[layer.mlp], i in exclusive))
@@ -1602,18 +1610,13 @@ class Scorer:
             ledger.add(first, torch.cat(scored), self.bytes[first:batch[-1][1]])
 
 TTT_LINES = 64  # most `ttt` lines of an evaluation
-EAGER_TOKENS = 50_000_000  # below this, compiling costs more time than it saves
-
 def compiles_evaluation(model, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has enough to run."""
     cfg = model.cfg
-    if cfg.compile != "auto":
-        return cfg.compile == "1"
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
     ranks = 1 if adapting and method == "exact" else run.world_size
     training = 3 * cfg.ttt_epochs if adapting else 0  # small batches: not faster on many ranks
-    tokens = num_targets * (passes / ranks + training)
-    return model.ops is not REFERENCE and tokens > EAGER_TOKENS
+    return compiles(model, num_targets * (passes / ranks + training))
 
 @torch.inference_mode()
 def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False,
@@ -2166,8 +2169,7 @@ def training_optimizer(model, cfg, run):
     for name, _ in model.named_parameters():
         r = route(name)
         treatment[name] = r.optimizer, getattr(cfg, r.lr), getattr(cfg, r.decay, 0.0)
-    return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum,
-                     compiles_training(model))
+    return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum, compiles(model))
 
 def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     """Optimizer step number `step` on batch (rows, T + 1); this rank's mean loss, a tensor.
@@ -2185,10 +2187,6 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     optimizer.momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
     optimizer.step(rate)
     return optimizer.loss
-
-def compiles_training(model):
-    """Whether training runs compiled: by default where the fast kernels are."""
-    return model.cfg.compile == "1" or model.cfg.compile == "auto" and model.ops is not REFERENCE
 
 # Relative to float32: bfloat16 rounds each product to 0.4 %, wrong code is off by much more.
 TOLERANCE = dict(loss=0.005, gradient=0.15)
@@ -2216,7 +2214,7 @@ def check_fast_path(model, run, micro_rows):
         return [loss.detach(), *torch.autograd.grad(loss, list(lm.parameters()),
                                                     allow_unused=True, materialize_grads=True)]
 
-    with compiling(compiles_training(model)):
+    with compiling(compiles(model)):
         fast = loss_and_gradient(model, rows.repeat(micro_rows // len(rows), 1))
     plain_ones = loss_and_gradient(reference, rows)
     errors = [float((x - y).norm() / y.norm().clamp_min(1e-30)) if y.norm() else float(x.norm())
@@ -2239,8 +2237,8 @@ def warm_up(model, cfg, run, micro_rows):
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
-    run.log("warm_up", compile=int(compiles_training(model)), steps=cfg.warmup_steps)
-    if compiles_training(model) or model.ops is not REFERENCE:
+    run.log("warm_up", compile=int(compiles(model)), steps=cfg.warmup_steps)
+    if compiles(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
     for step in range(cfg.warmup_steps):
@@ -2332,7 +2330,6 @@ class Training:
         A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
         name = "trained" if self.trained else f"step_{self.step:08d}"
-        how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
@@ -2346,8 +2343,8 @@ class Training:
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
-                how_to_go_on = f"its checkpoint could not be written ({error})"
-        return how_to_go_on
+                return f"its checkpoint could not be written ({error})"
+        return f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
 
 def checkpoint_folder(cfg):
     """Where the run keeps its checkpoints."""
@@ -2398,7 +2395,7 @@ def train(model, data, cfg, run, saved):
     job = Training(model, data, cfg, run, saved)  # after warm-up, whose Optimizer took the weights
     if not saved and fingerprint(model) != initial:
         raise GolfError("the weights changed before the training clock began")
-    run.log("kernel", **model.ops.names, compiled=int(compiles_training(model)),
+    run.log("kernel", **model.ops.names, compiled=int(compiles(model)),
             micro_batch_tokens=micro_rows * cfg.train_seq_len, initial_weights=initial,
             start_up=f"{time.perf_counter() - run.began:.0f}s")
     facts = None
@@ -2449,9 +2446,9 @@ def train_loop(job, data, micro_rows):
         if fault:
             raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
         if bad_steps > cfg.max_bad_steps:
-            raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
-                            f"more than MAX_BAD_STEPS={cfg.max_bad_steps}; lower MATRIX_LR, "
-                            f"TIED_EMBED_LR or SCALAR_LR; {job.save()}")
+            raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not "
+                            f"finite, more than MAX_BAD_STEPS={cfg.max_bad_steps}; lower "
+                            f"MATRIX_LR, TIED_EMBED_LR or SCALAR_LR; {job.save()}")
         every = cfg.checkpoint_every_seconds
         if 0 < every <= elapsed - saved_s and not last and job.step > saved_step:
             job.save()
@@ -2804,10 +2801,7 @@ def compress(data, codec):
     return data
 
 def decompress(data, codec, size):
-    """The inverse of `compress`; GolfError unless the data makes exactly `size` bytes.
-
-    Damaged data raises what the codec raises.
-    """
+    """The inverse of `compress`; the codec's error, or GolfError unless it makes `size` bytes."""
     if codec == "brotli":
         import brotli
         data = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
@@ -3130,7 +3124,7 @@ def export(model, cfg, calibration, run):
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
         share = q.Q.view(torch.uint8).flatten().bincount().double() / q.Q.numel()
-        entropy = float(torch.special.entr(share).sum()) / math.log(2)
+        entropy = float(torch.special.entr(share).sum()) * math.log2(math.e)
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
                 rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}", bits_per_weight=entropy)
     blob = run.broadcast(blob)
