@@ -1069,8 +1069,9 @@ EAGER_TOKENS = 50_000_000  # below this, compiling costs more time than it saves
 
 def compiles(model, tokens=math.inf):
     """Whether work on so many tokens runs compiled: by default if long, with the fast kernels."""
-    worth_it = model.ops is not REFERENCE and tokens > EAGER_TOKENS
-    return model.cfg.compile == "1" or model.cfg.compile == "auto" and worth_it
+    if model.cfg.compile != "auto":
+        return model.cfg.compile == "1"
+    return model.ops is not REFERENCE and tokens > EAGER_TOKENS
 
 def token_nll(logits, targets):
     """Nats of targets (B, T) by float32 logits (B, T, vocab): cross entropy over the vocabulary."""
