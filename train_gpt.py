@@ -55,6 +55,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module  # private: torch is pinned
 
 class GolfError(ValueError):
     """A fault that the user can mend: the message says what was found, expected, and to change."""
@@ -203,18 +204,12 @@ class Config:
                 rule = f"between {low} and {high}"
             if rule and value != f.default:
                 raise GolfError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
-        for name, holds, rule in self.cross_rules():
-            if not holds:
-                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
-
-    def cross_rules(self):
-        """Rules beyond limits: (name to blame, whether it holds, what it must)."""
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
-        name = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
-        return (
-            ("run_id", name, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
+        named = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
+        rules = (  # name to blame, whether it holds, what it must
+            ("run_id", named, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
             *((name, getattr(self, name) % n == 0, f"be a multiple of {n}") for name, n in
               (("model_dim", 8), ("gdn_head_dim", 8), ("train_seq_len", 64))),
             ("train_batch_tokens", self.train_batch_tokens % T == 0,
@@ -236,12 +231,22 @@ class Config:
             ("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip"),
             ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
              "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens"))
+        for name, holds, rule in rules:
+            if not holds:
+                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
 
     @classmethod
     def from_env(cls, env):
         """The Config of `env`, {variable: text}; GolfError also for names like ours."""
         known = {f.name.upper(): f for f in fields(cls)}
-        reject_strays(env, known)
+        for name in sorted(set(env) - set(known) - OTHERS):
+            if name in ELSEWHERE:
+                raise GolfError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
+            near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
+            near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
+            if near or OUR_WORDS & set(name.split("_")):
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
         if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
             raise GolfError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
         values = {}
@@ -277,19 +282,8 @@ ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:S
     LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
     MAX_STEPS:ITERATIONS NUM_STEPS:ITERATIONS MAX_ITERS:ITERATIONS BIGRAM_VOCAB_SIZE:NGRAM_BUCKETS
     BIGRAM_DIM:NGRAM_DIM ROPE_THETA:ROPE_BASE ATTN_KERNEL:KERNEL""".split())
+OUR_WORDS = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}  # an unknown name with one is refused
 OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
-
-def reject_strays(env, known):
-    """Raise GolfError for an unknown variable that resembles a setting or uses our words."""
-    words = {"TTT", "GDN", "SWA", "GPTQ", "MUON", "NGRAM"}
-    for name in sorted(set(env) - set(known) - OTHERS):
-        if name in ELSEWHERE:
-            raise GolfError(f"{name}: not a setting here; {ELSEWHERE[name]} takes its place")
-        near = [ours for ours in known if "_" in name and f"_{name}_" in f"_{ours}_"]
-        near += difflib.get_close_matches(name, known, n=1, cutoff=0.86)
-        if near or words & set(name.split("_")):
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
 
 class Layer(NamedTuple):
     """One layer: kind of its mixer, and the keys of mixer and MLP (equal keys share weights)."""
@@ -488,9 +482,7 @@ class Run:
         return out
 
     def all_gather_rows(self, tensor):
-        """Every rank's `tensor` (n, ...), concatenated to (world_size * n, ...)."""
-        if self.world_size == 1:
-            return tensor
+        """Every one of many ranks' `tensor` (n, ...), concatenated to (world_size * n, ...)."""
         out = tensor.new_empty(self.world_size * tensor.shape[0], *tensor.shape[1:])
         dist.all_gather_into_tensor(out, tensor)
         return out
@@ -577,7 +569,11 @@ def load_tensors(path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        return tensors, dict(json.loads(tensors.pop(FACTS).numpy().tobytes()))
+        facts = dict(json.loads(tensors.pop(FACTS).numpy().tobytes()))
+        kinds, expected = [{name: type(x) for name, x in f.items()} for f in (facts, BEGINNING)]
+        if kinds != expected or not all(facts[name] >= 0 for name in facts if name != "config"):
+            raise ValueError(f"its facts are {facts}")
+        return tensors, facts
     except Exception as error:  # on foreign bytes numpy and zipfile raise a dozen kinds
         raise GolfError(f"{path}: not a whole checkpoint of this script ({type(error).__name__}: "
                         f"{' '.join(str(error).split())[:200]})") from None
@@ -739,9 +735,9 @@ def open_sidecar(cfg, val, shards, sp, table):
             raise GolfError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
                             "by the bytes of the original text; data/download.py fetches it")
         return None
-    if [len(part) for part in sidecars] != [len(shard) for shard in shards]:
-        raise GolfError(f"{name} holds {[len(part) for part in sidecars]} counts, the validation "
-                        f"shards {[len(shard) for shard in shards]} tokens")
+    held, wanted = [list(map(len, parts)) for parts in (sidecars, shards)]
+    if held != wanted:
+        raise GolfError(f"{name} holds {held} counts, the validation shards {wanted} tokens")
     counts = np.concatenate([part[:] for part in sidecars])
     if counts[val == cfg.bos_id].any():
         raise GolfError(f"{name} counts bytes for BOS, so it belongs to other tokens")
@@ -837,52 +833,48 @@ class Loader:
         self.shards, self.cfg = shards, cfg
         self.run = run
         self.place = tuple(place)
-        self.epoch, self.row = self.place  # of the thread, which is ahead
-        self.lengths = np.array([len(shard) for shard in shards])
-        if not (self.lengths > cfg.train_seq_len).any():
-            raise GolfError(f"{shards[0].path}: {self.lengths[0]} tokens, fewer than one row of "
+        if max(map(len, shards)) <= cfg.train_seq_len:
+            raise GolfError(f"{shards[0].path}: {len(shards[0])} tokens, fewer than one row of "
                             f"TRAIN_SEQ_LEN={cfg.train_seq_len} + 1")
-        self._cut_rows()
         # Without set_device the thread would pin its memory through GPU 0.
         begin = partial(torch.cuda.set_device, run.device) if run.on_cuda else None
         self.pool = ThreadPoolExecutor(1, initializer=begin)
-        self.ahead = deque(self.pool.submit(self._next_batch) for _ in range(2))
+        self.batches = self._batches(*self.place)
+        self.ahead = deque(self.pool.submit(next, self.batches) for _ in range(2))
 
-    def _cut_rows(self):
-        """Draw the epoch's phases and order of rows."""
-        rng = np.random.default_rng([self.cfg.seed, self.epoch])
-        seq_len = self.cfg.train_seq_len
-        self.phase = rng.integers(0, np.clip(self.lengths - seq_len, 1, seq_len))
-        counts = np.maximum(0, (self.lengths - 1 - self.phase) // seq_len)
-        self.offsets = np.concatenate([[0], np.cumsum(counts)])
-        self.order = rng.permutation(self.offsets[-1])
-
-    def _next_batch(self):
-        """In the thread: this rank's part of the next global batch, and the place behind it."""
+    def _batches(self, epoch, row):
+        """In the thread: this rank's part of each global batch, and the place behind it."""
         seq_len = self.cfg.train_seq_len
         count = self.cfg.train_batch_tokens // seq_len
-        rows = []
-        while len(rows) < count:
-            if self.row >= len(self.order):
-                self.epoch += 1
-                self.row = 0
-                self._cut_rows()
-            take = self.order[self.row:self.row + count - len(rows)]
-            self.row += len(take)
-            shard = np.searchsorted(self.offsets, take, side="right") - 1
-            start = self.phase[shard] + (take - self.offsets[shard]) * seq_len
-            rows += zip(shard.tolist(), start.tolist())
         first, last = self.run.share(count)
-        rows = rows[first:last]
-        batch = np.stack([self.shards[s][start:start + seq_len + 1] for s, start in rows])
-        check_vocabulary(self.shards[rows[0][0]].path, batch, self.cfg.vocab_size)
-        batch = torch.from_numpy(batch.astype(np.int32))
-        return batch.pin_memory() if self.run.on_cuda else batch, (self.epoch, self.row)
+        lengths = np.array([len(shard) for shard in self.shards])
+        rows = []  # (shard, first token) of the global batch
+        while True:
+            rng = np.random.default_rng([self.cfg.seed, epoch])
+            phase = rng.integers(0, np.clip(lengths - seq_len, 1, seq_len))
+            counts = np.maximum(0, (lengths - 1 - phase) // seq_len)
+            offsets = np.concatenate([[0], np.cumsum(counts)])
+            order = rng.permutation(offsets[-1])
+            while row < len(order):
+                take = order[row:row + count - len(rows)]
+                row += len(take)
+                shard = np.searchsorted(offsets, take, side="right") - 1
+                start = phase[shard] + (take - offsets[shard]) * seq_len
+                rows += zip(shard.tolist(), start.tolist())
+                if len(rows) == count:
+                    own = rows[first:last]
+                    batch = np.stack([self.shards[s][i:i + seq_len + 1] for s, i in own])
+                    check_vocabulary(self.shards[own[0][0]].path, batch, self.cfg.vocab_size)
+                    batch = torch.from_numpy(batch.astype(np.int32))
+                    yield batch.pin_memory() if self.run.on_cuda else batch, (epoch, row)
+                    rows = []
+            epoch += 1
+            row = 0
 
     def __next__(self):
         batch, self.place = self.ahead.popleft().result()
         self.run.taken[1:] = [time.perf_counter() - self.run.scoring_s]  # [first, newest]
-        self.ahead.append(self.pool.submit(self._next_batch))
+        self.ahead.append(self.pool.submit(next, self.batches))
         return batch.to(self.run.device, non_blocking=True)
 
     def fault(self):
@@ -1043,8 +1035,7 @@ class Ops(NamedTuple):
     dtype: torch.dtype | None = None
     names: dict = {}  # of the kernels, for the log
 
-REFERENCE = Ops(gdn, mlp, attention,
-                names=dict(gdn="reference", attention="reference", mlp="reference"))
+REFERENCE = Ops(gdn, mlp, attention, names=dict.fromkeys(("gdn", "attention", "mlp"), "reference"))
 
 COMPILING = [False]  # whether regions run compiled
 
@@ -1078,6 +1069,14 @@ def region(function):
         with compiling(False):  # regions inside this one are part of its graph
             return fast()(*args)
     return run
+
+EAGER_TOKENS = 50_000_000  # below this, compiling costs more time than it saves
+
+def compiles(model, tokens=math.inf):
+    """Whether work on so many tokens runs compiled: by default if long, with the fast kernels."""
+    if model.cfg.compile != "auto":
+        return model.cfg.compile == "1"
+    return model.ops is not REFERENCE and tokens > EAGER_TOKENS
 
 def token_nll(logits, targets):
     """Nats of targets (B, T) by float32 logits (B, T, vocab): cross entropy over the vocabulary."""
@@ -1157,17 +1156,6 @@ class Embedding(nn.Module):
             logits = logits.scatter_add(-1, hint.clamp_min(0).unsqueeze(-1), raised.unsqueeze(-1))
         return token_nll(logits, targets)
 
-class KeyValue(nn.Module):
-    """Key and value projections of one mixer, or with KV_SHARE of several; for GDN convolutions."""
-
-    def __init__(self, D, rows, taps=0):
-        super().__init__()
-        self.k_proj = nn.Parameter(torch.empty(rows, D))
-        self.v_proj = nn.Parameter(torch.empty(rows, D))
-        if taps:
-            self.k_conv = nn.Parameter(torch.empty(rows, taps))
-            self.v_conv = nn.Parameter(torch.empty(rows, taps))
-
 class GatedDeltaNet(nn.Module):
     """Gated DeltaNet mixer [1].  State: inputs of the convolution (B, 3, 3 H K), S (B, H, K, V).
 
@@ -1176,13 +1164,17 @@ class GatedDeltaNet(nn.Module):
     TAPS = 4  # of the short convolutions
     num_gains = 0
 
-    def __init__(self, cfg, ops, window, kv):
+    def __init__(self, cfg, ops, window):
         super().__init__()
         self.cfg, self.ops = cfg, ops
         D = cfg.model_dim
         H = cfg.gdn_heads
         width = H * cfg.gdn_head_dim
-        self.kv = kv or KeyValue(D, width, self.TAPS)
+        self.kv = nn.Module()  # what KV_SHARE shares
+        self.kv.k_proj = nn.Parameter(torch.empty(width, D))
+        self.kv.v_proj = nn.Parameter(torch.empty(width, D))
+        self.kv.k_conv = nn.Parameter(torch.empty(width, self.TAPS))
+        self.kv.v_conv = nn.Parameter(torch.empty(width, self.TAPS))
         self.q_proj = nn.Parameter(torch.empty(width, D))
         self.g_proj = nn.Parameter(torch.empty(width, D))
         self.a_proj = nn.Parameter(torch.empty(H, D))
@@ -1222,9 +1214,8 @@ def rotary_table(length: int, base: float, dims: int, dtype: torch.dtype,
     angle = position[:, None] * base ** (-channel / dims)
     return torch.stack([angle.cos(), angle.sin()]).unsqueeze(2).to(dtype)
 
-@rotary_table.register_fake
-def _(length, base, dims, dtype, device):
-    return torch.empty(2, length, 1, dims // 2, dtype=dtype, device=device)
+rotary_table.register_fake(lambda length, base, dims, dtype, device: torch.empty(
+    2, length, 1, dims // 2, dtype=dtype, device=device))
 
 def rotary(x, table):
     """Rotate the channels of each head of x (B, T, H, d) by a `rotary_table` of T positions."""
@@ -1238,12 +1229,15 @@ class Attention(nn.Module):
     State: normalized, unrotated keys and values (B, up to window - 1, Hk, d) of the tokens before.
     """
 
-    def __init__(self, cfg, ops, window, kv):
+    def __init__(self, cfg, ops, window):
         super().__init__()
         self.cfg, self.ops = cfg, ops
         self.window = window
         D = cfg.model_dim
-        self.kv = kv or KeyValue(D, D // cfg.num_heads * cfg.num_kv_heads)
+        kv_rows = D // cfg.num_heads * cfg.num_kv_heads
+        self.kv = nn.Module()  # what KV_SHARE shares
+        self.kv.k_proj = nn.Parameter(torch.empty(kv_rows, D))
+        self.kv.v_proj = nn.Parameter(torch.empty(kv_rows, D))
         self.q_proj = nn.Parameter(torch.empty(D, D))
         self.o_proj = nn.Parameter(torch.empty(D, D))
         self.num_gains = cfg.num_heads
@@ -1340,10 +1334,11 @@ class LM(nn.Module):
         for i, layer in enumerate(layers):
             if layer.mixer not in mixers:
                 alike = made[layer.kind]
-                kv = alike[-1].kv if len(alike) % cfg.kv_share else None
                 window = cfg.swa_window if layer.kind == "swa" else cfg.train_seq_len
-                alike.append(MIXERS[layer.kind](cfg, ops, window, kv))
-                mixers[layer.mixer] = alike[-1]
+                mixer = mixers[layer.mixer] = MIXERS[layer.kind](cfg, ops, window)
+                if len(alike) % cfg.kv_share:
+                    mixer.kv = alike[-1].kv
+                alike.append(mixer)
             if layer.mlp not in mlps:
                 mlps[layer.mlp] = MLP(cfg, ops)
             blocks.append(Block(cfg, mixers[layer.mixer], mlps[layer.mlp], i in exclusive))
@@ -1517,12 +1512,6 @@ def rows_of(text, starts, T):
     rows = text[index.clamp(max=len(text) - 1)]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-def segment_length(longest, rows, cfg):
-    """Tokens of one pass over rows of `longest`: equal parts, multiples of the kernels' chunk."""
-    most = max(GDN_CHUNK, cfg.eval_batch_tokens // rows // GDN_CHUNK * GDN_CHUNK)
-    parts = -(-longest // most)
-    return -(-longest // parts // GDN_CHUNK) * GDN_CHUNK
-
 PROBE_PLACES = 8  # least places in the text that a causality probe tries
 PROBE_POSITIONS = 4096  # of a segment that a normalization probe compares
 PROBE_ROUNDING = 0.5  # nats; more than one bfloat16 logit can be off
@@ -1603,9 +1592,13 @@ class Scorer:
             batch = parts[i:i + size]
             starts = [start for start, _, _ in batch]
             length = max(end - start for start, end, _ in batch)
-            longest = min(cfg.ttt_chunk_tokens, total) if one_stream else length
-            T = segment_length(longest, len(batch), cfg) if carry else cfg.train_seq_len
-            starts += [] if carry else [0] * (size - len(batch))  # batches of one shape
+            T = cfg.train_seq_len
+            if carry:  # equal segments, multiples of the kernels' chunk
+                longest = min(cfg.ttt_chunk_tokens, total) if one_stream else length
+                most = max(1, cfg.eval_batch_tokens // len(batch) // GDN_CHUNK) * GDN_CHUNK
+                T = -(-longest // -(-longest // most) // GDN_CHUNK) * GDN_CHUNK
+            else:
+                starts += [0] * (size - len(batch))  # batches of one shape
             # Fill up the text's end: that shape is compiled, and its state not needed.
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, self.text.new_tensor(starts),
@@ -1622,18 +1615,13 @@ class Scorer:
             ledger.add(first, torch.cat(scored), self.bytes[first:batch[-1][1]])
 
 TTT_LINES = 64  # most `ttt` lines of an evaluation
-EAGER_TOKENS = 50_000_000  # below this, compiling costs more time than it saves
-
 def compiles_evaluation(model, run, method, num_targets, adapting=False):
     """Whether an evaluation runs compiled: with COMPILE=auto if a rank has enough to run."""
     cfg = model.cfg
-    if cfg.compile != "auto":
-        return cfg.compile == "1"
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
     ranks = 1 if adapting and method == "exact" else run.world_size
     training = 3 * cfg.ttt_epochs if adapting else 0  # small batches: not faster on many ranks
-    tokens = num_targets * (passes / ranks + training)
-    return model.ops is not REFERENCE and tokens > EAGER_TOKENS
+    return compiles(model, num_targets * (passes / ranks + training))
 
 @torch.inference_mode()
 def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False,
@@ -1661,6 +1649,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     else:
         stride = {"sliding": cfg.eval_stride, "roundtrip": cfg.train_seq_len}[method]
         parts = windows(total, cfg.train_seq_len, stride)
+    ranks = Run(device=run.device) if one_stream else run  # that share the text
     # A window belongs to the chunk of its first scored target.
     size = cfg.ttt_chunk_tokens if adapter else total
     chunks = -(-total // size)
@@ -1669,7 +1658,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     with compiling(compiled):
         for number, chunk in groupby(parts, lambda part: part[2] // size):
             chunk = list(chunk)
-            a, b = (0, len(chunk)) if one_stream else run.share(len(chunk))
+            a, b = ranks.share(len(chunk))
             if b > a:
                 ledger.skip(chunk[a][2])
                 scorer.enter(chunk[a:b], ledger, carry=method == "exact")
@@ -1678,11 +1667,11 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
                 with torch.inference_mode(False), torch.enable_grad():
                     adapter(tokens[:ledger.next_target + 1])
             if adapter and chunks > 1 and (number + 1) % -(-chunks // TTT_LINES) == 0:
-                so_far = ledger if one_stream else ledger.over_ranks(run)
+                so_far = ledger.over_ranks(ranks)
                 run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=so_far.tokens,
                         running_bpb=so_far.bpb, epochs=getattr(adapter, "epochs", 0),
                         time=f"{1000 * (time.perf_counter() - began):.0f}ms")
-    ledger = finished(ledger if one_stream else ledger.over_ranks(run), total, scorer, run)
+    ledger = finished(ledger.over_ranks(ranks), total, scorer, run)
     run.scoring_s += time.perf_counter() - began
     return ledger
 
@@ -1982,23 +1971,6 @@ def replayed(graphs, function, *args):
     copy_all(held, args)
     graph.replay()
 
-@contextmanager
-def fresh_leaves(model):
-    """Inside, each trained weight is a new leaf over the same memory: {weight: leaf}.
-
-    Autograd ties a leaf to the CUDA stream of its first use; a graph is recorded on its own one.
-    """
-    places = [(module, name, p) for module in model.modules()
-              for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    leaf_of = {p: nn.Parameter(p.detach()) for _, _, p in places}
-    for module, name, p in places:
-        setattr(module, name, leaf_of[p])
-    try:
-        yield leaf_of
-    finally:
-        for module, name, p in places:
-            setattr(module, name, p)
-
 class Group(NamedTuple):
     """Parameters under one rule; `part` of the flat vectors is theirs.
 
@@ -2059,12 +2031,15 @@ class Optimizer:
         replayed(self.graphs, self._add_gradient, ids, targets, wanted, self.number(share))
 
     def _add_gradient(self, ids, targets, wanted, share):
-        with compiling(self.compiled), fresh_leaves(self.model) as leaf_of:
+        # Each call has its own leaves over the weights' memory: autograd ties a leaf to the CUDA
+        # stream of its first use, and a graph is recorded on a stream of its own.
+        leaves = {name: nn.Parameter(p.detach()) for name, p in zip(self.names, self.params)}
+        with compiling(self.compiled), _reparametrize_module(self.model, leaves):
             loss = summed_nll(self.model, ids, targets, wanted) * share
-            leaves = [leaf_of[p] for p in self.params]
-            found = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
-            torch._foreach_add_(self.grads, found)
-            self.loss += loss.detach()
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True,
+                                    materialize_grads=True)
+        torch._foreach_add_(self.grads, found)
+        self.loss += loss.detach()
 
     def step(self, rate):
         """Reduce, clip and apply the gradient at `rate` times the learning rates; then zero it."""
@@ -2199,8 +2174,7 @@ def training_optimizer(model, cfg, run):
     for name, _ in model.named_parameters():
         r = route(name)
         treatment[name] = r.optimizer, getattr(cfg, r.lr), getattr(cfg, r.decay, 0.0)
-    return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum,
-                     compiles_training(model))
+    return Optimizer(model, treatment, run, cfg.grad_clip_norm, cfg.muon_momentum, compiles(model))
 
 def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     """Optimizer step number `step` on batch (rows, T + 1); this rank's mean loss, a tensor.
@@ -2218,10 +2192,6 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     optimizer.momentum = (1 - warm) * cfg.muon_momentum_warmup_start + warm * cfg.muon_momentum
     optimizer.step(rate)
     return optimizer.loss
-
-def compiles_training(model):
-    """Whether training runs compiled: by default where the fast kernels are."""
-    return model.cfg.compile == "1" or model.cfg.compile == "auto" and model.ops is not REFERENCE
 
 # Relative to float32: bfloat16 rounds each product to 0.4 %, wrong code is off by much more.
 TOLERANCE = dict(loss=0.005, gradient=0.15)
@@ -2249,7 +2219,7 @@ def check_fast_path(model, run, micro_rows):
         return [loss.detach(), *torch.autograd.grad(loss, list(lm.parameters()),
                                                     allow_unused=True, materialize_grads=True)]
 
-    with compiling(compiles_training(model)):
+    with compiling(compiles(model)):
         fast = loss_and_gradient(model, rows.repeat(micro_rows // len(rows), 1))
     plain_ones = loss_and_gradient(reference, rows)
     errors = [float((x - y).norm() / y.norm().clamp_min(1e-30)) if y.norm() else float(x.norm())
@@ -2291,8 +2261,8 @@ def warm_up(model, cfg, run, micro_rows):
     rows = cfg.train_batch_tokens // cfg.train_seq_len // run.world_size
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
-    run.log("warm_up", compile=int(compiles_training(model)), steps=cfg.warmup_steps)
-    if compiles_training(model) or model.ops is not REFERENCE:
+    run.log("warm_up", compile=int(compiles(model)), steps=cfg.warmup_steps)
+    if compiles(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     if run.picks_threads:
         ids = batch[:micro_rows, 1:].contiguous()
@@ -2311,17 +2281,18 @@ class StopRequest:
 
     A repeat within a second is torchrun passing the same signal on; a later one ends the run.
     """
-    signal, deferred = 0, False
+    signal, deferred = "", False  # the signal's name
     came = -math.inf
 
     def handle(self, number, frame):
         """The signal handler."""
         since = time.monotonic() - self.came
         self.came = time.monotonic()
+        name = signal.Signals(number).name
         if self.deferred and math.isinf(since):
-            self.signal = number
+            self.signal = name
         elif since > 1.0:
-            raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}; the log is kept")
+            raise KeyboardInterrupt(f"stopped by {name}; the log is kept")
 
 STOP = StopRequest()
 
@@ -2386,7 +2357,6 @@ class Training:
         A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
         name = "trained" if self.trained else f"step_{self.step:08d}"
-        how_to_go_on = f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
         if self.run.rank == 0:
             path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
@@ -2400,8 +2370,8 @@ class Training:
                     old.unlink()
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
-                how_to_go_on = f"its checkpoint could not be written ({error})"
-        return how_to_go_on
+                return f"its checkpoint could not be written ({error})"
+        return f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
 
 def checkpoint_folder(cfg):
     """Where the run keeps its checkpoints."""
@@ -2417,8 +2387,7 @@ def find_checkpoint(cfg, run, data):
     """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
     folder = checkpoint_folder(cfg)
     path = folder if cfg.resume == "auto" else Path(cfg.resume)
-    files = [*path.glob("trained.npz"), *sorted(path.glob("step_*.npz"), reverse=True)]
-    files = [path] if path.is_file() else files
+    files = [path] if path.is_file() else sorted(path.glob("*.npz"), reverse=True)  # trained first
     if not files and cfg.resume != "auto":
         raise GolfError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
     if folder.exists() and folder.resolve() not in (path.resolve(), path.resolve().parent):
@@ -2430,10 +2399,6 @@ def find_checkpoint(cfg, run, data):
         except GolfError as error:
             run.log("checkpoint_skipped", reason=str(error))
             continue
-        kinds = {name: type(x) for name, x in facts.items()}
-        if kinds != {name: type(x) for name, x in BEGINNING.items()} or not all(
-                x >= 0 for x in facts.values() if x != facts["config"]):
-            raise GolfError(f"{file}: not a checkpoint of this script")
         now = identity(cfg, data)
         then = dict.fromkeys(now, "none") | facts["config"]
         differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
@@ -2457,7 +2422,7 @@ def train(model, data, cfg, run, saved):
     job = Training(model, data, cfg, run, saved)  # after warm-up, whose Optimizer took the weights
     if not saved and fingerprint(model) != initial:
         raise GolfError("the weights changed before the training clock began")
-    run.log("kernel", **model.ops.names, compiled=int(compiles_training(model)),
+    run.log("kernel", **model.ops.names, compiled=int(compiles(model)),
             threads=torch.get_num_threads(),
             micro_batch_tokens=micro_rows * cfg.train_seq_len, initial_weights=initial,
             start_up=f"{time.perf_counter() - run.began:.0f}s")
@@ -2480,9 +2445,10 @@ def train(model, data, cfg, run, saved):
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
     if stop:
-        raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} after training; "
-                                f"{how_to_go_on}")
+        raise KeyboardInterrupt(f"stopped by {stop} after training; {how_to_go_on}")
     return train_s, calibration
+
+MAX_BAD_STEPS = 10  # skipped steps, of gradients that are not finite, that a run survives
 
 def train_loop(job, data, micro_rows):
     """Steps until the clock or ITERATIONS end them; raises KeyboardInterrupt if a signal does."""
@@ -2492,7 +2458,7 @@ def train_loop(job, data, micro_rows):
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     durations = deque(maxlen=20)
     saved_step = job.step
-    saved_s = last_tick = clock.elapsed()
+    saved_s = clock.elapsed()
     bad_steps = int(job.optimizer.bad_steps)
     wait = run.to_host(job.optimizer.bad_steps)
     while True:
@@ -2503,12 +2469,20 @@ def train_loop(job, data, micro_rows):
         in_flight = 2 if run.on_cuda else 1  # the next step ends that many steps from now
         out_of_time = job.step > 0 and elapsed + in_flight * step_s > budget
         last = job.step >= cfg.iterations or out_of_time
-        stop_if_asked(job, told, last, bad_steps)
+        stop = max(name for _, _, name, _ in told)
+        fault = "" if last else max(text for _, _, _, text in told)
+        if stop:
+            raise KeyboardInterrupt(f"stopped by {stop} at step {job.step}; {job.save()}")
+        if fault:
+            raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
+        if bad_steps > MAX_BAD_STEPS:
+            raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not "
+                            f"finite, more than {MAX_BAD_STEPS}; lower MATRIX_LR, TIED_EMBED_LR "
+                            f"or SCALAR_LR; {job.save()}")
         every = cfg.checkpoint_every_seconds
         if 0 < every <= elapsed - saved_s and not last and job.step > saved_step:
             job.save()
             saved_s, saved_step = elapsed, job.step
-            last_tick = clock.elapsed()
             continue  # saving took time: is there enough for another step?
         if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
             ms = 1000 * clock.pause()
@@ -2530,30 +2504,12 @@ def train_loop(job, data, micro_rows):
         if newest > bad_steps:
             run.log("bad_step", step=job.step, count=newest, most=MAX_BAD_STEPS)
         bad_steps = newest
-        now = clock.elapsed()
-        durations.append(now - last_tick)
-        last_tick = now
+        durations.append(clock.elapsed() - elapsed)
         if job.step <= 3 or job.step % cfg.train_log_every == 0:
             log_step(job, loss, rate, float(np.median(durations)))
     if out_of_time:
         run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
                 step=f"{job.step}/{cfg.iterations}")
-
-MAX_BAD_STEPS = 10  # skipped steps, of gradients that are not finite, that a run survives
-
-def stop_if_asked(job, told, last, bad_steps):
-    """Write a checkpoint and raise if a signal came, data cannot be read or steps are bad."""
-    stop = max(number for _, _, number, _ in told)
-    fault = "" if last else max(text for _, _, _, text in told)
-    if stop:
-        raise KeyboardInterrupt(f"stopped by {signal.Signals(stop).name} at step {job.step}; "
-                          f"{job.save()}")
-    if fault:
-        raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
-    if bad_steps > MAX_BAD_STEPS:
-        raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not finite, "
-                        f"more than {MAX_BAD_STEPS}; lower MATRIX_LR, TIED_EMBED_LR or "
-                        f"SCALAR_LR; {job.save()}")
 
 def log_step(job, loss, rate, step_s):
     """One progress line; waits for the device."""
@@ -2588,7 +2544,7 @@ def calibrate(model, loader, cfg, run, clock):
                 now = clock.elapsed()
                 # One more batch, half again as long as the mean, and the sums of ranks must fit.
                 end = now + 1.5 * (now - loop_end_s) / max(1, done // CALIBRATION_ROWS) + 0.5
-                late = 0 < cfg.max_wallclock_seconds < end or bool(STOP.signal)
+                late = 0 < cfg.max_wallclock_seconds < end or STOP.signal
                 if run.broadcast(done > 0 and late):
                     return
                 yield part
@@ -2816,15 +2772,6 @@ class Matrix:
         largest = (self.W / scale.float().unsqueeze(-1)).abs().amax(0)
         return scale, octave_grid(torch.maximum(self.column_step, largest / MOST_STEPS))
 
-    def quantized(self, Q, rows, columns):
-        """The Quantized of integers Q (R, C) in the order of rounding, on the CPU."""
-        dW = self.W - Q.float() * full_step(rows, columns)
-        whole = ((self.W @ self.H) * self.W).sum().clamp_min(1e-30)
-        rel_error = float(((dW @ self.H) * dW).sum() / whole)
-        back = self.order.argsort()
-        return Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(), int(self.bits.min()),
-                         rel_error, float(self.damp))
-
 def stored_bits(model, cfg):
     """{name: bits} of the matrices that become integers, by their Routes and SANDWICH_BITS."""
     last = {id(p) for p in model.blocks[-1].parameters()}
@@ -2847,8 +2794,13 @@ def quantize(matrices, strength):
         U = torch.stack([m.U for m in members])
         step = torch.stack([full_step(*pair) for pair in scales])
         qmax = torch.stack([2 ** (m.bits - 1) - 1 for m in members])
-        for m, Q, pair in zip(members, gptq(W, step, None, qmax, U), scales):
-            out[m.name] = m.quantized(Q, *pair)
+        for m, Q, (rows, columns) in zip(members, gptq(W, step, None, qmax, U), scales):
+            dW = m.W - Q.float() * full_step(rows, columns)
+            whole = ((m.W @ m.H) * m.W).sum().clamp_min(1e-30)
+            rel_error = float(((dW @ m.H) * dW).sum() / whole)
+            back = m.order.argsort()
+            out[m.name] = Quantized(Q[:, back].cpu(), rows.cpu(), columns[back].cpu(),
+                                    int(m.bits.min()), rel_error, float(m.damp))
     return out
 
 def prepare_matrices(model, cfg, calibration, run):
@@ -2879,23 +2831,19 @@ def compress(data, codec):
     return data
 
 def decompress(data, codec, size):
-    """The inverse of `compress`; GolfError unless the data makes exactly `size` bytes."""
-    out = data
-    try:
-        if codec == "brotli":
-            import brotli
-            out = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
-        elif codec == "zstd":
-            import zstandard
-            out = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
-        elif codec == "lzma":
-            decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
-            out = decoder.decompress(data, max_length=size + 1)
-    except Exception as error:  # brotli.error and ZstdError derive from Exception alone
-        raise GolfError(f"a stream of {ascii(codec)[:20]} is damaged ({error})") from None
-    if len(out) != size:
-        raise GolfError(f"a stream decompresses to {len(out)} bytes or more, expected {size}")
-    return out
+    """The inverse of `compress`; the codec's error, or GolfError unless it makes `size` bytes."""
+    if codec == "brotli":
+        import brotli
+        data = brotli.Decompressor().process(data, output_buffer_limit=size + 1)
+    elif codec == "zstd":
+        import zstandard
+        data = zstandard.ZstdDecompressor().stream_reader(data).read(size + 1)
+    elif codec == "lzma":
+        decoder = lzma.LZMADecompressor(format=lzma.FORMAT_ALONE, memlimit=1 << 27)
+        data = decoder.decompress(data, max_length=size + 1)
+    if len(data) != size:
+        raise GolfError(f"a stream decompresses to {len(data)} bytes or more, expected {size}")
+    return data
 
 # Integers are coded by rANS [6]: many states side by side, so that numpy codes one symbol of each
 # at a time, and one stream of 16-bit words for all.  A symbol's probabilities come from the table
@@ -2984,13 +2932,6 @@ def byte_planes(data, width):
 
 # ---- the file
 
-def int8_rows(p):
-    """A control tensor (..., C) as a Quantized of 8 bits: CONTROL_BITS."""
-    W = p.reshape(-1, p.shape[-1])
-    rows = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
-    Q = (W / rows.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
-    return Quantized(Q, rows, rows.new_ones(W.shape[1]), 8)
-
 def pack_artifact(model, cfg, quantized):
     """The artifact's bytes."""
     table, integers = [], []
@@ -3001,7 +2942,10 @@ def pack_artifact(model, cfg, quantized):
         coding = "f32" if small else "f16"
         q = quantized.get(name)
         if q is None and cfg.control_bits and not small and route(name).role == "control":
-            q = int8_rows(p)
+            W = p.reshape(-1, p.shape[-1])
+            rows = (W.abs().amax(-1) / 127).clamp_min(2.0 ** -24).to(torch.float16)
+            Q = (W / rows.float().unsqueeze(-1)).round().clamp(-127, 127).to(torch.int8)
+            q = Quantized(Q, rows, rows.new_ones(W.shape[1]), 8)
         if q is None:
             raw[coding] += p.numpy().astype("<f4" if small else "<f2").tobytes()
         else:
@@ -3041,38 +2985,37 @@ def rans_pack(integers):
     sides = b"".join(rows.tobytes() + columns.tobytes() for rows, columns in parts)
     return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
 
-def read_artifact(path, cfg=None):
-    """The bytes of a whole artifact file, made with cfg's tokenizer; GolfError naming it."""
+def read_artifact(source, cfg=None):
+    """Bytes, header (dict) and payload of an artifact, a file name or its bytes; or GolfError.
+
+    Checks its head, checksum and, given cfg, that it was made with cfg's tokenizer.
+    """
+    blob = source
     try:
-        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 28:
-            raise GolfError("No such file, or more than 256 MiB")
-        blob = Path(path).read_bytes()
-        header, _ = read_header(memoryview(blob))
+        if not isinstance(source, bytes):
+            if not Path(source).is_file() or Path(source).stat().st_size > 1 << 28:
+                raise GolfError("No such file, or more than 256 MiB")
+            blob = Path(source).read_bytes()
+        if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
+            raise GolfError(f"begins with {blob[:8]!r}: not an artifact of this script")
+        _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
+        body = memoryview(blob)[ARTIFACT_HEAD.size:]
+        if version != ARTIFACT_VERSION:
+            raise GolfError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
+        if hashlib.sha256(body).digest() != digest:
+            raise GolfError("the checksum differs: truncated or altered")
+        text = zlib.decompressobj().decompress(body[:packed], MAX_HEADER_BYTES)
+        header = dict(json.loads(text))
         if cfg and header.get("tokenizer") not in (None, tokenizer_hash(cfg)):
             raise GolfError(f"made with another tokenizer than TOKENIZER_PATH="
-                                f"{cfg.tokenizer_path}: set it to the artifact's own")
-    except (OSError, GolfError) as error:
-        raise GolfError(f"ARTIFACT={path}: {error}") from None
-    return blob
+                            f"{cfg.tokenizer_path}: set it to the artifact's own")
+    except (OSError, ValueError, TypeError, RecursionError, zlib.error) as error:
+        name = "its bytes" if isinstance(source, bytes) else source
+        raise GolfError(f"ARTIFACT={name}: {error}") from None
+    return blob, header, body[packed:]
 
-def read_header(blob):
-    """Check an artifact's head and checksum: its header (dict) and payload, or GolfError."""
-    if blob[:8] != ARTIFACT_MAGIC or len(blob) < ARTIFACT_HEAD.size:
-        raise GolfError(f"begins with {bytes(blob[:8])!r}: not an artifact of this script")
-    _, version, packed, digest = ARTIFACT_HEAD.unpack_from(blob)
-    body = blob[ARTIFACT_HEAD.size:]
-    if version != ARTIFACT_VERSION:
-        raise GolfError(f"format version {version}, this script reads {ARTIFACT_VERSION}")
-    if hashlib.sha256(body).digest() != digest:
-        raise GolfError("the checksum differs: truncated or altered")
-    try:
-        text = zlib.decompressobj().decompress(bytes(body[:packed]), MAX_HEADER_BYTES)
-        return dict(json.loads(text)), body[packed:]
-    except (zlib.error, ValueError, TypeError, RecursionError) as error:
-        raise GolfError(f"its header cannot be read ({type(error).__name__})") from None
-
-def read_streams(header, payload, most):
-    """An artifact's streams {name: array}; GolfError before more than `most` bytes are made."""
+def unpack_weights(header, payload, most):
+    """The float32 weights of an artifact; GolfError before its streams make over `most` bytes."""
     names, codecs, raw, packed = zip(*header["streams"])
     ends = list(accumulate(packed))
     if min(packed) < 0 or ends[-1] != len(payload) or min(raw) < 1 or sum(raw) > most:
@@ -3093,7 +3036,22 @@ def read_streams(header, payload, most):
         classes = np.concatenate([class_map(*pair) for pair in zip(sides[::2], sides[1::2])])
         symbols = rans_decode(streams.pop("words"), classes, freq)
         streams["integers"] = (symbols ^ 128).view(np.int8)
-    return streams
+
+    def take(name, n):
+        taken, streams[name] = np.split(streams[name], [n])
+        return torch.from_numpy(taken.copy())
+
+    weights = []
+    for _, shape, coding in header["tensors"]:
+        rows, columns = math.prod(shape[:-1]), shape[-1]
+        if coding == "int8":
+            Q = take("integers", rows * columns).view(rows, columns)
+            weights.append((Q * full_step(take("f16", rows), take("column", columns))).view(shape))
+        else:
+            weights.append(take(coding, rows * columns).float().view(shape))
+    if any(map(len, streams.values())):
+        raise GolfError("its streams hold more than its tensors")
+    return weights
 
 def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     """Build the model that an artifact file holds, from that file alone.
@@ -3101,10 +3059,9 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
     base: Config of what the file does not fix (evaluation).   Raises GolfError.
     """
-    blob = path if isinstance(path, bytes) else read_artifact(path, base)
+    blob, header, payload = read_artifact(path, base)
     base = base or Config()
     try:
-        header, payload = read_header(memoryview(blob))
         stored = {name: header["config"][name] for name in STORED_FIELDS}
         for name, value in stored.items():
             if type(value) is not type(getattr(base, name)):
@@ -3118,8 +3075,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
             raise GolfError("its tensors are not those of the model that it describes")
         if count > 8 * len(blob) + SPARE_WEIGHTS:
             raise GolfError(f"claims {count} weights in {len(blob)} bytes")
-        streams = read_streams(header, payload, 5 * count + 512 * RANS_CLASSES)
-        weights = unpack_tensors(header["tensors"], streams)
+        weights = unpack_weights(header, payload, 5 * count + 512 * RANS_CLASSES)
     except Exception as error:  # forged headers make numpy and torch raise a dozen kinds
         fault = ascii(f"{type(error).__name__}: {error}")[1:-1][:300]
         raise GolfError(f"the artifact is damaged or unfit for a setting ({fault})") from None
@@ -3128,24 +3084,6 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
         model = LM(cfg, ops).to_empty(device=device)
     copy_all(list(model.parameters()), weights)
     return model
-
-def unpack_tensors(table, streams):
-    """The float32 weights of the header's table of tensors; GolfError if streams do not fit."""
-    def take(name, n):
-        taken, streams[name] = np.split(streams[name], [n])
-        return torch.from_numpy(taken.copy())
-
-    weights = []
-    for _, shape, coding in table:
-        rows, columns = math.prod(shape[:-1]), shape[-1]
-        if coding == "int8":
-            Q = take("integers", rows * columns).view(rows, columns)
-            weights.append((Q * full_step(take("f16", rows), take("column", columns))).view(shape))
-        else:
-            weights.append(take(coding, rows * columns).float().view(shape))
-    if any(map(len, streams.values())):
-        raise GolfError("its streams hold more than its tensors")
-    return weights
 
 # ---- the search that fills the cap
 
@@ -3216,7 +3154,7 @@ def export(model, cfg, calibration, run):
     strength, quantized, blob = fill_cap(model, cfg, calibration, run)
     for name, q in quantized.items():
         share = q.Q.view(torch.uint8).flatten().bincount().double() / q.Q.numel()
-        entropy = -float(torch.xlogy(share, share).sum()) * math.log2(math.e)
+        entropy = float(torch.special.entr(share).sum()) * math.log2(math.e)
         run.log("gptq", name=name, bits=q.bits, rows=len(q.Q), columns=q.Q.shape[1],
                 rel_err=f"{q.rel_error:.6f}", damp=f"{q.damp:g}", bits_per_weight=entropy)
     blob = run.broadcast(blob)
@@ -4007,7 +3945,7 @@ def main(env):
         cfg = name_run(cfg, run)
         train_s, file = None, cfg.artifact
         if file:
-            blob = read_artifact(file, cfg)
+            blob, _, _ = read_artifact(file, cfg)
             start_log(cfg, run)
         else:
             train_s, blob = make_artifact(data, cfg, run)
