@@ -103,18 +103,23 @@ def test_every_multiplied_matrix_gets_a_hessian(calibrated):
     assert set(calibration.rows) == stored and t.OBSERVERS == []
 
 
-def test_hessian_sums_x_xt_over_all_uses_of_a_shared_matrix(calibrated):
-    model, batches, calibration = calibrated
-    shared = model.blocks[1].mixer
+@pytest.mark.parametrize("settings, name, mixers", [
+    ({}, "blocks.1.mixer.q_proj", [1]),
+    (dict(stack="gdn*2", kv_share=2), "blocks.0.mixer.kv.k_proj", [0, 1])], ids=["tag", "KV_SHARE"])
+def test_hessian_sums_x_xt_over_all_uses_of_a_shared_matrix(calibrated, settings, name, mixers):
+    batches = calibrated[1]
+    model = tiny_model(tiny_config(**settings))
     seen = []
-    handle = shared.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    handles = [model.blocks[i].mixer.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, 1))) for i in mixers]
     with torch.no_grad():
         for ids in batches:
             model(ids[:, :-1])
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     x = torch.cat(seen)
     assert len(x) == 2 * 3 * 2 * 48  # two layers
-    H = calibration.H["blocks.1.mixer.q_proj"]
+    H = t.collect_hessians(model, batches, t.Run()).H[name]
     torch.testing.assert_close(H, x.mT @ x, rtol=1e-4, atol=1e-3)
 
 
