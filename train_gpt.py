@@ -132,7 +132,7 @@ class Config:
     muon_momentum: float = knob(0.97, "Muon momentum", 0, 0.9999)
     muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", 0)
-    muon_row_norm: bool = knob(True, "1: rows of equal norm before Newton-Schulz (MuonEq-R)")
+    muon_row_norm: bool = knob(True, "1: rows of equal norm before Newton-Schulz, in TTT too")
     muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices", 0)
     adam_weight_decay: float = knob(0.04, "decoupled weight decay of the tables", 0)
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
@@ -2270,11 +2270,11 @@ def warm_up(model, cfg, run, micro_rows):
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
     run.log("warm_up", compile=int(compiles(model)), steps=cfg.warmup_steps)
-    if compiles(model) or model.ops is not REFERENCE:
-        check_fast_path(model, run, micro_rows)
-    if run.picks_threads:
+    if run.picks_threads:  # before anything is compiled for a number of them
         ids = batch[:micro_rows, 1:].contiguous()
         pick_threads(partial(model.nll, ids, ids))
+    if compiles(model) or model.ops is not REFERENCE:
+        check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)
     for step in range(cfg.warmup_steps):
         train_step(model, optimizer, batch, micro_rows, 1.0, step)
@@ -2395,7 +2395,8 @@ def find_checkpoint(cfg, run, data):
     """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
     folder = checkpoint_folder(cfg)
     path = folder if cfg.resume == "auto" else Path(cfg.resume)
-    files = [path] if path.is_file() else sorted(path.glob("*.npz"), reverse=True)  # trained first
+    files = [*path.glob("trained.npz"), *sorted(path.glob("step_*.npz"), reverse=True)]
+    files = [path] if path.is_file() else files
     if not files and cfg.resume != "auto":
         raise GolfError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
     if folder.exists() and folder.resolve() not in (path.resolve(), path.resolve().parent):
@@ -2466,7 +2467,7 @@ def train_loop(job, data, micro_rows):
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     durations = deque(maxlen=20)
     saved_step = job.step
-    saved_s = clock.elapsed()
+    saved_s = last_tick = clock.elapsed()
     bad_steps = int(job.optimizer.bad_steps)
     wait = run.to_host(job.optimizer.bad_steps)
     while True:
@@ -2491,6 +2492,7 @@ def train_loop(job, data, micro_rows):
         if 0 < every <= elapsed - saved_s and not last and job.step > saved_step:
             job.save()
             saved_s, saved_step = elapsed, job.step
+            last_tick = clock.elapsed()
             continue  # saving took time: is there enough for another step?
         if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
             ms = 1000 * clock.pause()
@@ -2512,7 +2514,8 @@ def train_loop(job, data, micro_rows):
         if newest > bad_steps:
             run.log("bad_step", step=job.step, count=newest, most=MAX_BAD_STEPS)
         bad_steps = newest
-        durations.append(clock.elapsed() - elapsed)
+        durations.append(clock.elapsed() - last_tick)  # log_step's wait for the device included
+        last_tick += durations[-1]
         if job.step <= 3 or job.step % cfg.train_log_every == 0:
             log_step(job, loss, rate, float(np.median(durations)))
     if out_of_time:
@@ -3023,7 +3026,9 @@ def read_artifact(source, cfg=None):
                             f"{cfg.tokenizer_path}: set it to the artifact's own")
     except (OSError, ValueError, TypeError, RecursionError, zlib.error) as error:
         name = "its bytes" if isinstance(source, bytes) else source
-        raise GolfError(f"ARTIFACT={name}: {error}") from None
+        told = isinstance(error, (GolfError, OSError))
+        raise GolfError(f"ARTIFACT={name}: {'' if told else 'its header cannot be read: '}{error}"
+                        ) from None
     return blob, header, body[packed:]
 
 def unpack_weights(header, payload, most):

@@ -427,6 +427,24 @@ def test_ranks_whose_clocks_differ_stop_at_one_step(loop, monkeypatch):
     assert_same_weights(weights_of(one), weights_of(other))
 
 
+def test_the_wait_of_log_lines_counts_as_time_of_steps(monkeypatch):
+    """On a GPU a step is launched in milliseconds; a log line waits until it is done."""
+    now = [0.0]
+
+    def taking(seconds):
+        def work(*_, **__):
+            now[0] += seconds
+            return torch.zeros(())
+        return work
+    monkeypatch.setattr(t.Clock, "elapsed", lambda clock: now[0])
+    monkeypatch.setattr(t, "train_step", taking(0.01))
+    monkeypatch.setattr(t, "log_step", taking(0.3))
+    cfg = tiny_config(iterations=100, max_wallclock_seconds=1.0, train_log_every=1,
+                      gptq_enabled=False, out_dir="/nowhere")
+    train_s, _ = t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run(), None)
+    assert 0.7 < train_s < 1.0
+
+
 def test_training_stops_after_too_many_bad_steps(loop):
     with pytest.raises(t.GolfError, match="11 steps had gradients .* more than 10;"):
         loop(iterations=30, tied_embed_lr=2e9)
