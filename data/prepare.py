@@ -27,6 +27,7 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -241,6 +242,15 @@ def check_splits(args):
     raise ValueError(f"{empty} gets none of {sum(counts.values())} documents; {how}")
 
 
+def with_progress(labelled):
+    """The same documents; on a terminal a bar counts them, if tqdm is installed."""
+    with suppress(ImportError):
+        from tqdm import tqdm
+
+        return tqdm(labelled, unit=" documents", disable=None)
+    return labelled
+
+
 def batches(labelled):
     """Yield (split, texts) of bounded size; long documents are cut into several of their split."""
     texts = {"train": [], "val": []}
@@ -430,7 +440,7 @@ def write_shards(args, sp, writers):
     """
     totals = {split: Counter() for split in ("train", "val")}
     count_bytes = make_byte_counter(sp, args.case_ops)
-    for split, texts in batches(labelled_documents(args)):
+    for split, texts in batches(with_progress(labelled_documents(args))):
         tokens, sums = encode(sp, texts, args.case_ops)
         counts = count_bytes(tokens)
         totals[split].update(sums, counted_bytes=int(counts.sum()))
@@ -492,6 +502,13 @@ def export(args):
     if (old_files or is_other_model) and not args.force:
         raise ValueError(f"{[*old_files, model_path][0]} is there; add --force to replace it")
     check_splits(args)
+    if args.dry_run:
+        sums = {split: Counter() for split in ("train", "val")}
+        for split, text in with_progress(labelled_documents(args)):
+            sums[split].update(documents=1, text_bytes=len(text.encode()))
+        for split, found in sums.items():
+            log("would_write", out=out, split=split, **found)
+        return
     if model_proto is None:
         train_texts = (text for split, text in labelled_documents(args) if split == "train")
         model_proto = train_tokenizer(train_texts, args.train_tokenizer, args.case_ops)
@@ -560,6 +577,7 @@ def main(argv=None):
     add("--case-ops", action="store_true", help="capitals as symbols, and the sidecar of bytes")
     add("--shard-tokens", type=int, default=100_000_000, metavar="N", help="per shard [100000000]")
     add("--force", action="store_true", help="replace the shards that --out holds")
+    add("--dry-run", action="store_true", help="count documents and bytes, write nothing")
     args = parser.parse_args(argv)
     if args.sample:
         args.force = args.force or not args.out  # in place, its own files are replaced

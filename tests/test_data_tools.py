@@ -99,6 +99,17 @@ def test_shards_hold_bos_and_every_document(tmp_path, corpus, monkeypatch):
         assert sums["decoded_bytes"] == sums["counted_bytes"] == len("".join(texts).encode())
 
 
+def test_dry_run_counts_and_writes_nothing(tmp_path, corpus, capsys):
+    files = files_below(tmp_path)
+    settings = "--out", tmp_path / "x", "--tokenizer", MODEL, *corpus, "--dry-run"
+    prepare.main(list(map(str, settings)))
+    out = capsys.readouterr().out
+    assert files_below(tmp_path) == files
+    assert "split:train documents:50 text_bytes:" in out and "split:val documents:10 " in out
+    counts = [int(part.split()[0]) for part in out.split("text_bytes:")[1:]]
+    assert sum(counts) == len("".join(DOCUMENTS).encode())
+
+
 def label(path, **rule):
     args = dict(train=[], val=[], input=[path], text_key="text", val_first=None, val_fraction=None)
     return list(prepare.labelled_documents(SimpleNamespace(**args | rule)))
