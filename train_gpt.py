@@ -55,7 +55,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.stateless import _reparametrize_module  # private: torch is pinned
+from torch.nn.utils.stateless import _reparametrize_module  # private, in 2.11 to 2.13
 
 class GolfError(ValueError):
     """A fault that the user can mend: the message says what was found, expected, and to change."""
@@ -423,8 +423,7 @@ class Run:
                                 "launch with torchrun, or unset it for one process") from None
         run = cls(rank, world_size, device)
         # The user's number stays, as does torchrun's for many ranks.
-        fixed = cfg.deterministic or "OMP_NUM_THREADS" in env
-        run.picks_threads = device == "cpu" and not fixed
+        run.picks_threads = not (device != "cpu" or "OMP_NUM_THREADS" in env or cfg.deterministic)
         return run
 
     def close(self):
@@ -3078,7 +3077,8 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     path: file name, or the file's bytes.   ops: function that picks the Ops for the model's Config.
     base: Config of what the file does not fix (evaluation).   Raises GolfError.
     """
-    blob, header, payload = read_artifact(path, base)
+    # a run's own bytes are of its tokenizer, whatever became of that file since
+    blob, header, payload = read_artifact(path, None if isinstance(path, bytes) else base)
     base = base or Config()
     try:
         stored = {name: header["config"][name] for name in STORED_FIELDS}

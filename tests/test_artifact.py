@@ -57,6 +57,18 @@ def files(model, tmp_path_factory):
     return {name: folder / name for name in CODERS}
 
 
+def test_the_runs_own_bytes_need_its_tokenizer_no_more(tmp_path, model):
+    """A tokenizer that is replaced or deleted while a run trains does not end the run."""
+    tokenizer = tmp_path / "tokenizer.model"
+    tokenizer.write_bytes(b"a")
+    cfg = replace(model.cfg, tokenizer_path=str(tokenizer))
+    t.save_artifact(tmp_path / "artifact", model, cfg)
+    tokenizer.write_bytes(b"b")
+    t.load_artifact((tmp_path / "artifact").read_bytes(), base=cfg)
+    with pytest.raises(t.GolfError, match="made with another tokenizer"):
+        t.load_artifact(tmp_path / "artifact", base=cfg)
+
+
 @pytest.fixture(scope="module")
 def blob(files):
     return files["brotli"].read_bytes()

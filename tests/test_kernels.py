@@ -206,7 +206,7 @@ BOTH = ("flash_qla", "fla")
     (("fla",), (9, 0), {}, "fla"), (BOTH, (9, 0), dict(gdn_heads=8, gdn_head_dim=64), "fla"),
     ((), (9, 0), dict(preset="sample"), "reference"),
     (BOTH, (9, 0), dict(kernel="reference"), "reference"), ((), (9, 0), {}, None),
-    (("fla",), (9, 0), dict(kernel="flashqla"), None),
+    (("fla",), (9, 0), dict(kernel="flashqla"), None), ((), (9, 0), dict(stack="attn*2"), "none"),
     (BOTH, (9, 0), dict(kernel="flashqla", gdn_heads=5), None)])
 def test_gdn_kernel_is_the_fastest_that_fits(pick, installed, capability, settings, expected):
     with nullcontext() if expected else pytest.raises(t.GolfError, match="KERNEL="):
