@@ -131,6 +131,16 @@ def test_shipped_code_is_counted(folder):
     assert "code bytes of all that is shipped" in found(folder)
 
 
+@pytest.mark.parametrize("content, counted", [(TOKENIZER.read_bytes(), 0), (b"weights", 7)])
+def test_tokenizer_that_the_script_names_is_no_code(folder, content, counted):
+    script = folder / "train_gpt.py"
+    script.write_text(script.read_text() + "PATH = 'a.model'\n")
+    (folder / "a.model").write_bytes(content)
+    rows = verify.audit(report.parse_log(folder / "run.txt"), script)
+    shipped = next(row[1] for row in rows if row[0] == "code bytes of all that is shipped")
+    assert shipped.startswith(f"{script.stat().st_size + counted:,}: a.model")
+
+
 def faults_of(check, model, *arguments):
     table = verify.Table()
     with torch.inference_mode():
