@@ -6,6 +6,7 @@ Each as PNG and SVG, and as <name>_dark.png for dark pages. Units are pixels at 
 a sheet is WIDTH of them wide, y goes down, type of size 11 is 11 pixels high.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -329,4 +330,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "logs" / "figures")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "logs" / "figures")
+    main(parser.parse_args().folder)
