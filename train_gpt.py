@@ -78,9 +78,9 @@ def knob(default, help, low=1 - 2**31, high=2**31 - 1, group=""):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Every setting of a run.  Build it with `Config.from_env`."""
-    preset: str = knob("record", "comma list of presets (listed below), later wins", group="run")
+    preset: str = knob("record", "comma list of presets (see below), later wins", group="run")
     run_id: str = knob("", "name of the run's files under OUT_DIR; empty = time, preset, seed")
-    out_dir: str = knob("logs", "folder for the run's log, artifact and checkpoints")
+    out_dir: str = knob("logs", "folder of logs, artifacts, checkpoints")
     resume: str = knob("", "auto: go on with run RUN_ID, or begin it; or a checkpoint's path")
     artifact: str = knob("", "score this artifact file instead of training")
     checkpoint_every_seconds: float = knob(0.0, "interval; 0 = only after training [s]", 0)
@@ -89,9 +89,9 @@ class Config:
     deterministic: bool = knob(False, "1: equal runs; needs MAX_WALLCLOCK_SECONDS=0")
     device: str = knob("auto", "auto = CUDA if there is one", "auto cuda cpu")
 
-    data_path: str = knob("./data/datasets/fineweb10B_sp1024", "folder of shards", group="data")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_1024_bpe.model", "SentencePiece model")
-    vocab_size: int = knob(1024, "vocabulary of tokenizer and model", 2, 65536)
+    data_path: str = knob("./data/datasets/fineweb10B_sp{}", "shards; {}: VOCAB_SIZE", group="data")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_{}_bpe.model", "SentencePiece model")
+    vocab_size: int = knob(8192, "vocabulary of tokenizer and model", 2, 65536)
     holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
 
     stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "gdn, swa (SWA_WINDOW) or attn (TRAIN_SEQ_LEN); "
@@ -196,6 +196,8 @@ class Config:
             value = getattr(self, f.name)
             if type(f.default) is float and type(value) is int:
                 object.__setattr__(self, f.name, float(value))
+            if f.name.endswith("_path"):
+                object.__setattr__(self, f.name, value.replace("{}", str(self.vocab_size)))
             low, high = f.metadata["low"], f.metadata["high"]
             rule = ""
             if isinstance(low, str) and value not in low.split():
@@ -249,16 +251,15 @@ class Config:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
         if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
-            raise GolfError("EVAL_ONLY=1: needs ARTIFACT, the path of an artifact file")
+            raise GolfError("EVAL_ONLY=1: needs ARTIFACT, an artifact's path")
         values = {}
         presets = [name for name in env.get("PRESET", "record").replace(" ", "").split(",") if name]
         for preset in presets:
             if preset not in PRESETS:
                 raise GolfError(f"PRESET={preset}: must be a comma list of {', '.join(PRESETS)}")
             values |= PRESETS[preset]
-        if "sample" in presets:
-            for preset in presets:
-                values |= WITH_SAMPLE.get(f"{preset},sample", {})
+        for preset in presets if "sample" in presets else ():
+            values |= WITH_SAMPLE.get(f"{preset},sample", {})
         for name in known.keys() & env.keys():
             values[known[name].name] = parse_value(name, env[name], type(known[name].default))
         return cls(**values)
@@ -278,7 +279,7 @@ def plain(value):
         return str(int(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-# Names in other scripts of the challenge, and the setting in their place here.
+# Names in other scripts of the challenge: the setting here.
 ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:STACK SHARE_MLP:STACK
     WARMDOWN_ITERS:WARMDOWN_FRAC EMBED_LR:TIED_EMBED_LR HEAD_LR:TIED_EMBED_LR LR:MATRIX_LR
     LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
@@ -319,19 +320,18 @@ def parse_stack(text):
     return layers
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
-_ANCESTOR = dict(mlp_mult=3.0, ngram_buckets=3072, muon_row_norm=False, muon_weight_decay=0.04,
-                 grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005,
-                 ttt_schedule="cosine", ttt_epochs=3)
-# Weight averaging, late QAT, rounding to the nearest integer.
+_ANCESTOR = dict(vocab_size=1024, mlp_mult=3.0, ngram_buckets=3072, muon_row_norm=False,
+                 muon_weight_decay=0.04, grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd",
+                 ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
 _INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd")
 PRESETS = {
     "record": {},
     # GDN heads of 8 x 64 as described; the default's 4 x 128 have as many weights, twice the state.
     "pr1749": _ANCESTOR | dict(gdn_heads=8, gdn_head_dim=64, float_matrices=2, compressor="brotli",
                                eval_stride=32, ttt_ema=0.5, ttt_tilt=0.1, ttt_hash_buckets=16384),
-    # Ten GDN layers, wider, keys and values shared by pairs; plain int6 after late QAT.
+    # Ten GDN layers, wider, keys and values shared by pairs; int6 after late QAT.
     "pr1698": _INT6 | dict(stack="gdn*10", model_dim=544, gdn_heads=8, gdn_head_dim=64, kv_share=2,
-                           train_seq_len=1024, muon_momentum=0.95),
+                           vocab_size=8192, train_seq_len=1024, muon_momentum=0.95),
     # Ten attention layers, U-Net skips, XSA in the last three, int5 MLPs.  Its depth recurrence is
     # STACK="(attn::a attn::b attn::c attn::d attn::e)*2".
     "pr456": _INT6 | dict(stack="attn*10", unet=True, xsa_layers=3, ngram_buckets=10240,
@@ -341,13 +341,13 @@ PRESETS = {
         data_path=str(SAMPLE_FOLDER), tokenizer_path=str(SAMPLE_FOLDER / "corpus_1024_bpe.model"),
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
         gdn_heads=4, gdn_head_dim=32, mlp_mult=3.0, ngram_buckets=1024, ngram_dim=32,
-        train_seq_len=256, train_batch_tokens=4096, iterations=250, warmup_steps=1,
+        vocab_size=1024, train_seq_len=256, train_batch_tokens=4096, iterations=250, warmup_steps=1,
         gptq_calibration_batches=16, muon_momentum_warmup_steps=100,
         val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0, eval_stride=128,
         eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096, ttt_epochs=1)}
 
-# PRESET=NAME,sample differs from sample alone in this: fewer layers and steps, one score.
+# PRESET=NAME,sample beside sample alone: fewer layers and steps, one score.
 _QUICK = dict(iterations=80, eval_diagnostics=False)
 WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
                "pr1698,sample": _QUICK | dict(stack="gdn*4"),
@@ -601,7 +601,7 @@ CASE_MARKS = "\ue001\ue002\ue003\ue004"  # title, all capitals, next letter capi
 
 @dataclass(frozen=True)
 class Shard:
-    """One of perhaps a thousand shard files: `shard[i:j]` opens it to read np.uint16 (j - i,)."""
+    """One shard file of many: `shard[i:j]` opens it to read np.uint16 (j - i,)."""
     path: Path
     tokens: int
 
@@ -1822,14 +1822,13 @@ class Adapter:
 
     def affordable_epochs(self):
         """Epochs with which the rest fits 95 % of EVAL_BUDGET_SECONDS, by rank 0's clock alone."""
-        wanted = self.cfg.ttt_epochs
         if not self.epoch_s or self.cfg.deterministic:
-            return wanted
+            return self.cfg.ttt_epochs
         left = self.chunks - self.calls
         spent = time.perf_counter() - self.began
         room = 0.95 * self.cfg.eval_budget_seconds - spent - left * np.median(self.score_s)
         affordable = int(room / np.median(self.epoch_s) / (left + len(self.pending)))
-        epochs = self.run.broadcast(max(0, min(wanted, affordable)))
+        epochs = self.run.broadcast(max(0, min(self.cfg.ttt_epochs, affordable)))
         if epochs < self.epochs:
             self.run.log("warning", ttt_epochs=epochs, reason="EVAL_BUDGET_SECONDS")
         return epochs
@@ -2145,7 +2144,7 @@ def micro_batch_rows(cfg, run, ops=REFERENCE):
     most = cfg.micro_batch_tokens or 2048  # larger ones fall out of a CPU's caches
     if run.on_cuda and not cfg.micro_batch_tokens:
         memory = torch.cuda.get_device_properties(run.device).total_memory
-        most = 0.4 * memory / activation_bytes_per_token(cfg, ops)
+        most = 0.5 * memory / activation_bytes_per_token(cfg, ops)
     rows //= run.world_size
     fitting = min(rows, max(1, int(most // cfg.train_seq_len)))
     return next(d for d in range(fitting, 0, -1) if rows % d == 0)
@@ -3814,7 +3813,7 @@ def start_log(cfg, run):
             code_sha256=hashlib.sha256(code).hexdigest(),
             max_wallclock_seconds=f"{cfg.max_wallclock_seconds:g}",
             date=time.strftime("%Y-%m-%d", time.gmtime()))
-    run.log("settings", **(changed or dict(all="default")))
+    run.log("settings", **changed)
 
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks: (train_s, artifact)."""
@@ -3822,10 +3821,10 @@ def make_artifact(data, cfg, run):
     saved = run.from_rank_0(lambda: find_checkpoint(cfg, run, data)) if cfg.resume else None
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
-    try:  # what would fail after training only
+    try:  # would fail after training only
         codec = side_codec(cfg)
         decompress(compress(b"works", codec), codec, 5)
-    except Exception as error:  # a package that is missing, damaged, or older than its interface
+    except Exception as error:  # a package is missing, damaged or too old
         raise GolfError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None
     model = init_weights(LM(cfg, ops), cfg.seed).to(run.device)
     weights = sum(p.numel() for p in model.parameters())

@@ -1,8 +1,8 @@
 """Fetch the challenge's published FineWeb shards and tokenizer from the Hugging Face hub.
 
 Run (needs `pip install --upgrade huggingface_hub`; data/README.md shows more):
-    python data/download.py --variant sp1024 --train-shards 80
-    MATCHED_FINEWEB_REPO_ID=user/repo python data/download.py --variant sp8192 --dry-run
+    python data/download.py --variant sp8192 --train-shards 80
+    MATCHED_FINEWEB_REPO_ID=user/repo python data/download.py --variant sp512 --dry-run
 
 Read in this order: main(), download(), plan(), fetch().
 Shards land in data/datasets/fineweb10B_<variant>/, the tokenizer in data/tokenizers/: where
@@ -24,8 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for `python -m data.
 
 from shards import log, sha256_file, shard_tokens  # noqa: E402
 
-# Names and defaults are the challenge's own, so its instructions work here unchanged.
+# The variables' names are the challenge's own, so its instructions work here unchanged.  Its
+# repository has the small vocabularies; participants published the others.
 DEFAULT_REPO_ID = "willdepueoai/parameter-golf"
+REPO_IDS = {
+    "sp8192": "kevclark/parameter-golf",
+    "sp8192_lossless_caps_caseops_v1_reserved": "romeerp/parameter-golf-caseops-v1",
+}
 DEFAULT_PREFIX = "datasets"
 DATA_DIR = Path(__file__).resolve().parent
 OFFLINE = (
@@ -196,7 +201,7 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--variant", default="sp1024", help="sp1024, sp4096, sp8192 or as published [sp1024]")
+    add("--variant", default="sp8192", help="sp1024, sp8192 or as published [sp8192]")
     add("--train-shards", type=int, default=80, metavar="N", help="of 100 M tokens, 200 MB [80]")
     add("--with-docs", action="store_true", help="also the documents (JSONL, tens of GB)")
     add("--root", type=Path, default=DATA_DIR, metavar="DIR", help="gets datasets/ [data]")
@@ -205,8 +210,9 @@ def main(argv=None):
     add("--dry-run", action="store_true", help="list what would be fetched, with sizes")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"sp[0-9]+(_[0-9A-Za-z_]+)?", args.variant):
-        parser.error(f"--variant {args.variant}: expected sp<vocabulary>, such as sp1024")
-    args.repo_id = os.environ.get("MATCHED_FINEWEB_REPO_ID", DEFAULT_REPO_ID)
+        parser.error(f"--variant {args.variant}: expected sp<vocabulary>, such as sp8192")
+    default = REPO_IDS.get(args.variant, DEFAULT_REPO_ID)
+    args.repo_id = os.environ.get("MATCHED_FINEWEB_REPO_ID", default)
     args.prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", DEFAULT_PREFIX).strip("/")
     args.root = args.root.resolve()
     # A folder for each source: the manifest of one must not stand in for another's.

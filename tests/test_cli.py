@@ -70,7 +70,9 @@ def test_settings_line_shows_what_differs_from_the_defaults(whole, tmp_path, mon
     assert values(whole.out, "settings") == changed
     monkeypatch.chdir(tmp_path)
     t.start_log(t.Config(), t.Run())
-    assert "\nsettings all:default\n" in capsys.readouterr().out
+    found = values(capsys.readouterr().out, "settings")
+    assert found == dict(data_path="./data/datasets/fineweb10B_sp8192",
+                         tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model")
 
 
 def test_run_line_names_script_and_commit(whole):

@@ -381,7 +381,7 @@ def hub(monkeypatch):
 
 
 def run_download(root, *settings):
-    download.main(["--root", str(root), "--train-shards=2", *settings])
+    download.main(["--root", str(root), "--train-shards=2", "--variant=sp1024", *settings])
 
 
 def test_download_lists_sizes_then_lands_where_train_gpt_looks(tmp_path, hub, capsys):
@@ -456,3 +456,19 @@ def test_download_offline_or_without_the_library_says_what_to_do(tmp_path, hub, 
         assert "offline" in message and "copy data/datasets" in message
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     assert "pip install --upgrade huggingface_hub" in refusal(run_download, tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "variant, owner",
+    [
+        ((), "kevclark"),
+        (("--variant=sp1024",), "willdepueoai"),
+        (("--variant=sp8192_lossless_caps_caseops_v1_reserved",), "romeerp"),
+    ],
+)
+def test_download_knows_who_published_a_variant(monkeypatch, variant, owner):
+    monkeypatch.delenv("MATCHED_FINEWEB_REPO_ID", raising=False)
+    asked = []
+    monkeypatch.setattr(download, "download", lambda args: asked.append(args.repo_id))
+    download.main([*variant])
+    assert asked == [f"{owner}/parameter-golf" + "-caseops-v1" * (owner == "romeerp")]

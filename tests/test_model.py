@@ -306,7 +306,7 @@ def test_xsa_takes_the_tokens_own_value_out_of_the_last_attention_layers():
 
 
 @pytest.mark.parametrize("preset, parameters", [
-    ("record", 39_712_608), ("pr1749", 33_862_961), ("pr456", 25_517_137)])
+    ("record", 43_382_624), ("pr1749", 33_862_961), ("pr456", 25_517_137)])
 def test_preset_has_its_published_number_of_weights(preset, parameters):
     with torch.device("meta"):
         model = t.LM(t.Config.from_env(dict(PRESET=preset)))

@@ -20,11 +20,14 @@ def numbers(lines, label):
 
 
 def test_plan_of_runs_that_were_made(capsys):
-    lines = plan.plan(dict(MAX_WALLCLOCK_SECONDS="300"))  # logs/ladder/300s_seed1337.txt
-    assert numbers(lines, "model") == [39_712_608, 12, 99]
-    assert numbers(lines, "steps")[0] == pytest.approx(2552, rel=0.02)
+    old = dict(MAX_WALLCLOCK_SECONDS="300", VOCAB_SIZE="1024")  # logs/ladder/300s_seed1337.txt
+    assert numbers(plan.plan(old), "steps")[0] == pytest.approx(2552, rel=0.02)
+    lines = plan.plan(dict(MAX_WALLCLOCK_SECONDS="300", GPU="H200"))  # ladder/300s_vocab8192.txt
+    assert numbers(lines, "model") == [43_382_624, 12, 99]
+    assert numbers(lines, "steps")[0] == pytest.approx(2876, rel=0.02)
     assert 15_900_000 < numbers(lines, "bytes")[1] < 16_000_000
-    assert 3 < numbers(lines, "bits")[0] < 3.3
+    assert 2.7 < numbers(lines, "bits")[0] < 3
+    lines = plan.plan({})
     eight = plan.plan(dict(GPUS="8", PRICE="3"))
     assert numbers(eight, "speed")[0] == 8 * numbers(lines, "speed")[0]
     seconds = [float(line.split()[1].replace(",", "")) for line in eight if "seconds" in line[:7]]

@@ -38,12 +38,12 @@ class Machine(NamedTuple):
     model: str
 
 
-MEASURED = {  # from logs/ladder, evaluation and speed; the H200's TTT and scoring are older
-    "H100": Machine(80, 39_712_608, 1.13e6, 1.4e6, 1.37e6, 0.019, 50, 13, "default"),
-    "H200": Machine(141, 39_712_608, 1.31e6, 1.6e6, 1.37e6, 0.019, 57, 15, "default; TTT: H100"),
+MEASURED = {  # from logs/ladder and logs/evaluation
+    "H100": Machine(80, 39_712_608, 1.13e6, 1.4e6, 1.37e6, 0.019, 50, 13, "VOCAB_SIZE=1024"),
+    "H200": Machine(141, 43_382_624, 1.28e6, 1.24e6, 1.37e6, 0.019, 48, 12, "default; TTT: H100"),
     "CPU": Machine(8, 964_865, 7.4e3, 1.6e4, 1.0e4, 0.0, 2, 0.4, "PRESET=sample")}
 OWN = ("GPUS", "GPU", "PRICE", "SPEED", "MEMORY_GB")  # the variables that are not the script's
-VAL_TOKENS = 62_021_846  # of the challenge's split with its 1024 pieces
+VAL_TOKENS = {1024: 62_021_846, 8192: 40_540_161}  # of the challenge's split, by VOCAB_SIZE
 FEWEST_BITS = 2.5  # a weight; 2.6 is the least that was run at full size
 
 
@@ -81,7 +81,7 @@ def validation_tokens(cfg):
     try:
         return cfg.holdout_tokens or sum(map(len, t.open_shards(cfg.data_path, "val")))
     except t.GolfError:
-        return VAL_TOKENS
+        return VAL_TOKENS.get(cfg.vocab_size, VAL_TOKENS[1024])
 
 
 def evaluation_seconds(cfg, machine, slower, tokens, gpus):
@@ -151,7 +151,7 @@ def plan(env):
     ops = t.REFERENCE if kind == "CPU" else t.REFERENCE._replace(mlp=None)  # a fused one
     token_bytes = t.activation_bytes_per_token(cfg, ops)
     if kind != "CPU" and not cfg.micro_batch_tokens:
-        most = int(0.4e9 * machine.memory_gb / token_bytes)
+        most = int(0.5e9 * machine.memory_gb / token_bytes)
         cfg = replace(cfg, micro_batch_tokens=max(most, cfg.train_seq_len))
     micro_tokens = t.micro_batch_rows(cfg, run, ops) * cfg.train_seq_len
     with torch.device("meta"):
