@@ -122,7 +122,8 @@ def examine(cheat, queue=None):
                 found = ("verify", caught_by_verify(folder))
         except Exception:
             found = ("error", traceback.format_exc())
-    found = (found[0], found[1].replace(f"{scratch}/", "")) if found[1] else ("nobody", "")
+    text = found[1].replace(f"{scratch}/", "").replace(f"{ROOT}/", "")
+    found = (found[0], text) if text else ("nobody", "")
     if queue:
         queue.put(found)
     return found
