@@ -6,7 +6,7 @@ included), scored in bits per byte on every token of the validation split, exact
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
-      PRESET=sample python train_gpt.py                         any machine, minutes on 2 CPU cores
+      PRESET=sample python train_gpt.py                         any machine, minutes on a CPU
       python train_gpt.py --help                                every setting
 
 Read sections 4 (the model in plain PyTorch), 5 (how it is scored) and 6 (test-time training), then
@@ -78,7 +78,7 @@ def knob(default, help, low=1 - 2**31, high=2**31 - 1, group=""):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     """Every setting of a run.  Build it with `Config.from_env`."""
-    preset: str = knob("record", "comma list of presets (see below), later wins", group="run")
+    preset: str = knob("record", "comma list of presets below, later wins", group="run")
     run_id: str = knob("", "name of the run's files under OUT_DIR; empty = time, preset, seed")
     out_dir: str = knob("logs", "folder of logs, artifacts, checkpoints")
     resume: str = knob("", "auto: go on with run RUN_ID, or begin it; or a checkpoint's path")
@@ -268,7 +268,7 @@ def parse_value(name, text, kind):
     """The value of type `kind` that `text` spells."""
     expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "UTF-8"}[kind]
     try:
-        text.encode()  # as a log must
+        text.encode()  # for the log
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
@@ -391,7 +391,7 @@ class Run:
         self.taken = []  # times of the first and newest training batch, minus scoring_s
         self.scoring_s = self.before_s = 0.0  # of evaluate(); of training in earlier processes
         self.log_path, self.lines = None, []  # None: the console only
-        self.quiet = self.picks_threads = False
+        self.quiet = False
 
     @classmethod
     def from_env(cls, env, cfg):
@@ -421,10 +421,10 @@ class Run:
             except (ValueError, RuntimeError) as error:
                 raise GolfError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
                                 "launch with torchrun, or unset it for one process") from None
-        run = cls(rank, world_size, device)
-        # The user's number stays, as does torchrun's for many ranks.
-        run.picks_threads = not (device != "cpu" or "OMP_NUM_THREADS" in env or cfg.deterministic)
-        return run
+        if device == "cpu" and "OMP_NUM_THREADS" not in env:
+            # A rank a core is as fast as threads, which stop each other beside other work.
+            torch.set_num_threads(1)
+        return cls(rank, world_size, device)
 
     def close(self):
         """Leave the process group."""
@@ -1515,7 +1515,7 @@ def rows_of(text, starts, T):
     rows = text[index.clamp(max=len(text) - 1)]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
-PROBE_PLACES = 8  # least places in the text that a causality probe tries
+PROBE_PLACES = 8  # least places of a causality probe, all ranks
 PROBE_POSITIONS = 4096  # of a segment that a normalization probe compares
 PROBE_ROUNDING = 0.5  # nats; more than one bfloat16 logit can be off
 
@@ -1550,7 +1550,7 @@ class Scorer:
         return torch.cat(out, 1), state
 
     def probe(self, ids, targets, nats, T, state):
-        """Test two segments just scored from `state` on; `faults` keeps the largest faults.
+        """Test two segments just scored from `state` on; `faults` keeps the largest.
 
         Leaks: new tokens from a random place on (half of the time the edge of a kernel's chunk)
         must not change earlier scores.   Normalization: at random positions of the first segment a
@@ -1560,7 +1560,7 @@ class Scorer:
         B, L = ids.shape
         vocab, rng = self.model.cfg.vocab_size, self.rng
         leaks = []
-        for _ in range(-(-PROBE_PLACES // B)):
+        for _ in range(-(-PROBE_PLACES // (B * self.run.world_size))):
             unit = GDN_CHUNK ** torch.randint(2, (B, 1), generator=rng)
             places = torch.randint(1, max(2, L), (B, 1), generator=rng) // unit * unit
             noise = torch.randint(1, vocab, (B, L), generator=rng, dtype=torch.int32)
@@ -2241,27 +2241,6 @@ def check_fast_path(model, run, micro_rows):
                         f"from the reference (at most {TOLERANCE}); pytest -m gpu tells which "
                         "kernel is wrong; set KERNEL or COMPILE=0, or another torch")
 
-def pick_threads(work):
-    """On a CPU, let torch use the number of threads whose slowest of three work() is fastest.
-
-    Beside other programs that is one: more would spin while they wait for each other.
-    """
-    most = torch.get_num_threads()
-    torch.set_num_threads(1)
-    work()
-    fastest, chosen = math.inf, 1
-    for threads in reversed([most >> n for n in range(most.bit_length())]):
-        torch.set_num_threads(threads)
-        slowest = 0.0
-        for _ in range(3):
-            began = time.perf_counter()
-            work()
-            slowest = max(slowest, time.perf_counter() - began)
-            if slowest > fastest:
-                torch.set_num_threads(chosen)
-                return
-        fastest, chosen = slowest, threads
-
 def warm_up(model, cfg, run, micro_rows):
     """Compile and tune all that training runs, on synthetic tokens; the weights are put back."""
     saved = [p.detach().clone() for p in model.parameters()]
@@ -2270,9 +2249,6 @@ def warm_up(model, cfg, run, micro_rows):
     batch = torch.randint(cfg.vocab_size, (rows, cfg.train_seq_len + 1), generator=rng,
                           dtype=torch.int32).to(run.device)
     run.log("warm_up", compile=int(compiles(model)), steps=cfg.warmup_steps)
-    if run.picks_threads:  # before anything is compiled for a number of them
-        ids = batch[:micro_rows, 1:].contiguous()
-        pick_threads(partial(model.nll, ids, ids))
     if compiles(model) or model.ops is not REFERENCE:
         check_fast_path(model, run, micro_rows)
     optimizer = training_optimizer(model, cfg, run)

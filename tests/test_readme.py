@@ -19,8 +19,8 @@ VENV_TEST = ('python3 -m venv "${VENV:=.venv}" && "$VENV/bin/pip" install -q -r 
              '-r tests/requirements.txt && "$VENV/bin/ruff" check . && '
              '"$VENV/bin/python" -m pytest')
 COMMANDS = {"main": "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
-                    "PRESET=sample "
-                    ".venv/bin/python train_gpt.py", "tests": VENV_TEST}
+                    "PRESET=sample .venv/bin/torchrun --standalone --nproc_per_node=2 "
+                    "train_gpt.py", "tests": VENV_TEST}
 
 
 def read(name):
