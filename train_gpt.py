@@ -6,7 +6,7 @@ included), scored in bits per byte on every token of the validation split, exact
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
-      PRESET=sample python train_gpt.py                         any machine, minutes on a CPU
+      PRESET=sample torchrun --standalone --nproc_per_node=2 train_gpt.py    2 cores, minutes
       python train_gpt.py --help                                every setting
 
 Read sections 4 (the model in plain PyTorch), 5 (how it is scored) and 6 (test-time training), then
