@@ -90,7 +90,7 @@ class Config:
     device: str = knob("auto", "auto = CUDA if there is one", "auto cuda cpu")
 
     data_path: str = knob("./data/datasets/fineweb10B_sp{}", "shards; {}: VOCAB_SIZE", group="data")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_{}_bpe.model", "SentencePiece model")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_{}_bpe.model", "SentencePiece; likewise")
     vocab_size: int = knob(8192, "vocabulary of tokenizer and model", 2, 65536)
     holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
 
@@ -268,7 +268,7 @@ def parse_value(name, text, kind):
     """The value of type `kind` that `text` spells."""
     expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "UTF-8"}[kind]
     try:
-        text.encode()  # for the log
+        text.encode()
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
@@ -350,7 +350,7 @@ PRESETS = {
 # PRESET=NAME,sample beside sample alone: fewer layers and steps, one score.
 _QUICK = dict(iterations=80, eval_diagnostics=False)
 WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
-               "pr1698,sample": _QUICK | dict(stack="gdn*4"),
+               "pr1698,sample": _QUICK | dict(stack="gdn*4", vocab_size=1024),
                "pr456,sample": _QUICK | dict(stack="attn*6")}
 
 def fields_of(*titles):
@@ -422,7 +422,7 @@ class Run:
                 raise GolfError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
                                 "launch with torchrun, or unset it for one process") from None
         if device == "cpu" and "OMP_NUM_THREADS" not in env:
-            # A rank a core is as fast as threads, which stop each other beside other work.
+            # One rank per core is as fast, and does not stall beside other work.
             torch.set_num_threads(1)
         return cls(rank, world_size, device)
 
@@ -691,10 +691,10 @@ def open_tokenizer(cfg):
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
         raise GolfError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
-                        f"fetches it ({str(error).splitlines()[0]})") from None
+                        f"fetches it, or set VOCAB_SIZE ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
         raise GolfError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
-                        f"{cfg.vocab_size}; they must be those that DATA_PATH was made with")
+                        f"{cfg.vocab_size}; both must be DATA_PATH's")
     stated = None
     with suppress(OSError, ValueError, LookupError, TypeError):  # no manifest, or another tool's
         manifest = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())

@@ -27,6 +27,9 @@ def test_plan_of_runs_that_were_made(capsys):
     assert numbers(lines, "steps")[0] == pytest.approx(2876, rel=0.02)
     assert 15_900_000 < numbers(lines, "bytes")[1] < 16_000_000
     assert 2.7 < numbers(lines, "bits")[0] < 3
+    lines = plan.plan(dict(GPU="H200", HOLDOUT_TOKENS="1465478"))  # its 31.6 s with TTT
+    seconds = [float(line.split()[1].replace(",", "")) for line in lines if "seconds" in line[:7]]
+    assert sum(seconds[4:6]) == pytest.approx(31.6, rel=0.1)
     lines = plan.plan({})
     eight = plan.plan(dict(GPUS="8", PRICE="3"))
     assert numbers(eight, "speed")[0] == 8 * numbers(lines, "speed")[0]
@@ -93,7 +96,8 @@ def test_generate(tmp_path, capsys, monkeypatch):
     assert generate.main(options) == 2 and "TOKENIZER_PATH=none" in capsys.readouterr().err
     monkeypatch.delenv("TOKENIZER_PATH")
     monkeypatch.delenv("PRESET")  # which sets the sample's tokenizer
-    assert generate.main(options) == 2
+    assert generate.main(options) == 2  # the default of the artifact's vocabulary
+    assert "fineweb_1024_bpe.model" in capsys.readouterr().err
     (tmp_path / "a.txt").write_text(f"run x:1\nsettings tokenizer_path:{cfg.tokenizer_path} a:b\n")
     assert generate.main(options) == 0  # by the run's log
     (tmp_path / "a.txt").unlink()

@@ -90,7 +90,8 @@ def test_ranks_score_as_one_and_every_option_passes_its_probes(option):
     cfg = ttt_config(option, ttt_chunk_tokens=80)
     alone, adapter = adapted(cfg, tokens, probing=True)
     assert alone.causal == 0 and alone.normalized < 1e-5 and adapter.in_order
-    for ledger, adapter in on_threads(2, lambda run: adapted(cfg, tokens, run)):
+    for ledger, adapter in on_threads(2, lambda run: adapted(cfg, tokens, run, probing=True)):
+        assert ledger.causal == 0 and (option != "exact" or ledger.probes == alone.probes)
         assert (ledger.tokens, ledger.bytes, adapter.in_order) == (199, 199, True)
         assert ledger.val_loss == pytest.approx(alone.val_loss, rel=1e-5)
 

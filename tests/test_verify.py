@@ -17,6 +17,7 @@ import report  # isort: skip
 import verify  # isort: skip
 
 DOCUMENTS = ["The mayor spoke for an hour.", "Ünïcode 漢字 and 😀 are text, too.\nSo is this."] * 12
+MODEL = TOKENIZER.read_bytes()
 SP = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
 TOKENS = [i for text in DOCUMENTS for i in (SP.bos_id(), *SP.encode(text))]
 
@@ -131,12 +132,13 @@ def test_shipped_code_is_counted(folder):
     assert "code bytes of all that is shipped" in found(folder)
 
 
-@pytest.mark.parametrize("content, counted", [(TOKENIZER.read_bytes(), 0), (b"weights", 7)])
+@pytest.mark.parametrize("content, counted", [
+    (MODEL, 0), (MODEL + b"weights", len(MODEL) + 7)], ids=["the run's", "padded"])
 def test_tokenizer_that_the_script_names_is_no_code(folder, content, counted):
     script = folder / "train_gpt.py"
     script.write_text(script.read_text() + "PATH = 'a.model'\n")
     (folder / "a.model").write_bytes(content)
-    rows = verify.audit(report.parse_log(folder / "run.txt"), script)
+    rows = verify.audit(report.parse_log(folder / "run.txt"), script, TOKENIZER)
     shipped = next(row[1] for row in rows if row[0] == "code bytes of all that is shipped")
     assert shipped.startswith(f"{script.stat().st_size + counted:,}: a.model")
 
@@ -216,6 +218,7 @@ def test_clock_that_runs_slower_than_the_steps_is_found(tmp_path):
             text = re.sub(r"^(step:(\d+)/20000 train_loss.*train_time:)\d+", lambda m: m[1] + str(
                 98 * int(m[2]) - 49 * max(0, int(m[2]) - 4000)), text, flags=re.MULTILINE)
         (tmp_path / "run.txt").write_text(text)
-        table = verify.audit(report.parse_log(tmp_path / "run.txt"), tmp_path / "train_gpt.py")
+        table = verify.audit(report.parse_log(tmp_path / "run.txt"), tmp_path / "train_gpt.py",
+                             tmp_path / "no.model")
         assert claim in [name for name, _, _ in table]
         assert (claim in verify.differing(table)) == expected

@@ -79,12 +79,13 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=1337)
     args = p.parse_args(argv)
     try:
-        cfg = t.Config.from_env(tokenizer_of(args.artifact) | dict(os.environ))
+        _, header, _ = t.read_artifact(args.artifact)
+        pieces = {"VOCAB_SIZE": str(header["config"]["vocab_size"])}  # the default paths follow it
+        cfg = t.Config.from_env(pieces | tokenizer_of(args.artifact) | dict(os.environ))
         on_gpu = torch.cuda.is_available() and cfg.device != "cpu"
         # The plain operations: one token at a time is no work for the fast ones.
         device = "cuda" if on_gpu else "cpu"
         model = t.load_artifact(args.artifact, device=device, base=cfg)
-        # The artifact knows its vocabulary, the environment its tokenizer.
         sp = t.open_tokenizer(model.cfg)
         for piece in continuation(model, sp, args.text, args.tokens, args.temperature, args.seed):
             print(piece, end="", flush=True)

@@ -93,18 +93,11 @@ def shipped_files(script):
     return sorted(found)
 
 
-def is_tokenizer(path):
-    """Whether SentencePiece can load the file; the challenge counts no tokenizer as code."""
-    try:
-        return path.suffix == ".model" and bool(
-            sentencepiece.SentencePieceProcessor(model_file=str(path))
-        )
-    except (RuntimeError, OSError):
-        return False
+def audit(log, script, tokenizer):
+    """The Table of claims that need no artifact: one run, one score, arithmetic, sizes, clock.
 
-
-def audit(log, script):
-    """The Table of claims that need no artifact: one run, one score, arithmetic, sizes, clock."""
+    tokenizer: path of the run's, which the challenge does not count as code; it need not exist.
+    """
     table, final, told = Table(), log.final, log.compliance
     counts = [log.order.count(event) for event in ("run", "final", "compliance")]
     table.check("one run, one score", f"{counts} run, final, compliance lines", counts == [1] * 3)
@@ -113,9 +106,10 @@ def audit(log, script):
                 (own.bpb, own.val_loss) == (final.bpb, final.val_loss))
     bpb = final.val_loss * final.tokens / math.log(2) / final.num_bytes
     table.close("bpb = loss x tokens / ln 2 / bytes", bpb, final.bpb, 1e-7)
-    files = shipped_files(script)
-    code = sum(file.stat().st_size for file in files if not is_tokenizer(file))
-    names = ", ".join(file.name + is_tokenizer(file) * " (not counted)" for file in files)
+    model = Path(tokenizer).read_bytes() if Path(tokenizer).is_file() else None
+    free = {file: file.read_bytes() == model for file in shipped_files(script)}
+    code = sum(file.stat().st_size for file in free if not free[file])
+    names = ", ".join(file.name + free[file] * " (not counted)" for file in free)
     table.check("code bytes of all that is shipped", f"{code:,}: {names}", code == log.code_bytes)
     digest = hashlib.sha256(script.read_bytes()).hexdigest()
     table.check("the script is the log's", digest[:16], digest == log.run.get("code_sha256"))
@@ -473,7 +467,7 @@ def verify(log, args):
     script = Path(args.script)
     if not log.finished:
         raise report.ReportError(f"{log.path}: no final, size or compliance line")
-    table = audit(log, script)
+    table = audit(log, script, args.tokenizer)
     if not args.artifact:
         table.check("score, bytes, causality", "not tested without --artifact", None)
         return table
