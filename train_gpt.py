@@ -90,7 +90,7 @@ class Config:
     device: str = knob("auto", "auto = CUDA if there is one", "auto cuda cpu")
 
     data_path: str = knob("./data/datasets/fineweb10B_sp{}", "shards; {}: VOCAB_SIZE", group="data")
-    tokenizer_path: str = knob("./data/tokenizers/fineweb_{}_bpe.model", "SentencePiece; likewise")
+    tokenizer_path: str = knob("./data/tokenizers/fineweb_{}_bpe.model", "SentencePiece; {} too")
     vocab_size: int = knob(8192, "vocabulary of tokenizer and model", 2, 65536)
     holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
 
@@ -268,7 +268,7 @@ def parse_value(name, text, kind):
     """The value of type `kind` that `text` spells."""
     expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "UTF-8"}[kind]
     try:
-        text.encode()
+        text.encode()  # as a log must
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
@@ -279,7 +279,7 @@ def plain(value):
         return str(int(value))
     return f"{value:g}" if isinstance(value, float) else str(value)
 
-# Names in other scripts of the challenge: the setting here.
+# Names in other scripts of the challenge, and ours.
 ELSEWHERE = dict(pair.split(":") for pair in """NUM_LAYERS:STACK UNIQUE_LAYERS:STACK SHARE_MLP:STACK
     WARMDOWN_ITERS:WARMDOWN_FRAC EMBED_LR:TIED_EMBED_LR HEAD_LR:TIED_EMBED_LR LR:MATRIX_LR
     LEARNING_RATE:MATRIX_LR BATCH_SIZE:TRAIN_BATCH_TOKENS VAL_BATCH_SIZE:EVAL_BATCH_TOKENS
@@ -347,7 +347,7 @@ PRESETS = {
         eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096, ttt_epochs=1)}
 
-# PRESET=NAME,sample beside sample alone: fewer layers and steps, one score.
+# PRESET=NAME,sample: fewer layers and steps than sample, one score.
 _QUICK = dict(iterations=80, eval_diagnostics=False)
 WITH_SAMPLE = {"pr1749,sample": _QUICK | dict(model_dim=64, gdn_head_dim=16),
                "pr1698,sample": _QUICK | dict(stack="gdn*4", vocab_size=1024),
@@ -601,7 +601,7 @@ CASE_MARKS = "\ue001\ue002\ue003\ue004"  # title, all capitals, next letter capi
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard file of many: `shard[i:j]` opens it to read np.uint16 (j - i,)."""
+    """One shard file: `shard[i:j]` opens it to read np.uint16 (j - i,)."""
     path: Path
     tokens: int
 
@@ -694,7 +694,7 @@ def open_tokenizer(cfg):
                         f"fetches it, or set VOCAB_SIZE ({str(error).splitlines()[0]})") from None
     if sp.vocab_size() != cfg.vocab_size:
         raise GolfError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
-                        f"{cfg.vocab_size}; both must be DATA_PATH's")
+                        f"{cfg.vocab_size}; both must be those of DATA_PATH")
     stated = None
     with suppress(OSError, ValueError, LookupError, TypeError):  # no manifest, or another tool's
         manifest = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())
