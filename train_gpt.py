@@ -2007,7 +2007,10 @@ class Optimizer:
         # Groups, and in them runs of equal shapes, follow each other.
         self.names = sorted(treatment, key=lambda n: (treatment[n], tuple(named[n].shape)))
         self.params = [named[name] for name in self.names]
-        self.weights = torch.cat([p.detach().flatten() for p in self.params])
+        # Each begins at a multiple of 16 bytes, as compiled code takes for granted.
+        self.padded = [-(-p.numel() // 4) * 4 for p in self.params]
+        self.weights = torch.cat([F.pad(p.detach().flatten(), (0, size - p.numel()))
+                                  for p, size in zip(self.params, self.padded)])
         self.grad, self.m = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.v = torch.zeros_like(self.weights)
         self.grads = self.views(self.grad)
@@ -2019,7 +2022,7 @@ class Optimizer:
             runs = []
             for shape, equal in groupby(members, lambda name: named[name].shape):
                 count = len(list(equal))
-                stop = start + count * shape.numel()
+                stop = start + count * -(-shape.numel() // 4) * 4
                 runs.append(((count, *shape), slice(start, stop)))
                 start = stop
             self.groups.append(Group(*how, slice(runs[0][1].start, start), runs))
@@ -2029,8 +2032,8 @@ class Optimizer:
 
     def views(self, flat):
         """flat (numel,) cut into tensors of the parameters' shapes."""
-        parts = flat.split([p.numel() for p in self.params])
-        return [part.view(p.shape) for part, p in zip(parts, self.params)]
+        parts = zip(flat.split(self.padded), self.params)
+        return [part[:p.numel()].view(p.shape) for part, p in parts]
 
     def add_gradient(self, ids, targets, wanted, share):
         """Add `share` times the nats of wanted targets (B, T) to `loss`, its gradient to `grad`."""
