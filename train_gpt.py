@@ -121,7 +121,7 @@ class Config:
 
     seed: int = knob(1337, "seed of the weights and of the data order", 0, group="training")
     train_seq_len: int = knob(2048, "length of a row and a window [tokens]", 64)
-    train_batch_tokens: int = knob(0, "tokens of a step; 0 = 131072 a rank, at most 786432", 0)
+    train_batch_tokens: int = knob(0, "tokens of a step; 0 = 65536 a rank", 0)
     iterations: int = knob(20000, "most training steps", 0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", 0)
     warmdown_frac: float = knob(0.6, "last part of the run, in which the learning rate falls", 0, 1)
@@ -2133,7 +2133,7 @@ def settle_batch(cfg, run):
     """cfg with TRAIN_BATCH_TOKENS=0 replaced by whole rows for the run's ranks."""
     if cfg.train_batch_tokens:
         return cfg
-    rows = max(1, min(131072, 786432 // run.world_size) // cfg.train_seq_len)
+    rows = max(1, 65536 // cfg.train_seq_len)
     rows -= rows % 8 if rows > 8 else 0  # so that micro-batches divide them
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
