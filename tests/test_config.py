@@ -129,7 +129,7 @@ def test_what_is_not_used_contradicts_nothing():
     ("gdn*2:a", "'gdn*2:a'"), ("gdn:::a", "'gdn:::a'"), ("(gdn", "'(gdn'"), ("gdn)*2", "'gdn)*2'"),
     ("()", "layer"), ("(gdn)*0", "'*0'"), ("(gdn*16)*17", "272 layers"),
     ("swa:a gdn:a", "tag 'a' names both swa and gdn"), ("swa::a attn:a", "tag 'a' names both"),
-    ("((gdn*999)*999)*999", "256 layers"), ("gdn*999 " * 10_000, "256 layers"),
+    ("((gdn*999)*999)*999", "to 256"), ("gdn*999 " * 10_000, "to 256"),
 ], ids=lambda text: text[:20])
 def test_bad_stack_is_refused(stack, part):
     message = fault(STACK=stack)
@@ -168,15 +168,14 @@ def test_misspelt_name_is_refused_with_a_suggestion(name, meant):
                                     "them all)")
 
 
-def test_unknown_name_with_one_of_our_words_is_refused():
-    for name in "PHASED_TTT_ENABLED TTT_LORA GDN_CONV MY_SWA MUON_NESTEROV NGRAM_TILT GPTQ".split():
+STRAY = """PHASED_TTT_ENABLED TTT_LORA GDN_CONV MY_SWA MUON_NESTEROV NGRAM_TILT GPTQ NUM_LAYERS
+UNIQUE_LAYERS SHARE_MLP WARMDOWN_ITERS EMBED_LR HEAD_LR LR LEARNING_RATE BATCH_SIZE VAL_BATCH_SIZE
+MAX_STEPS NUM_STEPS MAX_ITERS BIGRAM_VOCAB_SIZE BIGRAM_DIM ROPE_THETA ATTN_KERNEL"""
+
+
+def test_setting_of_another_script_is_refused():
+    for name in STRAY.split():
         assert fault(**{name: "1"}).startswith(f"{name}: unknown setting")
-
-
-def test_name_of_another_script_is_answered_with_ours():
-    for name, ours in t.ELSEWHERE.items():
-        assert fault(**{name: "1"}).endswith(f"; {ours} takes its place") and ours in FIELDS
-    assert {"LEARNING_RATE", "BATCH_SIZE", "MAX_STEPS"} <= set(t.ELSEWHERE)
 
 
 FOREIGN = """PATH HOME SHELL USER LANG TERM _ HOSTNAME EDITOR TMPDIR TZ PS1 DISPLAY LIBRARY_PATH
@@ -184,7 +183,7 @@ PROMPT_COMMAND PYTHONPATH PYTEST_CURRENT_TEST CUDA_VISIBLE_DEVICES CUDA_HOME CUD
 NVIDIA_VISIBLE_DEVICES NCCL_DEBUG NCCL_SOCKET_IFNAME TORCHELASTIC_RUN_ID TORCH_LOGS TORCH_HOME RANK
 TORCHINDUCTOR_MAX_AUTOTUNE TRITON_CACHE_DIR WORLD_SIZE LOCAL_RANK ROLE_NAME MASTER_ADDR HF_HOME OUT
 PYTORCH_CUDA_ALLOC_CONF OMP_NUM_THREADS WANDB_MODE SLURM_JOB_ID SLURM_JOB_NAME DATA_DIR OUTPUT_DIR
-RUNPOD_POD_ID JOB_ID MODEL VERSION DEBUG LOG_LEVEL PORT http_proxy COMPILER TOOLS
+RUNPOD_POD_ID JOB_ID MODEL VERSION DEBUG LOG_LEVEL PORT http_proxy COMPILER TOOLS AWS_BATCH_JOB_ID
 MODEL_DIR PROMPT ARTIFACTS DEVICES"""
 
 
@@ -214,7 +213,6 @@ def test_unknown_preset_is_refused_with_the_list():
     ("sample", "gdn*2 swa:a gdn swa:a", {}),
     ("pr1749,sample", "gdn*2 swa:a gdn swa:a", dict(float_matrices=2, ttt_tilt=0.1)),
     ("pr1698,sample", "gdn*4", dict(kv_share=2, gptq_enabled=False, average_every=50)),
-    ("sample,pr1698", "gdn*4", dict(kv_share=2, model_dim=544)),
     ("pr456,sample", "attn*6", dict(unet=True, xsa_layers=3, mlp_bits=5, ngram_order=2))])
 def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, kept):
     cfg = t.Config.from_env({"PRESET": preset})
