@@ -379,7 +379,7 @@ class Run:
         self.began = time.perf_counter()
         self.taken = []  # times of the first and newest training batch, minus scoring_s
         self.scoring_s = self.before_s = 0.0  # of evaluate(); of training in earlier processes
-        self.log_path, self.lines = None, []  # None: the console only
+        self.log_path = None  # the console only
         self.quiet = False
 
     @classmethod
@@ -415,11 +415,6 @@ class Run:
             torch.set_num_threads(1)
         return cls(rank, world_size, device)
 
-    def close(self):
-        """Leave the process group."""
-        if self.world_size > 1 and dist.is_initialized():
-            dist.destroy_process_group()
-
     def log(self, event, **values):
         """One line '[event ]key:value ...' from rank 0; floats get 4 decimals."""
         parts = [event] if event else []
@@ -436,9 +431,8 @@ class Run:
         with suppress(OSError, ValueError, AttributeError):
             print(line, flush=True)
         if self.log_path and to_log:
-            self.lines.append(line + "\n")
             with suppress(OSError), open(self.log_path, "a", encoding="utf-8") as f:
-                f.writelines(self.lines[-1:] if f.tell() else self.lines)  # all if it was deleted
+                f.write(line + "\n")
 
     def all_sum(self, tensor):
         """Sum `tensor` over ranks, in place."""
@@ -448,10 +442,7 @@ class Run:
 
     def broadcast(self, value):
         """Rank 0's Python value, on every rank; does not wait for the GPU."""
-        box = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        return box[0]
+        return self.gather(value if self.rank == 0 else None)[0]
 
     def from_rank_0(self, make):
         """make() of rank 0, on every rank; a GolfError or OSError there is raised on all."""
@@ -495,17 +486,12 @@ class Run:
         done.record()
         return lambda: done.synchronize() or copy
 
-    def peak_memory_mib(self, reset=False):
-        """Peak memory so far [MiB]: the allocator's on CUDA, the process's on the CPU."""
+    def peak_memory_mib(self):
+        """Peak of torch's memory on the GPU since the last call [MiB]; 0 on the CPU."""
         if not self.on_cuda:
-            with suppress(ImportError):
-                import resource  # POSIX only
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-                return peak // (2**20 if sys.platform == "darwin" else 1024)  # macOS: bytes
             return 0
         peak = torch.cuda.max_memory_allocated(self.device) // 2**20
-        if reset:
-            torch.cuda.reset_peak_memory_stats(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
 class Clock:
@@ -513,7 +499,7 @@ class Clock:
 
     def __init__(self, run, total=0.0):
         self.run, self.total = run, total
-        self.started = None
+        self.started = time.perf_counter()
 
     def resume(self):
         """Start or go on."""
@@ -524,12 +510,11 @@ class Clock:
         """Stop; returns the seconds so far."""
         self.run.synchronize()
         self.total = self.elapsed()
-        self.started = None
         return self.total
 
     def elapsed(self):
-        """Seconds so far, without waiting for the device."""
-        return self.total + (time.perf_counter() - self.started if self.started else 0.0)
+        """Seconds so far while it runs, without waiting for the device."""
+        return self.total + time.perf_counter() - self.started
 
 def write_whole(path, write):
     """Call write(file) on a neighbour of `path`, then rename it: no reader ever sees a part."""
@@ -537,8 +522,7 @@ def write_whole(path, write):
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        part.unlink(missing_ok=True)  # a link there would lead elsewhere
-        with open(part, "xb") as f:
+        with open(part, "wb") as f:
             write(f)
             f.flush()
             os.fsync(f.fileno())
@@ -561,9 +545,7 @@ def load_tensors(path):
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         facts = dict(json.loads(tensors.pop(FACTS).numpy().tobytes()))
-        kinds = {name: type(x) for name, x in facts.items()}
-        expected = {name: type(x) for name, x in BEGINNING.items()}
-        if kinds != expected or not all(facts[name] >= 0 for name in facts if name != "config"):
+        if facts.keys() != BEGINNING.keys():
             raise ValueError(f"its facts are {facts}")
         return tensors, facts
     except Exception as error:  # on foreign bytes numpy and zipfile raise a dozen kinds
@@ -2250,7 +2232,7 @@ def warm_up(model, cfg, run, micro_rows):
         collect_hessians(model, [batch[:CALIBRATION_ROWS]], run)
     copy_all(list(model.parameters()), saved)
     run.synchronize()
-    run.peak_memory_mib(reset=True)  # the log shows the peak of training
+    run.peak_memory_mib()  # the log shows the peak of training
 
 class StopRequest:
     """A signal to stop; while `deferred`, `signal` keeps it, so that a checkpoint comes first.
@@ -3727,20 +3709,6 @@ def commit():
         return "unknown"
     return head[:12].decode() + ("-dirty" if changed else "")
 
-def name_run(cfg, run):
-    """cfg with RUN_ID settled: the user's, the checkpoint's, or time, preset and seed."""
-    if cfg.run_id:
-        return cfg
-    if cfg.resume:
-        path = Path(cfg.resume)
-        folder = (path if path.is_dir() else path.parent).resolve()
-        out = Path(cfg.out_dir).resolve()
-        name = folder.relative_to(out) if folder.is_relative_to(out) else folder.name
-        return replace(cfg, run_id=str(name).removesuffix(".ckpt"))
-    now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
-    presets = cfg.preset.replace(" ", "").replace(",", "-")
-    return replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
-
 def start_log(cfg, run):
     """Begin the run's log, or go on with it; another run's files are never overwritten."""
     path = Path(cfg.out_dir) / f"{cfg.run_id}.txt"
@@ -3809,7 +3777,6 @@ def make_artifact(data, cfg, run):
             val_tokens=len(data.val))
     train_s, calibration = train(model, data, cfg, run, saved)
     timed_evaluation("pre_quantization_post_ema", model, data, "roundtrip", run)
-    run.peak_memory_mib(reset=True)
     began = time.perf_counter()
     blob = export(model, cfg, calibration, run)
     run.log("artifact", model_bytes=len(blob), code_bytes=len(code_bytes()),
@@ -3820,7 +3787,7 @@ def make_artifact(data, cfg, run):
 def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
     run.synchronize()
-    run.peak_memory_mib(reset=True)
+    run.peak_memory_mib()  # begin anew
     began = time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapter, run, probing=True)
     seconds = run.broadcast(time.perf_counter() - began)
@@ -3854,16 +3821,10 @@ def evaluate_artifact(blob, data, cfg, run):
     """Reload the artifact from its bytes and score it: (model, Ledger, seconds, in_order)."""
     began = time.perf_counter()
     model = load_artifact(blob, partial(fast_ops, run=run), run.device, cfg)
-    if model.cfg.vocab_size != cfg.vocab_size:
-        raise GolfError(f"ARTIFACT={cfg.artifact}: a model of {model.cfg.vocab_size} tokens, "
-                        f"but the tokenizer has VOCAB_SIZE={cfg.vocab_size}")
     before = fingerprint(model)
     reload_s = time.perf_counter() - began
     run.log("reload", artifact_bytes=len(blob), load_time=f"{1000 * reload_s:.0f}ms",
             val_sha256=hashlib.sha256(data.val.tobytes()).hexdigest())
-    if cfg.artifact:
-        own = {name: plain(getattr(model.cfg, name)) for name in STORED_FIELDS}
-        run.log("artifact_config", **own)
     cfg = model.cfg
     methods = [m for m in FINAL_EVENTS if m == cfg.final_score or cfg.eval_diagnostics]
     total = len(data.val) - 1
@@ -3933,25 +3894,25 @@ def main(env):
     """The whole run that the environment variables in `env` describe; returns the exit code."""
     cfg = Config.from_env(env)
     run = Run.from_env(env, cfg)
-    try:
-        data = open_data(cfg)
-        cfg = name_run(cfg, run)
-        train_s, file = None, cfg.artifact
-        if file:
-            blob, _, _ = read_artifact(file, cfg)
-            start_log(cfg, run)
-        else:
-            train_s, blob = make_artifact(data, cfg, run)
-            file = run.log_path.with_suffix(".artifact")
-            try:
-                run.from_rank_0(lambda: write_whole(file, lambda f: f.write(blob)))
-            except OSError as error:  # it can still be scored
-                run.log("artifact_not_written", reason=str(error))
-                file = None
-        outcome = evaluate_artifact(blob, data, cfg, run)
-        return 0 if report(outcome, len(blob), train_s, file, data, run) else 1
-    finally:
-        run.close()
+    data = open_data(cfg)
+    if not cfg.run_id:
+        now = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        presets = cfg.preset.replace(" ", "").replace(",", "-")
+        cfg = replace(cfg, run_id=run.broadcast(f"{now}_{presets}_seed{cfg.seed}"))
+    train_s, file = None, cfg.artifact
+    if file:
+        blob, _, _ = read_artifact(file, cfg)
+        start_log(cfg, run)
+    else:
+        train_s, blob = make_artifact(data, cfg, run)
+        file = run.log_path.with_suffix(".artifact")
+        try:
+            run.from_rank_0(lambda: write_whole(file, lambda f: f.write(blob)))
+        except OSError as error:  # it can still be scored
+            run.log("artifact_not_written", reason=str(error))
+            file = None
+    outcome = evaluate_artifact(blob, data, cfg, run)
+    return 0 if report(outcome, len(blob), train_s, file, data, run) else 1
 
 def entry():
     """Run `main` on the process's environment; a fault that the user can mend ends in one line."""

@@ -145,7 +145,7 @@ def run_rank(work, rank, count, port, arguments):
     try:
         return work(run, *arguments)
     finally:
-        run.close()
+        torch.distributed.destroy_process_group()
 
 
 def on_ranks(count, work, *arguments):

@@ -247,11 +247,6 @@ def test_help_shows_a_preset_as_the_environment_takes_it(preset):
     assert {name: getattr(cfg, name) for name in shown} == shown
 
 
-def test_unset_run_id_becomes_time_presets_and_seed():
-    name = t.name_run(t.Config.from_env(dict(PRESET="pr1749, sample")), t.Run()).run_id
-    assert re.fullmatch(r"\d{8}-\d{6}_pr1749-sample_seed1337", name)
-
-
 @pytest.mark.parametrize("text, places", [
     (r"dist\.\w+", ["Run"]), (r"math\.log\(2(\.0)?\)", ["Ledger"]),
     (r"\w+\.cross_entropy", ["token_nll"]), (r"(exec|eval|pickle\.loads|torch\.load)\b.*", []),
