@@ -385,8 +385,7 @@ class Run:
     @classmethod
     def from_env(cls, env, cfg):
         """The Run of torchrun's variables and DEVICE; starts torch.distributed for many ranks."""
-        rank, world_size, local_rank = (parse_value(name, env.get(name, one), int) for name, one in
-                                        (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")))
+        rank, world_size = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1))
         has_cuda = torch.cuda.is_available()
         cpu_will_do = cfg.artifact or "sample" in cfg.preset
         if not has_cuda and (cfg.device == "cuda" or cfg.device == "auto" and not cpu_will_do):
@@ -398,18 +397,14 @@ class Run:
         device = "cpu"
         if has_cuda and cfg.device != "cpu":
             ranks, gpus = int(env.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-            if max(ranks, local_rank + 1) > gpus:
+            if ranks > gpus:
                 raise GolfError(f"{ranks} ranks on {gpus} GPUs: lower --nproc_per_node")
-            device = f"cuda:{local_rank}"
+            device = f"cuda:{env.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(device)
         if world_size > 1 and not dist.is_initialized():
             # NCCL for gradients, gloo for small decisions that must not wait for the GPU.
             backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
-            try:
-                dist.init_process_group(backend, rank=rank, world_size=world_size)
-            except (ValueError, RuntimeError) as error:
-                raise GolfError(f"WORLD_SIZE={world_size}: {' '.join(str(error).split())}; "
-                                "launch with torchrun, or unset it for one process") from None
+            dist.init_process_group(backend, rank=rank, world_size=world_size)
         if device == "cpu" and "OMP_NUM_THREADS" not in env:
             # One rank per core is as fast, and does not stall beside other work.
             torch.set_num_threads(1)
@@ -442,7 +437,10 @@ class Run:
 
     def broadcast(self, value):
         """Rank 0's Python value, on every rank; does not wait for the GPU."""
-        return self.gather(value if self.rank == 0 else None)[0]
+        box = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
 
     def from_rank_0(self, make):
         """make() of rank 0, on every rank; a GolfError or OSError there is raised on all."""
@@ -581,10 +579,7 @@ class Shard:
 
     def __getitem__(self, part):
         start, stop, _ = part.indices(self.tokens)
-        found = np.fromfile(self.path, "<u2", stop - start, offset=HEADER_BYTES + 2 * start)
-        if len(found) != stop - start:
-            raise GolfError(f"{self.path}: became shorter while the run was reading it")
-        return found
+        return np.fromfile(self.path, "<u2", stop - start, offset=HEADER_BYTES + 2 * start)
 
 def open_shards(data_path, split):
     """All shards of a split, by name, their headers and sizes checked; GolfError names a fault."""
@@ -633,32 +628,30 @@ def open_data(cfg):
     else:
         shards = open_shards(cfg.data_path, "val")
         val = np.concatenate([shard[:] for shard in shards])
-        table = table._replace(sidecar=open_sidecar(cfg, val, shards, sp, table))
     check_vocabulary(shards[0].path, val, cfg.vocab_size)
-    if len(val) < 2 or int(target_bytes(table, val).sum()) == 0:
-        raise GolfError(f"DATA_PATH={cfg.data_path}: the {len(val)} tokens to score have no bytes")
     for shard in (shards[0], *train[:1]):
         check_encoding(sp, table, shard, cfg)
-    if cfg.bos_id >= 0 and not cfg.holdout_tokens and not (val == cfg.bos_id).any():
-        raise GolfError(f"BOS_ID={cfg.bos_id}: is not in {shards[0].path}; set it to the token "
-                        f"between documents (the tokenizer's EOS is {sp.eos_id()}), or to -1")
-    counted, by_text = decoded_bytes(sp, val, cfg.bos_id, 1_000_000, table.sidecar)
-    if abs(counted - by_text) > (0 if table.sidecar is None else CASE_SLACK * by_text):
+    counted, by_text = decoded_bytes(sp, table, val[:1_000_000])
+    if abs(counted - by_text) > (CASE_SLACK * by_text if case_marks(sp) else 0):
         raise GolfError(f"TOKENIZER_PATH={cfg.tokenizer_path}: counts {counted} bytes for "
                         f"{by_text} bytes of text, so that scores would be wrong; use another")
-    for shard in () if cfg.holdout_tokens else train:
-        if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
-            raise GolfError(f"{shard.path}: is validation text; take it out of DATA_PATH")
+    if not cfg.holdout_tokens:
+        table = table._replace(sidecar=open_sidecar(cfg, val, sp, table))
+        separates = cfg.bos_id in val and table.boundary[cfg.bos_id]
+        if cfg.bos_id >= 0 and not separates:
+            raise GolfError(f"BOS_ID={cfg.bos_id}: separates no documents in {shards[0].path}; set "
+                            f"it to {sp.bos_id()} or {sp.eos_id()}, the tokenizer's, or to -1")
+        for shard in train:
+            if any(np.array_equal(shard[:1024], part[:1024]) for part in shards):
+                raise GolfError(f"{shard.path}: is validation text; take it out of DATA_PATH")
     return Data(train, val, table)
 
 def open_tokenizer(cfg):
     """The SentencePiece processor of TOKENIZER_PATH; raises GolfError."""
     import sentencepiece  # here, so that the script can be imported without it
-    path = Path(cfg.tokenizer_path)
+    path = cfg.tokenizer_path
     try:
-        if not path.is_file():  # a pipe or a device may never end
-            raise OSError("No such file")
-        sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        sp = sentencepiece.SentencePieceProcessor(model_file=path)
         sp.id_to_piece(list(range(sp.vocab_size())))  # all UTF-8?
     except (RuntimeError, OSError, ValueError) as error:
         raise GolfError(f"TOKENIZER_PATH={path}: not a SentencePiece model; data/download.py "
@@ -666,18 +659,10 @@ def open_tokenizer(cfg):
     if sp.vocab_size() != cfg.vocab_size:
         raise GolfError(f"TOKENIZER_PATH={path}: has {sp.vocab_size()} pieces, but VOCAB_SIZE="
                         f"{cfg.vocab_size}; both must be those of DATA_PATH")
-    stated = None
-    with suppress(OSError, ValueError, LookupError, TypeError):  # no manifest, or another tool's
-        manifest = json.loads((Path(cfg.data_path) / "manifest.json").read_bytes())
-        stated = manifest["tokenizer"]["sha256"]
-    if stated not in (None, tokenizer_hash(cfg)):
-        raise GolfError(f"TOKENIZER_PATH={path}: not the tokenizer of DATA_PATH's manifest.json")
-    if min(cfg.bos_id, sp.bos_id()) >= 0 and cfg.bos_id not in (sp.bos_id(), sp.eos_id()):
-        raise GolfError(f"BOS_ID={cfg.bos_id}: the tokenizer's is {sp.bos_id()}; set BOS_ID to it")
     return sp
 
 def tokenizer_hash(cfg):
-    """SHA-256 of the tokenizer's file, by which manifests and artifacts name it; None without."""
+    """SHA-256 of the tokenizer's file, by which artifacts name it; None without."""
     with suppress(OSError):
         return hashlib.sha256(Path(cfg.tokenizer_path).read_bytes()).hexdigest()
 
@@ -699,7 +684,7 @@ def text_runs(table, tokens):
     runs = np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1)
     return [run.tolist() for run in runs if not table.boundary[int(run[0])]]
 
-def open_sidecar(cfg, val, shards, sp, table):
+def open_sidecar(cfg, val, sp, table):
     """Bytes of original text of each validation token, np.uint16 (n,), or None; GolfError."""
     name = f"DATA_PATH={cfg.data_path}: fineweb_val_bytes_*.bin"
     sidecars = open_shards(cfg.data_path, "val_bytes")
@@ -709,18 +694,14 @@ def open_sidecar(cfg, val, shards, sp, table):
             raise GolfError(f"{name} is missing, but the tokenizer has CaseOps marks: the score is "
                             "by the bytes of the original text; data/download.py fetches it")
         return None
-    held, wanted = [list(map(len, parts)) for parts in (sidecars, shards)]
-    if held != wanted:
-        raise GolfError(f"{name} holds {held} counts, the validation shards {wanted} tokens")
     counts = np.concatenate([part[:] for part in sidecars])
-    if counts[val == cfg.bos_id].any():
-        raise GolfError(f"{name} counts bytes for BOS, so it belongs to other tokens")
     total = int(counts[1:].sum(dtype=np.int64))
     by_table = int(target_bytes(table, val).sum())
     # An escaped mark has 3 bytes of text, none by the table.
     slack = CASE_SLACK * by_table + 3 * int((val == marks[3]).sum()) if marks else 0
-    if abs(total - by_table) > slack:
-        raise GolfError(f"{name} counts {total} bytes, the pieces of the tokens have {by_table}")
+    if len(counts) != len(val) or abs(total - by_table) > slack:
+        raise GolfError(f"{name} counts {total} bytes of {len(counts)} tokens, but the pieces of "
+                        f"the {len(val)} validation tokens have {by_table}")
     return counts
 
 class ByteTable(NamedTuple):
@@ -770,28 +751,22 @@ def target_bytes(table, tokens):
     ids = torch.from_numpy(tokens.astype(np.int64))
     return count_bytes(table, ids[:-1], ids[1:])
 
-def decoded_bytes(sp, tokens, bos_id, limit, sidecar=None):
-    """Bytes of the first documents of `tokens` (about `limit` tokens) in two ways: (counted, text).
+def decoded_bytes(sp, table, tokens):
+    """Bytes of the texts in tokens np.uint16 (n,) in two ways that must agree: (counted, decoded).
 
-    By byte table or sidecar, and as the UTF-8 length of the decoded documents less a first space
-    and CaseOps marks.  They must be equal; with CaseOps, up to CASE_SLACK.
+    By the byte table, and as the UTF-8 length of what SentencePiece decodes, less a first space and
+    CaseOps marks: a small letter has as many bytes as the capital that it stands for.
     """
-    tokens = tokens[:limit].astype(np.int64)
-    cuts = np.flatnonzero(tokens == bos_id)
-    if len(cuts) < 2:  # elsewhere a cut could split a character that is spelled in byte pieces
-        cuts = np.flatnonzero(~np.array(sp.is_byte(tokens.tolist()))).tolist() or [0, len(tokens)]
-    part = slice(cuts[0], cuts[-1] + 1)
-    tokens = tokens[part]
-    table = byte_table(sp, sp.vocab_size())
-    ids = torch.from_numpy(tokens)
-    counted = table.base[ids[0]] + count_bytes(table, ids[:-1], ids[1:]).sum()
-    if sidecar is not None:
-        counted = sidecar[part].sum(dtype=np.int64)
+    tokens = tokens.astype(np.int64)
+    is_byte = np.array(sp.is_byte(list(range(sp.vocab_size()))))
+    whole = np.flatnonzero(~is_byte[tokens])  # an end may split a character of several byte pieces
+    tokens = tokens[whole[0]:whole[-1] + 1]
+    counted = table.base[tokens[0]] + target_bytes(table, tokens).sum()
     runs = text_runs(table, tokens)
     texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
     firsts = sp.decode([run[:1] for run in runs])  # some tokenizers drop a text's first space
-    if case_marks(sp):  # a small letter has as many bytes as the capital that it stands for
-        texts = [re.sub("(?s)\ue004(.)|[\ue001-\ue003]", r"\1", text) for text in texts]
+    if case_marks(sp):
+        texts = [re.sub(f"[{CASE_MARKS}]", "", text) for text in texts]
     spaces = sum(first.startswith(" ") for first in firsts)
     return int(counted), sum(len(text.encode()) for text in texts) - spaces
 
@@ -3736,11 +3711,7 @@ def start_log(cfg, run):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
 
-    try:
-        run.from_rank_0(begin)
-    except OSError as error:
-        raise GolfError(f"OUT_DIR={cfg.out_dir}: {error}; set OUT_DIR to a folder to write in"
-                        ) from None
+    run.from_rank_0(begin)
     run.log_path = path
     code = code_bytes()
     gpu = torch.cuda.get_device_name(run.device).replace(" ", "_") if run.on_cuda else "none"
@@ -3932,9 +3903,8 @@ def entry():
     except (GolfError, OSError, KeyboardInterrupt, torch.OutOfMemoryError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             error = f"{str(error).split('. ')[0]}; lower MICRO_BATCH_TOKENS or EVAL_BATCH_TOKENS"
-        local = os.environ.get("LOCAL_RANK", "0")
-        told_once = isinstance(error, (GolfError, KeyboardInterrupt)) and local.isdecimal()
-        if local == "0" or not told_once:
+        told_once = isinstance(error, (GolfError, KeyboardInterrupt))
+        if os.environ.get("LOCAL_RANK", "0") == "0" or not told_once:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 130 if isinstance(error, KeyboardInterrupt) else 2
 

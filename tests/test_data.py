@@ -3,7 +3,6 @@
 Bytes of tokens are compared with the UTF-8 length of the text that SentencePiece decodes them to.
 """
 
-import json
 import os
 import resource
 import struct
@@ -61,9 +60,6 @@ def test_shards_read_as_their_tokens_in_the_order_of_their_names(tmp_path):
     shards = t.open_shards(tmp_path, "val")
     assert [shard[:].tolist() for shard in shards] == [[0, 1, 65535, 256, 7], [2], [3]]
     assert (len(shards[0]), shards[0][1:3].tolist()) == (5, [1, 65535])
-    os.truncate(shards[0].path, 1028)
-    with pytest.raises(t.GolfError, match="fineweb_val_000000.bin: became shorter"):
-        shards[0][:]
 
 
 def test_more_shards_than_open_files(tmp_path):
@@ -88,15 +84,10 @@ def test_missing_folder_or_split_is_named_with_the_way_out(tmp_path, folder):
 # ---- what fits together --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("val, fault", [
-    ([[1, 2, 1024]], "fineweb_val.*token 1024 is outside VOCAB_SIZE=1024"),
-    ([[5]], "the 1 tokens to score have no bytes"),
-    ([[40, 1, 1]], "no bytes"),  # the first token is never a target
-], ids=["vocabulary", "one token", "control tokens alone"])
-def test_validation_text_that_cannot_be_scored_is_refused(tmp_path, val, fault):
+def test_validation_token_outside_the_vocabulary_is_refused(tmp_path):
     write_split(tmp_path, "train", [1, 2, 3])
-    write_split(tmp_path, "val", *val)
-    with pytest.raises(t.GolfError, match=fault):
+    write_split(tmp_path, "val", [1, 2, 1024])
+    with pytest.raises(t.GolfError, match="fineweb_val.*token 1024 is outside VOCAB_SIZE=1024"):
         t.open_data(sample_config(tmp_path))
 
 
@@ -128,7 +119,7 @@ def test_sidecar_without_case_marks_must_count_what_the_pieces_have(tmp_path):
     write_split(tmp_path, "val_bytes", counts)
     assert t.open_data(sample_config(tmp_path)).table.sidecar.tolist() == counts
     write_split(tmp_path, "val_bytes", [*counts[:-1], counts[-1] + 1])
-    with pytest.raises(t.GolfError, match="counts 25 bytes, the pieces of the tokens have 24"):
+    with pytest.raises(t.GolfError, match="counts 25 bytes of .* validation tokens have 24"):
         t.open_data(sample_config(tmp_path))
 
 
@@ -171,13 +162,12 @@ def test_bytes_of_a_stream_are_those_of_its_documents(texts, end):
     assert counted == sum(len(SP.decode(ids).encode()) for ids in documents)
 
 
-def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice(monkeypatch):
+def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice():
     [shard] = t.open_shards(SAMPLE, "val")
-    by_table, by_text = t.decoded_bytes(SP, shard[:], BOS, 1_000_000)
+    by_table, by_text = t.decoded_bytes(SP, TABLE, shard[:])
     assert by_table == by_text > 300_000
     doubled = TABLE._replace(base=TABLE.base + TABLE.spaced.long())
-    monkeypatch.setattr(t, "byte_table", lambda *arguments: doubled)
-    assert t.decoded_bytes(SP, shard[:], BOS, 1_000_000)[0] > 1.1 * by_text
+    assert t.decoded_bytes(SP, doubled, shard[:])[0] > 1.1 * by_text
 
 
 @settings(max_examples=60, deadline=None)
@@ -185,8 +175,8 @@ def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice(monkeyp
 def test_both_counts_of_a_text_cut_anywhere_agree(texts, first, last):
     """A character of several byte pieces that is cut may not look like a fault of the table."""
     documents = [SP.encode(f"日本語 the end {text} 日本語") for text in texts]
-    stream = np.array([i for ids in documents for i in (BOS, *ids)], np.uint16)[first:]
-    by_table, by_text = t.decoded_bytes(SP, stream, BOS, len(stream) - last)
+    stream = np.array([i for ids in documents for i in (BOS, *ids)], np.uint16)
+    by_table, by_text = t.decoded_bytes(SP, TABLE, stream[first:len(stream) - last])
     assert by_table == by_text
 
 
@@ -215,19 +205,19 @@ def test_sidecar_counts_the_bytes_of_the_original_text(caseops):
     cfg = caseops_config(caseops)
     data = t.open_data(cfg)
     assert int(t.target_bytes(data.table, data.val).sum()) == 2 * len("Ab AB")
-    both = t.decoded_bytes(t.open_tokenizer(cfg), data.val, BOS, 1000)
-    assert both == (len("Ab AB"), len("Ab AB"))  # of the document between the two BOS
+    table = data.table._replace(sidecar=None)
+    both = t.decoded_bytes(t.open_tokenizer(cfg), table, data.val)
+    assert both == (2 * len("Ab AB"), 2 * len("Ab AB"))
 
 
 @pytest.mark.parametrize("files, change, fault", [
     ("*_bytes_*", None, "is missing, but the tokenizer has CaseOps marks"),
-    ("*_bytes_000001.bin", None, r"holds \[\d+\] counts, .* \[\d+, \d+\] tokens"),
-    ("*_bytes_000001.bin", lambda raw: shard_bytes([0, 2]), r"holds \[\d+, 2\] counts"),
+    ("*_bytes_000001.bin", None, r"of \d+ tokens, .* \d+ validation tokens"),
+    ("*_bytes_000001.bin", lambda raw: shard_bytes([0, 5]), r"10 bytes of \d+ tokens"),
     ("*_bytes_000000.bin", lambda raw: raw[:-2], "truncated"),
-    ("*_bytes_000000.bin", lambda raw: raw[:1024] + b"\1" + raw[1025:], "counts bytes for BOS"),
     ("*_bytes_*", lambda raw: raw[:1024] + (2 * np.frombuffer(raw[1024:], "<u2")).tobytes(),
-     "counts 20 bytes, the pieces of the tokens have 10"),
-], ids=["all missing", "one missing", "short", "damaged", "BOS", "doubled"])
+     "counts 20 bytes of .* validation tokens have 10"),
+], ids=["all missing", "one missing", "short", "damaged", "doubled"])
 def test_sidecar_that_does_not_fit_is_refused(caseops, tmp_path, files, change, fault):
     for path in caseops.iterdir():
         raw = path.read_bytes()
@@ -293,20 +283,12 @@ def test_training_text_that_cannot_be_read_is_named():
         t.Loader(COUNTING[2:], tiny_config(), t.Run())
 
 
-def test_tokenizer_must_be_the_one_of_the_manifest(tmp_path):
-    manifest = dict(tokenizer=dict(sha256="0" * 64))
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(t.GolfError, match="TOKENIZER_PATH=.*: not the tokenizer of DATA_PATH's"):
-        t.open_tokenizer(sample_config(tmp_path))
-
-
 def test_begin_of_document_must_be_the_tokenizers(tmp_path):
-    with pytest.raises(t.GolfError, match="BOS_ID=3: the tokenizer's is 1; set BOS_ID to it"):
-        t.open_tokenizer(sample_config(tmp_path, bos_id=3))
     write_split(tmp_path, "train", [*SP.encode("the end of all"), 2])
     write_split(tmp_path, "val", [*SP.encode("the end of it"), 2])  # EOS ends a document, no BOS
-    with pytest.raises(t.GolfError, match=r"BOS_ID=1: is not in .*val.*the tokenizer's EOS is 2"):
-        t.open_data(sample_config(tmp_path))
+    for bos_id in (1, 3, SP.encode("end")[0], 10**6):
+        with pytest.raises(t.GolfError, match=f"BOS_ID={bos_id}: separates no .*val.* to 1 or 2,"):
+            t.open_data(sample_config(tmp_path, bos_id=bos_id))
     assert t.open_data(sample_config(tmp_path, bos_id=2)).val[-1] == 2
 
 

@@ -32,8 +32,9 @@ def test_bytes_of_an_unusual_tokenizer_are_right_or_the_check_says_so(tmp_path, 
     lines = [line for line in text.splitlines() if line.strip()]
     sp = trained_tokenizer(tmp_path / "m.model", lines, **dict(character_coverage=0.99) | options)
     ids = [i for line in lines[:200] for i in [sp.bos_id(), *sp.encode(line)]]
-    by_table, by_text = t.decoded_bytes(sp, np.array(ids, np.uint16), sp.bos_id(), 10**6)
+    table = t.byte_table(sp, sp.vocab_size())
+    by_table, by_text = t.decoded_bytes(sp, table, np.array(ids, np.uint16))
     assert (by_table == by_text) == ("treat_whitespace_as_suffix" not in options)
     cfg = tiny_config(vocab_size=sp.vocab_size())
     shard = TextShard(path="own text", text=np.array(ids, np.uint16))
-    t.check_encoding(sp, t.byte_table(sp, sp.vocab_size()), shard, cfg)
+    t.check_encoding(sp, table, shard, cfg)
