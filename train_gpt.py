@@ -192,47 +192,44 @@ class Config:
 
     def __post_init__(self):
         """Raise GolfError for the first value outside its limits or against another's."""
+        def must(name, holds, rule):
+            if not holds:
+                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
+
         for f in fields(self):
             value = getattr(self, f.name)
             if f.name.endswith("_path"):
                 object.__setattr__(self, f.name, value.replace("{}", str(self.vocab_size)))
             low, high = f.metadata["low"], f.metadata["high"]
-            rule = ""
-            if isinstance(low, str) and value not in low.split():
-                rule = f"one of {', '.join(low.split())}"
-            elif not isinstance(value, str) and not low <= value <= high:  # NaN is refused too
-                rule = f"between {low} and {high}"
-            if rule and value != f.default:
-                raise GolfError(f"{f.name.upper()}={str(value)[:80]}: must be {rule}")
+            if isinstance(low, str):
+                must(f.name, value in low.split(), f"be one of {', '.join(low.split())}")
+            elif not isinstance(value, str) and value != f.default:  # NaN is refused too
+                must(f.name, low <= value <= high, f"be between {low} and {high}")
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
         named = re.fullmatch(r"(\w[\w.-]*(/\w[\w.-]*)*)?", self.run_id) and len(self.run_id) <= 200
-        rules = (  # name to blame, whether it holds, what it must
-            ("run_id", named, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'"),
-            ("model_dim", self.model_dim % 8 == 0, "be a multiple of 8"),
-            ("gdn_head_dim", self.gdn_head_dim % 8 == 0, "be a multiple of 8"),
-            ("train_seq_len", T % 64 == 0, "be a multiple of 64"),
-            ("train_batch_tokens", self.train_batch_tokens % T == 0,
-             f"be a multiple of TRAIN_SEQ_LEN={T}"),
-            ("eval_batch_tokens", self.eval_batch_tokens >= T, f"be at least TRAIN_SEQ_LEN={T}"),
-            ("eval_stride", self.eval_stride <= T, f"be at most TRAIN_SEQ_LEN={T}"),
-            ("num_heads", not attends or self.model_dim % (2 * self.num_heads) == 0,
-             f"divide half of MODEL_DIM={self.model_dim}"),
-            ("num_kv_heads", not attends or self.num_heads % self.num_kv_heads == 0,
-             f"divide NUM_HEADS={self.num_heads}"),
-            ("gptq_reserve_seconds", not self.gptq_enabled or clock == 0
-             or self.gptq_reserve_seconds < clock, f"be below MAX_WALLCLOCK_SECONDS={clock:g}"),
-            ("max_wallclock_seconds", not (self.deterministic and clock),
-             "be 0 with DETERMINISTIC=1, which must not depend on the clock; use ITERATIONS"),
-            ("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name"),
-            ("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored"),
-            ("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip"),
-            ("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
-             "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens"))
-        for name, holds, rule in rules:
-            if not holds:
-                raise GolfError(f"{name.upper()}={plain(getattr(self, name))[:80]}: must {rule}")
+        must("run_id", named, "be up to 200 letters, digits, '_', and inside a name '.', '-', '/'")
+        must("model_dim", self.model_dim % 8 == 0, "be a multiple of 8")
+        must("gdn_head_dim", self.gdn_head_dim % 8 == 0, "be a multiple of 8")
+        must("train_seq_len", T % 64 == 0, "be a multiple of 64")
+        must("train_batch_tokens", self.train_batch_tokens % T == 0,
+             f"be a multiple of TRAIN_SEQ_LEN={T}")
+        must("eval_batch_tokens", self.eval_batch_tokens >= T, f"be at least TRAIN_SEQ_LEN={T}")
+        must("eval_stride", self.eval_stride <= T, f"be at most TRAIN_SEQ_LEN={T}")
+        must("num_heads", not attends or self.model_dim % (2 * self.num_heads) == 0,
+             f"divide half of MODEL_DIM={self.model_dim}")
+        must("num_kv_heads", not attends or self.num_heads % self.num_kv_heads == 0,
+             f"divide NUM_HEADS={self.num_heads}")
+        must("gptq_reserve_seconds", not self.gptq_enabled or clock == 0
+             or self.gptq_reserve_seconds < clock, f"be below MAX_WALLCLOCK_SECONDS={clock:g}")
+        must("max_wallclock_seconds", not (self.deterministic and clock),
+             "be 0 with DETERMINISTIC=1, which must not depend on the clock; use ITERATIONS")
+        must("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name")
+        must("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored")
+        must("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip")
+        must("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
+             "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens")
 
     @classmethod
     def from_env(cls, env):
@@ -259,9 +256,8 @@ class Config:
 
 def parse_value(name, text, kind):
     """The value of type `kind` that `text` spells."""
-    expected = {bool: "0 or 1", int: "a whole number", float: "a number", str: "UTF-8"}[kind]
+    expected = {bool: "0 or 1", int: "a whole number", float: "a number"}.get(kind)
     try:
-        text.encode()  # as a log must
         return {"0": False, "1": True}[text] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise GolfError(f"{name}={text[:80]!r}: must be {expected}") from None
@@ -273,8 +269,8 @@ def plain(value):
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 # An unknown name with one of these is refused: other scripts of the challenge have such settings.
-OUR_WORDS = """TTT GDN SWA GPTQ MUON NGRAM BIGRAM LR LEARNING_RATE WARMDOWN ITERS MAX_STEPS NUM_STEPS
-    BATCH_SIZE LAYERS SHARE_MLP ROPE ATTN_KERNEL""".split()
+OUR_WORDS = """TTT GDN SWA GPTQ MUON NGRAM BIGRAM LR LEARNING_RATE WARMDOWN ITERS MAX_STEPS
+    NUM_STEPS BATCH_SIZE LAYERS SHARE_MLP ROPE ATTN_KERNEL""".split()
 OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
 
 class Layer(NamedTuple):
@@ -586,14 +582,13 @@ def open_shards(data_path, split):
     shards = []
     for path in sorted(Path(data_path).glob(f"fineweb_{split}_[0-9]*.bin")):
         header = np.fromfile(path, "<i4", 3).tolist()
-        if len(header) < 3 or header[:2] != SHARD_HEAD:
-            raise GolfError(f"{path}: begins with {header}, expected {SHARD_HEAD}: not a token "
-                            "shard of this challenge")
-        shards.append(Shard(path, tokens=header[2]))
-        size, expected = path.stat().st_size, HEADER_BYTES + 2 * header[2]
-        if header[2] <= 0 or size != expected:
-            raise GolfError(f"{path}: {size} bytes, but a shard of {header[2]} tokens has "
-                            f"{expected}: empty, truncated or altered")
+        size = path.stat().st_size
+        tokens = (size - HEADER_BYTES) // 2
+        if header != [*SHARD_HEAD, tokens] or tokens <= 0 or size % 2:
+            raise GolfError(f"{path}: has {size} bytes and begins with {header}; a token shard of "
+                            f"this challenge, whole and not empty, has 2 bytes a token behind "
+                            f"{HEADER_BYTES} bytes that begin with {SHARD_HEAD} and their number")
+        shards.append(Shard(path, tokens))
     if not shards and split != "val_bytes":  # the sidecar, which few texts have
         raise GolfError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
                         "fetches the shards; PRESET=sample uses the embedded ones")
@@ -833,10 +828,6 @@ class Loader:
         if error and not isinstance(error, (GolfError, OSError)):
             raise error
         return str(error or "")
-
-    def close(self):
-        """End the thread."""
-        self.pool.shutdown(cancel_futures=True)
 
 # --------------------------------------------------------------------------------------------------
 # 4. Model
@@ -2374,7 +2365,6 @@ def train(model, data, cfg, run, saved):
         calibration = calibrate(model, job.loader, cfg, run, job.clock)
         train_s = run.broadcast(job.clock.pause())
     finally:
-        job.loader.close()
         how_to_go_on = job.save(facts) if facts else ""  # also if the calibration failed
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
@@ -3768,7 +3758,7 @@ def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
             peak_mem_mib=run.peak_memory_mib())
     return ledger, seconds
 
-def warm_up_evaluation(model, method, num_targets, run):
+def warm_up_evaluation(model, method, num_targets, table, run):
     """Compile and tune what `method` will run, on synthetic text in the shapes to come."""
     cfg = model.cfg
     adapting = method == "ttt"
@@ -3777,8 +3767,7 @@ def warm_up_evaluation(model, method, num_targets, run):
     sizes = {"ttt": 3 * cfg.ttt_chunk_tokens, "exact": num_targets}
     size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
-    nothing = torch.zeros(cfg.vocab_size, dtype=torch.int64)
-    table = ByteTable(nothing + 1, nothing > 0, nothing > 0)
+    table = table._replace(sidecar=None)  # which belongs to the real text
     adapter = Adapter(model, num_targets, run) if adapting else None
     compiled = compiles_evaluation(model, run, scoring, num_targets, adapting)
     run.log("warm_up", compile=int(compiled), evaluation=method)
@@ -3803,7 +3792,7 @@ def evaluate_artifact(blob, data, cfg, run):
     in_order = True
     for method in methods:
         if run.on_cuda:
-            warm_up_evaluation(model, method, total, run)
+            warm_up_evaluation(model, method, total, data.table, run)
         adapter = Adapter(model, total, run) if method == "ttt" else None
         results[method] = timed_evaluation(
             FINAL_EVENTS[method], model, data, cfg.ttt_scoring if adapter else method, run,
@@ -3819,7 +3808,7 @@ def evaluate_artifact(blob, data, cfg, run):
 def report(outcome, artifact_bytes, train_s, file, data, run):
     """Print sizes, the compliance line and a summary; whether all checks of this run hold.
 
-    outcome: of evaluate_artifact.   train_s: None without training.   file: None if not written.
+    outcome: of evaluate_artifact.   train_s: None without training.   file: the artifact's.
     """
     model, ledger, eval_s, in_order = outcome
     cfg = model.cfg
@@ -3838,7 +3827,7 @@ def report(outcome, artifact_bytes, train_s, file, data, run):
         clock=wall_s <= 1.01 * (train_s or 0.0) + 1.0)
     limits = dict(
         train=not (train_s and 0 < cfg.max_wallclock_seconds < train_s),
-        eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes, file=bool(file))
+        eval=eval_s <= cfg.eval_budget_seconds, size=total <= cfg.cap_bytes)
     holds = all(run.gather(all(checks.values()) and all(limits.values())))
     clock_s = (cfg.max_wallclock_seconds or train_s) if train_s else 0.0
     looser = cfg.cap_bytes > CAP_BYTES or max(clock_s, cfg.eval_budget_seconds) > LIMIT_S
@@ -3857,7 +3846,7 @@ def report(outcome, artifact_bytes, train_s, file, data, run):
     run.write(f"\nscore    {ledger.bpb:.4f} bits per byte, verdict {verdict}\n"
               f"bytes    {total:,} of {cfg.cap_bytes:,}\n"
               f"seconds  {spent['train_s']} training, {eval_s:.1f} evaluation\n"
-              f"files    {run.log_path} {file or ''}\n"
+              f"files    {run.log_path} {file}\n"
               f"next     python logs/tools/report.py {run.log_path} --html page.html", to_log=False)
     return holds
 
@@ -3877,11 +3866,7 @@ def main(env):
     else:
         train_s, blob = make_artifact(data, cfg, run)
         file = run.log_path.with_suffix(".artifact")
-        try:
-            run.from_rank_0(lambda: write_whole(file, lambda f: f.write(blob)))
-        except OSError as error:  # it can still be scored
-            run.log("artifact_not_written", reason=str(error))
-            file = None
+        run.from_rank_0(lambda: write_whole(file, lambda f: f.write(blob)))
     outcome = evaluate_artifact(blob, data, cfg, run)
     return 0 if report(outcome, len(blob), train_s, file, data, run) else 1
 

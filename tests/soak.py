@@ -43,7 +43,6 @@ def sample_rounds(rounds):
         for method in ("roundtrip", "sliding", "exact"):
             t.evaluate(model, data.val[:20_000], data.table, method)
         report()
-    loader.close()
 
 
 def long_text(length):

@@ -421,12 +421,13 @@ def test_stop_on_a_full_disk_promises_no_checkpoint(run, whole, monkeypatch):
     assert "at step 5; its checkpoint could not be written" in stopped.err
 
 
-def test_artifact_that_cannot_be_written_is_scored_and_fails_the_verdict(run, ended, monkeypatch):
+def test_artifact_that_cannot_be_written_ends_the_run_which_goes_on_later(run, ended, monkeypatch):
     full_disk(monkeypatch, "artifact")
     result = run(RUN_ID="full", **SHORT)
-    assert result.code == 1 and values(result.out, "over_limit")["limit"] == "file"
-    assert "No,space" in values(result.out, "artifact_not_written")["reason"]
-    assert values(result.out, "final") == values((ended / "b.txt").read_text(), "final")
+    assert result.code == 2 and re.fullmatch("error: .*No space left.*artifact'\n", result.err)
+    monkeypatch.undo()
+    again = run(RUN_ID="full", RESUME="auto", **SHORT)
+    assert values(again.out, "final") == values((ended / "b.txt").read_text(), "final")
 
 
 def test_log_whose_disk_or_console_is_full(tmp_path, capsys):

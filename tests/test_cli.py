@@ -143,7 +143,7 @@ def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, 
     evaluate = t.evaluate
     monkeypatch.setattr(t, "evaluate", lambda model, tokens, *rest, **options: (
         lengths.append(len(tokens)), evaluate(model, tokens, *rest, **options)))
-    t.warm_up_evaluation(model, method, 1200, t.Run())
+    t.warm_up_evaluation(model, method, 1200, fixed_data(cfg).table, t.Run())
     assert lengths == [num_tokens]
     assert capsys.readouterr().out == f"warm_up compile:0 evaluation:{method}\n"
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
@@ -277,7 +277,7 @@ def assert_one_line(result, *parts):
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),
     ("HOLDOUT_TOKENS=1000000", ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
     ("RESUME=/nowhere", ["RESUME=/nowhere", "no checkpoint there"]),
-    (f"OUT_DIR={SCRIPT}", [str(SCRIPT), "Not a directory"]),
+    (f"OUT_DIR={SCRIPT}", [str(SCRIPT), "File exists"]),
     (f"OUT_DIR={SCRIPT}/logs", [f"{SCRIPT}/logs", "Not a directory"]),
     ("CAP_BYTES=1000", ["CAP_BYTES=1000", "script's", "too few for"]),
     ("ARTIFACT=/dev/zero", ["ARTIFACT=/dev/zero", "No such file"]),

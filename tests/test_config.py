@@ -1,7 +1,6 @@
 """Settings: every rule against bad values, names against misspellings, STACK, presets, --help."""
 
 import ast
-import os
 import re
 from dataclasses import fields
 
@@ -48,7 +47,7 @@ def fault(**env):
 
 @pytest.mark.parametrize("name, value", BAD_VALUES, ids=lambda text: text[:30])
 def test_message_of_a_bad_value_has_name_value_and_rule(name, value):
-    shown = re.escape(value[:80]) + r"(\.0|a*)"
+    shown = re.escape(value[:80]) + "a*"
     assert re.match(rf"{name}={shown}: must be .*\w", fault(**{name: value}))
 
 
@@ -85,12 +84,6 @@ def test_number_setting_refuses_other_text_and_what_is_not_finite(kind, expected
             assert fault(**{name: text}) == f"{name}={text!r}: must be {expected}"
         for text in too_large:
             assert fault(**{name: text}).startswith(f"{name}={text}: must be ")
-
-
-def test_text_that_is_not_utf_8_is_refused():
-    text = os.fsdecode(b"a\xff")
-    for name in names_of(str):
-        assert fault(**{name: text}) == f"{name}={text!r}: must be UTF-8" or name == "PRESET"
 
 
 def test_boolean_setting_is_0_or_1_alone():

@@ -446,7 +446,6 @@ def test_cuda_training_follows_the_reference():
         optimizer = t.training_optimizer(model, model.cfg, run)
         losses[kernel] = [float(t.train_step(model, optimizer, next(loader), 8, 1.0, step))
                           for step in range(100)]
-        loader.close()
     fast, plain = [np.array(losses[kernel]) for kernel in ("auto", "reference")]
     assert plain[-10:].mean() < plain[0] - 1.0
     assert fast[-10:].mean() == pytest.approx(plain[-10:].mean(), abs=0.05)

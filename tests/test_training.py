@@ -249,7 +249,6 @@ def test_average_is_this_mix_of_the_weights(case):
         job.average(rate)
         path.append(weights_of(model))
     job.optimizer.weights.copy_(job.mean)
-    job.loader.close()
     want = {name: sum(share * weights[name] for share, weights in zip(shares, path))
             for name in path[0]}
     assert_same_weights(weights_of(model), want, rtol=1e-5, atol=1e-5)
