@@ -140,7 +140,7 @@ def test_table(logs, capsys):
     assert rows[0]["final bpb"] == "1.05612" and rows[0]["exact bpb"] == "1.05612 (3.5 s)"
     assert rows[0]["steps"] == "6,020" and "sliding bpb" not in rows[0]
     assert rows[3]["final bpb"] == f"{sum(BPBS) / 3:.5f} ± {statistics.stdev(BPBS):.5f}"
-    logs[2].write_text(log_text(7).replace("l:ok", "l:no").replace("t:ok", "t:fail"))
+    logs[2].write_text(log_text(7).replace("l:ok", "l:fail").replace("t:ok", "t:fail"))
     logs[0].write_text(log_text(settings="matrix_lr:0.02").split("stopping_early")[0])
     verdicts = {row["verdict"] for row in rows_of(report.table(report.collect(logs)))}
     assert verdicts == {"fail (causal, score_first)", "unfinished", "ok", report.DASH}

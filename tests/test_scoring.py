@@ -454,7 +454,7 @@ def test_normalization_probe_finds_scores_that_do_not_sum_to_one(fault):
 def reported(capsys, settings=None, **changes):
     """Whether report() holds, and what it prints, of a run of 100 tokens with these changes."""
     found = dict(tokens=99, extra_bytes=0, causal=0.0, normalized=0.0, in_order=True, eval_s=1.0,
-                 artifact_bytes=1000, stored=True, train_s=599.0, taken=[0.0, 599.0]) | changes
+                 artifact_bytes=1000, train_s=599.0, taken=[0.0, 599.0]) | changes
     text = random_text(100)
     ledger = t.Ledger()
     ledger.add(0, *entry(found["tokens"], num_bytes=0))
@@ -465,7 +465,7 @@ def reported(capsys, settings=None, **changes):
     run = t.Run()
     run.taken = found["taken"]
     outcome = model, ledger, found["eval_s"], found["in_order"]
-    held = t.report(outcome, found["artifact_bytes"], found["train_s"], found["stored"],
+    held = t.report(outcome, found["artifact_bytes"], found["train_s"], "file",
                     t.Data([], text, TABLE), run)
     return held, capsys.readouterr().out
 
@@ -475,9 +475,9 @@ def reported(capsys, settings=None, **changes):
     (dict(causal=math.inf), "causal:fail"), (dict(normalized=1e-3), "normalized:fail"),
     (dict(tokens=98), "coverage:fail"), (dict(in_order=False), "score_first:fail"),
     (dict(extra_bytes=1), "bytes:fail"),
-    (dict(eval_s=601.0), "limit:eval"), (dict(train_s=601.0), "limit:train"),
-    (dict(taken=[0.0, 610.0]), "clock:fail"), (dict(artifact_bytes=16_000_000), "limit:size"),
-    (dict(stored=False), "limit:file")], ids=str)
+    (dict(eval_s=601.0), " eval:fail"), (dict(train_s=601.0), " train:fail"),
+    (dict(taken=[0.0, 610.0]), "clock:fail"), (dict(artifact_bytes=16_000_000), "size:fail")],
+    ids=str)
 def test_each_fault_fails_the_verdict(fault, word, capsys):
     held, out = reported(capsys, **fault)
     assert held == (not fault) and word in out and ("verdict:fail" in out) == bool(fault)

@@ -183,8 +183,7 @@ class RunLog:
         if not self.ours or self.compliance.get("verdict") in (
                 "ok", "holdout", "other_limits"):
             return self.compliance.get("verdict")
-        broken = [k for k in CHECKS if self.compliance.get(k) not in (None, "ok")]
-        broken += [values.get("limit", "?") for values in self.events.get("over_limit", [])]
+        broken = [k for k, v in self.compliance.items() if v == "fail" and k != "verdict"]
         return f"fail ({', '.join(broken) or 'no reason given'})"
 
 
