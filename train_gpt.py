@@ -266,7 +266,7 @@ def plain(value):
 
 # An unknown name with one of these is refused: other scripts of the challenge have such settings.
 OUR_WORDS = """TTT GDN SWA GPTQ MUON NGRAM BIGRAM LR LEARNING_RATE WARMDOWN ITERS MAX_STEPS
-    NUM_STEPS BATCH_SIZE LAYERS SHARE_MLP ROPE ATTN_KERNEL""".split()
+    NUM_STEPS BATCH_SIZE NUM_LAYERS UNIQUE_LAYERS SHARE_MLP ROPE ATTN_KERNEL""".split()
 OTHERS = {"ARTIFACTS", "COMPILER", "DEVICES", "MODEL_DIR"}  # close to ours, but of other programs
 
 class Layer(NamedTuple):
@@ -477,8 +477,12 @@ class Run:
         return lambda: done.synchronize() or copy
 
     def peak_memory_mib(self):
-        """Peak of torch's memory on the GPU since the last call [MiB]; 0 on the CPU."""
+        """Peak memory [MiB]: on CUDA torch's since the last call, on the CPU the process's."""
         if not self.on_cuda:
+            with suppress(ImportError):
+                import resource  # POSIX only
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                return peak // (2**20 if sys.platform == "darwin" else 1024)  # macOS: bytes
             return 0
         peak = torch.cuda.max_memory_allocated(self.device) // 2**20
         torch.cuda.reset_peak_memory_stats(self.device)
