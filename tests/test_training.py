@@ -110,6 +110,13 @@ def optimizer_of(model, rule, decay=0.0, clip=0.0, run=None):
     return t.Optimizer(model, treatment, run or t.Run(), clip, momentum=0.9, compiled=False)
 
 
+def test_parameters_of_any_size_begin_at_multiples_of_16_bytes():
+    optimizer = optimizer_of(tiny_model(tiny_config(gdn_heads=3)), "adamw")
+    assert any(p.numel() % 4 for p in optimizer.params)
+    for flat in (optimizer.weights, optimizer.grad, optimizer.m):
+        assert not any(view.data_ptr() % 16 for view in optimizer.views(flat))
+
+
 class WrittenMuon:
     """Muon for one matrix as published: Nesterov momentum, five Newton-Schulz steps.
 
@@ -290,8 +297,7 @@ def test_learning_rate_is_flat_then_falls_linearly_to_min_lr():
 
 
 def test_batch_grows_with_the_ranks_and_is_divided_into_micro_batches():
-    for ranks, tokens in ((1, 131072), (2, 262144), (6, 786432), (7, 688128), (8, 786432),
-                          (1000, 2048000)):  # the challenge's, or near it
+    for ranks, tokens in ((1, 65536), (2, 131072), (7, 458752), (8, 524288)):
         assert t.settle_batch(t.Config(), t.Run(world_size=ranks)).train_batch_tokens == tokens
     for rows, ranks, most, want in ((12, 1, 0, 12), (12, 2, 0, 6), (12, 1, 320, 4), (12, 3, 200, 2),
                                     (7, 1, 200, 1)):
