@@ -462,7 +462,8 @@ TTT = {"sgd": {}, "muon and EMA": dict(ttt_optimizer="muon", ttt_ema=0.5),
 @pytest.mark.parametrize("option", TTT)
 def test_cuda_graphs_train_as_plain_calls_do(option):
     model = gpu_model(**dict(compile="1", ttt_chunk_tokens=512, ttt_scoring="exact", ttt_lr=0.01,
-                             eval_stride=64, eval_batch_tokens=2048) | TTT[option])
+                             eval_stride=64, eval_batch_tokens=2048,
+                             eval_budget_seconds=1e6) | TTT[option])
     data = fixed_data(model.cfg)
     tokens = np.tile(data.val, 4)
     run = t.Run(device="cuda:0")
