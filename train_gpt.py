@@ -14,8 +14,8 @@ main() at the end.  Section 10 computes the three `Ops` of section 4 again, only
 
 Legality.  Causal: LM.features looks left only (attention, conv_heads, delta_rule, Embedding).
 Normalized: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate()
-hands the Adapter scored tokens only.  One pass: Ledger.add refuses gaps and repeats,
-and finished() wants every target from exactly one rank.
+hands the Adapter scored tokens only.  One pass: evaluate() wants every target from exactly one
+rank, Ledger.add refuses gaps and repeats.
 
 Shapes: B sequences, T tokens, D model width, H query heads, Hk key/value heads, K and V widths of a
 key and of a value, S keys (carried + new), R x C rows (outputs) and columns (inputs) of a weight.
@@ -821,9 +821,6 @@ class Loader:
         self.ahead.append(self.pool.submit(next, self.batches))
         return batch.to(self.run.device, non_blocking=True)
 
-    def fault(self):
-        """Wait for the next batch; the message of the error that reading it met, or ''."""
-        return str(self.ahead[0].exception() or "")
 
 # --------------------------------------------------------------------------------------------------
 # 4. Model
@@ -1367,43 +1364,26 @@ def init_weights(model, seed):
 class Ledger:
     """Sums of nats and bytes over targets, each entered exactly once and in order.
 
-    The order is checked on the host, the sums stay on the device.  `next_target`: the one to
-    enter next.  `causal`, `normalized`: the largest errors that the Scorer found in `probes` tests.
+    The order is checked on the host, the sums stay on the device.  `tokens`: targets entered, so
+    the number of the next.  `causal`, `normalized`: the largest errors that the Scorer found in
+    `probes` tests.
     """
 
     def __init__(self, device="cpu"):
-        self.next_target = self.tokens = 0  # tokens: targets entered
-        self.entered = []  # (first, behind the last) of each call of add
+        self.tokens = 0
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # nats, bytes, negatives
         self.causal, self.normalized = math.inf, math.inf
         self.probes = 0
 
     def add(self, first, nats, num_bytes):
         """Enter targets first, first + 1, ...: nats, num_bytes (n,); GolfError on gap or repeat."""
-        if first != self.next_target:
-            raise GolfError(f"ledger: {self.next_target} is next, not {first}: a gap or a repeat")
+        if first != self.tokens:
+            raise GolfError(f"ledger: {self.tokens} is next, not {first}: a gap or a repeat")
         if nats.shape != num_bytes.shape or nats.dim() != 1:
             raise GolfError(f"ledger: {len(nats)} scores for {len(num_bytes)} byte counts")
         self.sums += torch.stack([nats.double().sum(), num_bytes.double().sum(),
                                   (nats < -1e-4).double().sum()])  # below zero, not by rounding
-        self.next_target += len(nats)
         self.tokens += len(nats)
-        self.entered.append((first, self.next_target))
-
-    def skip(self, last):
-        """Targets up to last - 1 are entered by other ranks."""
-        if last < self.next_target:
-            raise GolfError(f"ledger: target {last} lies before {self.next_target}")
-        self.next_target = last
-
-    def over_ranks(self, run):
-        """A Ledger of what all ranks entered."""
-        out = Ledger(self.sums.device)
-        out.next_target = self.next_target
-        out.sums = run.all_sum(self.sums.clone())
-        out.entered = sorted(sum(run.gather(self.entered), []))
-        out.tokens = sum(last - first for first, last in out.entered)
-        return out
 
     @property
     def bytes(self):
@@ -1453,7 +1433,10 @@ PROBE_POSITIONS = 4096  # of a segment that a normalization probe compares
 PROBE_ROUNDING = 0.5  # nats; more than one bfloat16 logit can be off
 
 class Scorer:
-    """Scores windows or spans of one text on this rank, and probes some of its own batches."""
+    """Scores windows or spans of one text on this rank, and probes some of its own batches.
+
+    scores: (n - 1, 2) float32, each target's nats and how often this rank scored it.
+    """
 
     def __init__(self, model, tokens, table, run, adapter, probing):
         self.model, self.run = model, run
@@ -1461,12 +1444,13 @@ class Scorer:
         self.bonus = getattr(adapter, "bonus", lambda ids: None)  # hints for LM.nll
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
+        self.scores = torch.zeros(len(self.bytes), 2, device=run.device)
         self.state, self.batches = None, 0  # state: behind the last chunk
         self.rng = torch.Generator().manual_seed(run.rank)  # of the probes
-        self.probes, self.last_line = 0, time.perf_counter()
+        self.probes = 0
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
-    def nats(self, ids, targets, T, state, done=0, parts=0):
+    def nats(self, ids, targets, T, state):
         """Nats of rows (B, L), in segments of T tokens with carried state, and the state."""
         L = ids.shape[1]
         out, self.kept = [], {}  # kept: {start of a random segment: the state before it}
@@ -1474,9 +1458,6 @@ class Scorer:
         for i in range(0, L, T):
             if i == chosen:
                 self.kept[i] = state
-            if parts and time.perf_counter() - self.last_line > 8.0 and not self.adapting:
-                self.run.log("scoring", done=f"{(done + len(ids) * i / L) / parts:.0%}")
-                self.last_line = time.perf_counter()
             part, wanted = [x[:, i:i + T].contiguous() for x in (ids, targets)]
             nats, state = self.model.nll(part, wanted, state, self.bonus(part))
             out.append(nats)
@@ -1515,8 +1496,8 @@ class Scorer:
         found = torch.stack([torch.stack(leaks).max(), off]).nan_to_num(nan=math.inf)
         self.faults = torch.maximum(self.faults, found)
 
-    def enter(self, parts, ledger, carry):
-        """Score consecutive parts (start, end, score_from) side by side, and enter their targets.
+    def score(self, parts, carry):
+        """Score consecutive parts (start, end, score_from) side by side, into `scores`.
 
         carry: each part in segments with carried state (when adapting, the one part, a chunk, goes
         on from the last chunk's).   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
@@ -1540,24 +1521,22 @@ class Scorer:
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, self.text.new_tensor(starts),
                                    -(-length // T) * T if filled else length)
-            nats, after = self.nats(ids, targets, T, self.state, i, len(parts))
+            nats, after = self.nats(ids, targets, T, self.state)
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
                 for at, state in ({0: self.state} | self.kept).items():
                     self.probe(*[x[:, at:at + 2 * T] for x in (ids, targets, nats)], T, state)
             self.state = after if one_stream else None
-            scored = [row[score_from - start:end - start]
-                      for row, (start, end, score_from) in zip(nats, batch)]
-            first = batch[0][2]
-            ledger.add(first, torch.cat(scored), self.bytes[first:batch[-1][1]])
+            for row, (start, end, score_from) in zip(nats, batch):
+                self.scores[score_from:end, 0] += row[score_from - start:end - start]
+                self.scores[score_from:end, 1] += 1
 
-def compiles_evaluation(model, run, method, num_targets, adapting=False):
-    """Whether an evaluation runs compiled: with COMPILE=auto if a rank has enough to run."""
+def compiles_evaluation(model, method, num_targets, adapting):
+    """Whether an evaluation runs compiled: with COMPILE=auto if there is enough to run."""
     cfg = model.cfg
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
-    ranks = 1 if adapting and method == "exact" else run.world_size
-    training = 3 * cfg.ttt_epochs if adapting else 0  # small batches: not faster on many ranks
-    return compiles(model, num_targets * (passes / ranks + training))
+    training = 3 * cfg.ttt_epochs if adapting else 0
+    return compiles(model, num_targets * (passes + training))
 
 TTT_LINES = 64  # most `ttt` lines of an evaluation
 
@@ -1592,33 +1571,32 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     size = cfg.ttt_chunk_tokens if adapter else total
     chunks = -(-total // size)
     if compiled is None:
-        compiled = compiles_evaluation(model, run, method, total, adapter is not None)
+        compiled = compiles_evaluation(model, method, total, adapter is not None)
     with compiling(compiled):
         for number, chunk in groupby(parts, lambda part: part[2] // size):
             chunk = list(chunk)
             a, b = ranks.share(len(chunk))
-            if b > a:
-                ledger.skip(chunk[a][2])
-                scorer.enter(chunk[a:b], ledger, carry=method == "exact")
-            ledger.skip(chunk[-1][1])
-            if adapter and ledger.next_target < total:
+            scorer.score(chunk[a:b], carry=method == "exact")
+            first, last = chunk[0][2], chunk[-1][1]
+            nats, times = ranks.all_sum(scorer.scores[first:last]).unbind(1)
+            if (times != 1).any():
+                raise GolfError(f"a target of {first} .. {last - 1} was not scored exactly once")
+            ledger.add(first, nats, scorer.bytes[first:last])
+            if adapter and last < total:
                 with torch.inference_mode(False), torch.enable_grad():
-                    adapter(tokens[:ledger.next_target + 1])
+                    adapter(tokens[:ledger.tokens + 1])
             if adapter and chunks > 1 and (number + 1) % -(-chunks // TTT_LINES) == 0:
-                so_far = ledger.over_ranks(ranks)
-                run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=so_far.tokens,
-                        running_bpb=so_far.bpb, epochs=getattr(adapter, "epochs", 0),
+                run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=ledger.tokens,
+                        running_bpb=ledger.bpb, epochs=getattr(adapter, "epochs", 0),
                         time=f"{1000 * (time.perf_counter() - began):.0f}ms")
-    ledger = finished(ledger.over_ranks(ranks), total, scorer, run)
+    finish(ledger, total, scorer, run)
     run.scoring_s += time.perf_counter() - began
     return ledger
 
-def finished(ledger, total, scorer, run):
-    """The Ledger with the probes' results; raises GolfError if it is not whole and finite."""
-    edges = [0, *[last for _, last in ledger.entered]]
-    if [first for first, _ in ledger.entered] != edges[:-1] or edges[-1] != total:
-        raise GolfError(f"evaluation entered targets {str(ledger.entered)[:200]}, expected "
-                        f"0 .. {total - 1}")
+def finish(ledger, total, scorer, run):
+    """Enter the probes' results; raises GolfError if the Ledger is not whole and finite."""
+    if ledger.tokens != total:
+        raise GolfError(f"evaluation scored {ledger.tokens} targets, expected {total}")
     nats, _, negative = ledger.sums.tolist()
     if not math.isfinite(nats) or negative:
         raise GolfError(f"scores sum to {nats} nats, {negative:.0f} are below zero; has the model "
@@ -1627,7 +1605,6 @@ def finished(ledger, total, scorer, run):
     ledger.probes = sum(counts)
     if ledger.probes:
         ledger.causal, ledger.normalized = max(leaks), max(deviations)
-    return ledger
 
 # --------------------------------------------------------------------------------------------------
 # 6. Test-time training
@@ -1665,11 +1642,10 @@ class Hints:
         self.text[self.seen:len(scored)] = new
         first = max(self.ORDERS[0], self.seen - 1)  # the last known token has a follower now
         self.seen = len(scored)
-        if first >= len(scored) - 1:
-            return
-        places = torch.arange(first, len(scored) - 1, device=new.device, dtype=torch.int32)
+        end = max(first, len(scored) - 1)
+        places = torch.arange(first, end, device=new.device, dtype=torch.int32)
         for n, last in self.last.items():
-            buckets = self.bucket(self.text[first - n + 1:len(scored) - 1], n)[n - 1:]
+            buckets = self.bucket(self.text[first - n + 1:end], n)[n - 1:]
             last.scatter_reduce_(0, buckets, places, "amax")
 
     def __call__(self, ids):
@@ -1713,7 +1689,7 @@ class Adapter:
         # A chunk's gradient is already summed over ranks when it steps: one rank is enough.
         self.optimizer = Optimizer(
             model, treatment, Run(device=run.device), cfg.ttt_grad_clip, cfg.ttt_momentum,
-            compiles_evaluation(model, run, cfg.ttt_scoring, num_targets, True))
+            compiles_evaluation(model, cfg.ttt_scoring, num_targets, True))
         self.weights = self.optimizer.weights  # flat, what scores
         self.base = self.weights.clone()
         self.raw = self.weights.clone() if cfg.ttt_ema else None  # newest, while the average scores
@@ -2146,7 +2122,6 @@ def check_fast_path(model, run, micro_rows):
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
-    names = ["loss", *(name for name, _ in model.named_parameters())]
     with torch.no_grad():  # a block whose last matrix is zero has no gradient to compare
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=rng).to(p.device))
@@ -2164,10 +2139,9 @@ def check_fast_path(model, run, micro_rows):
     with compiling(compiles(model)):
         fast = loss_and_gradient(model, rows.repeat(micro_rows // len(rows), 1))
     plain_ones = loss_and_gradient(reference, rows)
-    errors = [float((x - y).norm() / y.norm().clamp_min(1e-30)) if y.norm() else float(x.norm())
-              for x, y in zip(fast, plain_ones)]
-    errors = dict(zip(names, torch.tensor(errors).nan_to_num(nan=math.inf).tolist()))
-    loss_error = errors.pop("loss")
+    errors = [(x - y).norm() / y.norm().clamp_min(1e-12) for x, y in zip(fast, plain_ones)]
+    loss_error, *errors = torch.stack(errors).nan_to_num(nan=math.inf).tolist()
+    errors = {name: error for (name, _), error in zip(model.named_parameters(), errors)}
     worst = max(errors, key=errors.get)
     run.log("fast_path", loss_error=f"{loss_error:.6f}", worst_gradient=f"{errors[worst]:.4f}",
             parameter=worst)
@@ -2337,12 +2311,10 @@ def train(model, data, cfg, run, saved):
     Leaves the averaged weights in the model and in trained.npz.
     """
     micro_rows = micro_batch_rows(cfg, run, model.ops)
-    initial = fingerprint(model)
     if not (saved and saved[1]["trained"]):
         warm_up(model, cfg, run, micro_rows)
+    initial = fingerprint(model)  # as of the seed: verify.py compares
     job = Training(model, data, cfg, run, saved)  # after warm-up, whose Optimizer took the weights
-    if not saved and fingerprint(model) != initial:
-        raise GolfError("the weights changed before the training clock began")
     run.log("kernel", **model.ops.names, compiled=int(compiles(model)),
             threads=torch.get_num_threads(),
             micro_batch_tokens=micro_rows * cfg.train_seq_len, initial_weights=initial,
@@ -2354,57 +2326,40 @@ def train(model, data, cfg, run, saved):
     try:
         if not job.trained:
             train_loop(job, data, micro_rows)
-            if job.averaged:
-                job.optimizer.weights.copy_(job.mean)
-        job.trained = True
         facts = job.facts()  # the place before calibration: it can be done again
-        calibration = calibrate(model, job.loader, cfg, run, job.clock)
-        train_s = run.broadcast(job.clock.pause())
+        if job.trained:
+            calibration = calibrate(model, job.loader, cfg, run, job.clock)
+            train_s = run.broadcast(job.clock.pause())
     finally:
         how_to_go_on = job.save(facts) if facts else ""  # also if the calibration failed
         STOP.deferred = False
     stop = max(run.gather(STOP.signal))
     if stop:
-        raise KeyboardInterrupt(f"stopped by {stop} after training; {how_to_go_on}")
+        raise KeyboardInterrupt(f"stopped by {stop} at step {job.step}; {how_to_go_on}")
     return train_s, calibration
 
 MAX_BAD_STEPS = 10  # skipped steps, of gradients that are not finite, that a run survives
 
 def train_loop(job, data, micro_rows):
-    """Steps until the clock or ITERATIONS end them; raises KeyboardInterrupt if a signal does."""
+    """Steps until the clock or ITERATIONS end them: the job is trained; or until a signal does."""
     model, cfg = job.model, job.cfg
     run, clock = job.run, job.clock
     budget = cfg.max_wallclock_seconds or math.inf
     budget -= cfg.gptq_reserve_seconds if cfg.gptq_enabled else 0.0
     durations = deque(maxlen=20)
-    saved_step = job.step
     saved_s = last_tick = clock.elapsed()
     bad_steps = int(job.optimizer.bad_steps)
     wait = run.to_host(job.optimizer.bad_steps)
     while True:
         # Rank 0's clock decides, so that ranks never disagree.
         step_s = 1.05 * max(durations, default=0.0)
-        told = run.gather((clock.elapsed(), step_s, STOP.signal, job.loader.fault()))
-        elapsed, step_s, _, _ = told[0]
+        told = run.gather((clock.elapsed(), step_s, STOP.signal))
+        elapsed, step_s, _ = told[0]
+        if any(name for _, _, name in told):
+            return
         in_flight = 2 if run.on_cuda else 1  # the next step ends that many steps from now
         out_of_time = job.step > 0 and elapsed + in_flight * step_s > budget
         last = job.step >= cfg.iterations or out_of_time
-        stop = max(name for _, _, name, _ in told)
-        fault = "" if last else max(text for _, _, _, text in told)
-        if stop:
-            raise KeyboardInterrupt(f"stopped by {stop} at step {job.step}; {job.save()}")
-        if fault:
-            raise GolfError(f"{fault}; stopped at step {job.step}; {job.save()}")
-        if bad_steps > MAX_BAD_STEPS:
-            raise GolfError(f"step {job.step}: {bad_steps} steps had gradients that are not "
-                            f"finite, more than {MAX_BAD_STEPS}; lower MATRIX_LR, TIED_EMBED_LR "
-                            f"or SCALAR_LR; {job.save()}")
-        every = cfg.checkpoint_every_seconds
-        if 0 < every <= elapsed - saved_s and not last and job.step > saved_step:
-            job.save()
-            saved_s, saved_step = elapsed, job.step
-            last_tick = clock.elapsed()
-            continue  # saving took time: is there enough for another step?
         if cfg.val_loss_every and (job.step % cfg.val_loss_every == 0 or last):
             ms = 1000 * clock.pause()
             ledger = evaluate(model, data.val, data.table, "roundtrip", run=run)
@@ -2424,14 +2379,24 @@ def train_loop(job, data, micro_rows):
         wait = run.to_host(job.optimizer.bad_steps)
         if newest > bad_steps:
             run.log("bad_step", step=job.step, count=newest, most=MAX_BAD_STEPS)
+        if newest > MAX_BAD_STEPS:
+            raise GolfError(f"step {job.step}: {newest} steps had gradients that are not finite, "
+                            f"more than {MAX_BAD_STEPS}; lower MATRIX_LR, TIED_EMBED_LR or "
+                            "SCALAR_LR")
         bad_steps = newest
         durations.append(clock.elapsed() - last_tick)  # log_step's wait for the device included
         last_tick += durations[-1]
         if job.step <= 3 or job.step % cfg.train_log_every == 0:
             log_step(job, loss, rate, float(np.median(durations)))
+        if 0 < cfg.checkpoint_every_seconds <= clock.elapsed() - saved_s:  # by rank 0's clock
+            job.save()
+            saved_s = last_tick = clock.elapsed()
     if out_of_time:
         run.log("stopping_early: wallclock_cap", train_time=f"{1000 * clock.elapsed():.0f}ms",
                 step=f"{job.step}/{cfg.iterations}")
+    if job.averaged:
+        job.optimizer.weights.copy_(job.mean)
+    job.trained = True
 
 def log_step(job, loss, rate, step_s):
     """One progress line; waits for the device."""
@@ -3765,7 +3730,7 @@ def warm_up_evaluation(model, method, num_targets, table, run):
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
     table = table._replace(sidecar=None)  # which belongs to the real text
     adapter = Adapter(model, num_targets, run) if adapting else None
-    compiled = compiles_evaluation(model, run, scoring, num_targets, adapting)
+    compiled = compiles_evaluation(model, scoring, num_targets, adapting)
     run.log("warm_up", compile=int(compiled), evaluation=method)
     run.quiet = True
     evaluate(model, tokens, table, scoring, adapter, run, probing=True, compiled=compiled)

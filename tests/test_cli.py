@@ -120,18 +120,6 @@ def test_verdict_is_ok_sizes_are_those_of_the_files_and_the_last_screen_a_summar
         next=f"python logs/tools/report.py {run}.txt --html page.html")
 
 
-def test_a_long_evaluation_tells_how_far_it_is(capsys, monkeypatch):
-    cfg = tiny_config(eval_batch_tokens=64)
-    data = fixed_data(cfg)
-    clock = iter(range(0, 10_000, 9))  # each look at the clock is 9 s later
-    monkeypatch.setattr(t.time, "perf_counter", lambda: float(next(clock)))
-    for method in ("exact", "sliding", "roundtrip"):
-        t.evaluate(tiny_model(cfg), data.val, data.table, method, run=t.Run())
-        found = [pairs for event, pairs in parse(capsys.readouterr().out) if event == "scoring"]
-        shares = [int(pairs["done"].rstrip("%")) for pairs in found]
-        assert len(shares) > 3 and shares == sorted(shares) and 0 <= shares[0] < shares[-1] <= 100
-
-
 @pytest.mark.parametrize("method, num_tokens", [
     ("ttt", 3 * 100 + 1), ("exact", 1201), ("sliding", 256 + 1), ("roundtrip", 256 + 1)])
 def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, capsys,
@@ -225,8 +213,8 @@ def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving):
         monkeypatch.setattr(t, "train_step", run.train_step)
         job = SimpleNamespace(model=None, cfg=cfg, run=run, step=0, clock=t.Clock(run),
                               save=mock.Mock(side_effect=run.save), average=mock.Mock(),
-                              optimizer=SimpleNamespace(bad_steps=0), loader=mock.MagicMock())
-        job.loader.fault.return_value = ""
+                              optimizer=SimpleNamespace(bad_steps=0), loader=mock.MagicMock(),
+                              averaged=0)
         job.clock.resume()
         t.train_loop(job, None, 8)
         assert 96 < job.clock.pause() <= 100
