@@ -183,8 +183,8 @@ def quantized(model, calibration, strength, **settings):
     ("blocks.0.mixer.a_proj", 8, 20.0)])
 def test_sdclip_step_is_the_clip_over_the_largest_integer(calibrated, name, bits, clip):
     model, _, calibration = calibrated
-    matrix = matrices_of(model, calibration, mlp_bits=5, **SDCLIP)[name]
-    step, columns = matrix.steps(9.0)
+    matrix = matrices_of(model, calibration, mlp_bits=5, grid="sdclip")[name]
+    step, columns = matrix.steps(9.0 / t.SDCLIP_QMAX)
     want = clip * model.get_parameter(name).detach().std(1, correction=0) / (2 ** (bits - 1) - 1)
     torch.testing.assert_close(step.float(), want, rtol=2**-10, atol=0)
     assert torch.equal(columns, torch.ones(len(columns))) and step.dtype == torch.float16
@@ -211,7 +211,7 @@ def test_rate_grid_stays_within_int8_at_any_strength(calibrated, strength):
         assert int(q.Q.int().abs().max()) <= 127 and weight_of(q).isfinite().all(), name
 
 
-@pytest.mark.parametrize("grid, strength", [("rate", 0.02), ("sdclip", 8.0)])
+@pytest.mark.parametrize("grid, strength", [("rate", 0.02), ("sdclip", 0.25)])
 def test_quantized_matrix_stands_for_the_weight_in_its_own_order(calibrated, grid, strength):
     """Columns are rounded in another order, which must be undone."""
     model, _, calibration = calibrated
@@ -273,8 +273,8 @@ def test_the_search_ends_just_under_the_cap(larger, monkeypatch, grid, bits_per_
 
 def test_a_model_far_from_the_cap_gets_the_finest_grid_or_the_smallest_size(larger, monkeypatch,
                                                                             capsys):
-    clip, _, _ = fill(larger, 10**7, monkeypatch, grid="sdclip")
-    assert clip == pytest.approx(31 * t.FINEST_STEP)
+    strength, _, _ = fill(larger, 10**7, monkeypatch, grid="sdclip")
+    assert strength == t.FINEST_STEP
     capsys.readouterr()
     _, _, blob = fill(larger, 1000, monkeypatch, grid="sdclip")
     sizes = [int(line.split("model_bytes:")[1].split()[0])

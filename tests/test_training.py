@@ -326,7 +326,7 @@ def test_qat_rounds_to_the_exports_grid_and_puts_the_weights_back():
     with t.on_export_grid(model, True):
         inside = weights_of(model)
     matrices = t.prepare_matrices(model, cfg, t.UNCALIBRATED, t.Run())
-    stored = {name: weight_of(q) for name, q in t.quantize(matrices, 9.0).items()}
+    stored = {name: weight_of(q) for name, q in t.quantize(matrices, 9.0 / 31).items()}
     assert_same_weights(inside, before | stored)
     assert_same_weights(weights_of(model), before)
 
