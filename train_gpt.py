@@ -2024,8 +2024,8 @@ class Optimizer:
 # --------------------------------------------------------------------------------------------------
 # The clock runs from the first step through calibration and stands still only in validations;
 # compiling and throw-away steps on synthetic tokens come before it and leave no trace in weights,
-# optimizer or data order.  A run can be stopped at any step and goes on from its last checkpoint:
-# step_N.npz while it trains, trained.npz after; what follows is a function of that and done again.
+# optimizer or data order.  A run can be stopped at any step and goes on from its checkpoint, one
+# file that is replaced whole; what follows training is a function of the last one and done again.
 
 def activation_bytes_per_token(cfg, ops=REFERENCE):
     """Memory that one token's forward keeps for the backward pass [bytes], from the layers."""
@@ -2124,23 +2124,20 @@ def check_fast_path(model, run, micro_rows):
     with torch.no_grad():  # a block whose last matrix is zero has no gradient to compare
         for p in model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=rng).to(p.device))
-    reference = LM(cfg, REFERENCE).to(run.device)
+    reference = LM(replace(cfg, compile="0"), REFERENCE).to(run.device)
     copy_all(list(reference.parameters()), list(model.parameters()))
     rows = torch.randint(cfg.vocab_size, (2 - micro_rows % 2, cfg.train_seq_len + 1),
                          generator=rng, dtype=torch.int32).to(run.device)
-
-    def loss_and_gradient(lm, batch):
+    found = []
+    for lm, batch in ((model, rows.repeat(micro_rows // len(rows), 1)), (reference, rows)):
+        optimizer = training_optimizer(lm, cfg, run)
         ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
-        loss = summed_nll(lm, ids, targets, torch.ones(1, 1, device=ids.device)) / ids.numel()
-        return [loss.detach(), *torch.autograd.grad(loss, list(lm.parameters()),
-                                                    allow_unused=True, materialize_grads=True)]
-
-    with compiling(compiles(model)):
-        fast = loss_and_gradient(model, rows.repeat(micro_rows // len(rows), 1))
-    plain_ones = loss_and_gradient(reference, rows)
-    errors = [(x - y).norm() / y.norm().clamp_min(1e-12) for x, y in zip(fast, plain_ones)]
+        wanted = torch.ones(1, 1, device=run.device)
+        optimizer.add_gradient(ids, targets, wanted, 1 / ids.numel())
+        found.append([optimizer.loss, *optimizer.grads])
+    errors = [(x - y).norm() / y.norm().clamp_min(1e-12) for x, y in zip(*found)]
     loss_error, *errors = torch.stack(errors).nan_to_num(nan=math.inf).tolist()
-    errors = {name: error for (name, _), error in zip(model.named_parameters(), errors)}
+    errors = dict(zip(optimizer.names, errors))
     worst = max(errors, key=errors.get)
     run.log("fast_path", loss_error=f"{loss_error:.6f}", worst_gradient=f"{errors[worst]:.4f}",
             parameter=worst)
@@ -2245,29 +2242,23 @@ class Training:
                     averaged=self.averaged, trained=self.trained, config=self.identity)
 
     def save(self, facts=None):
-        """Write step_N.npz, or once trained trained.npz, with `facts` of now or of an earlier time.
+        """Write the checkpoint with `facts` of now or of an earlier time.
 
         A fault is logged and the run goes on.   Returns how to go on from here, for a message.
         """
-        name = "trained" if self.trained else f"step_{self.step:08d}"
         if self.run.rank == 0:
-            path = checkpoint_folder(self.cfg) / f"{name}.npz"
             try:
                 tensors = self.tensors()
                 if not all(x.isfinite().all() for x in tensors.values()):
                     raise OSError("weights or moments are not finite")
-                save_tensors(path, tensors, facts or self.facts())
-                # By step: a run that went back to an earlier step must not delete what it writes.
-                older = [p for p in path.parent.glob("step_*.npz") if p.stem <= path.stem]
-                for old in sorted(older)[:-2]:
-                    old.unlink()
+                save_tensors(checkpoint_path(self.cfg), tensors, facts or self.facts())
             except OSError as error:
                 self.run.log("checkpoint_failed", reason=str(error))
                 return f"its checkpoint could not be written ({error})"
         return f"RUN_ID={self.cfg.run_id} RESUME=auto goes on"
 
-def checkpoint_folder(cfg):
-    """Where the run keeps its checkpoints."""
+def checkpoint_path(cfg):
+    """The file that holds the run's checkpoint."""
     return Path(cfg.out_dir) / f"{cfg.run_id}.ckpt"
 
 def identity(cfg, data):
@@ -2276,38 +2267,28 @@ def identity(cfg, data):
     shards = f"{len(data.train)} shards of {sum(map(len, data.train))} tokens"
     return fixed | dict(data_path=shards, tokenizer_path=Path(cfg.tokenizer_path).name)
 
-def find_checkpoint(cfg, run, data):
-    """The (tensors, facts) that RESUME names (of a folder: the furthest whole), None to begin."""
-    folder = checkpoint_folder(cfg)
-    path = folder if cfg.resume == "auto" else Path(cfg.resume)
-    files = [*path.glob("trained.npz"), *sorted(path.glob("step_*.npz"), reverse=True)]
-    files = [path] if path.is_file() else files
-    if not files and cfg.resume != "auto":
-        raise GolfError(f"RESUME={path}: no checkpoint there (step_N.npz or trained.npz)")
-    if folder.exists() and folder.resolve() not in (path.resolve(), path.resolve().parent):
-        raise GolfError(f"RESUME={path}: RUN_ID={cfg.run_id} has checkpoints of its own; "
-                        "RESUME=auto goes on with those, another RUN_ID begins from this one")
-    for file in files:
-        try:
-            tensors, facts = load_tensors(file)
-        except GolfError as error:
-            run.log("checkpoint_skipped", reason=str(error))
-            continue
-        now = identity(cfg, data)
-        then = dict.fromkeys(now, "none") | facts["config"]
-        differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
-                     for name in then if then[name] != now.get(name)]
-        if differing:
-            raise GolfError(f"RESUME: {file} is of another run: {ascii(differing)[1:-1][:999]}")
-        return tensors, facts
-    if files:
-        raise GolfError(f"RESUME={cfg.resume}: none of {len(files)} checkpoints is whole")
-    return None
+def find_checkpoint(cfg, data):
+    """The (tensors, facts) of the checkpoint that RESUME names, None to begin; GolfError."""
+    own = checkpoint_path(cfg)
+    path = own if cfg.resume == "auto" else Path(cfg.resume)
+    if path == own and not path.exists():
+        return None
+    if own.exists() and own.resolve() != path.resolve():
+        raise GolfError(f"RESUME={path}: RUN_ID={cfg.run_id} has a checkpoint of its own; "
+                        "RESUME=auto goes on with that, another RUN_ID begins from this one")
+    tensors, facts = load_tensors(path)
+    now = identity(cfg, data)
+    then = dict.fromkeys(now, "none") | facts["config"]
+    differing = [f"{name.upper()} was {then[name]}, is {now.get(name, 'none')}"
+                 for name in then if then[name] != now.get(name)]
+    if differing:
+        raise GolfError(f"RESUME: {path} is of another run: {ascii(differing)[1:-1][:999]}")
+    return tensors, facts
 
 def train(model, data, cfg, run, saved):
     """Train from `saved` on until ITERATIONS or the clock ends it; (seconds, Calibration).
 
-    Leaves the averaged weights in the model and in trained.npz.
+    Leaves the averaged weights in the model and in the checkpoint.
     """
     micro_rows = micro_batch_rows(cfg, run, model.ops)
     if not (saved and saved[1]["trained"]):
@@ -2700,10 +2681,6 @@ def prepare_matrices(model, cfg, calibration, run):
 
 # ---- lossless coding
 
-def side_codec(cfg):
-    """The codec of bytes: COMPRESSOR, for rans brotli."""
-    return "brotli" if cfg.compressor == "rans" else cfg.compressor
-
 def compress(data, codec):
     """bytes -> bytes by brotli (quality 11, window 24), lzma, zstd (22) or none."""
     if codec == "brotli":
@@ -2844,7 +2821,7 @@ def pack_artifact(model, cfg, quantized):
         raw["integers"] = b"".join(Q.tobytes() for Q in integers)
     pieces = []
     for name, data in raw.items():
-        codec = "none" if name == "words" else side_codec(cfg)
+        codec = "none" if name == "words" else cfg.compressor.replace("rans", "brotli")
         data = byte_planes(data, ITEMS[name].itemsize) if name in ITEMS else data
         pieces += [(name, data[i:i + PIECE], codec) for i in range(0, len(data), PIECE)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -3640,7 +3617,7 @@ def start_log(cfg, run):
                 raise GolfError(f"{', '.join(differing)}: must stay as they were, because "
                                 f"{path} holds a score by them")
             return
-        others = () if cfg.resume == "auto" else (checkpoint_folder(cfg),)
+        others = () if cfg.resume == "auto" else (checkpoint_path(cfg),)
         for file in (path, path.with_suffix(".artifact"), *others):
             if file.exists() and not (cfg.artifact and file != path):
                 raise GolfError(f"RUN_ID={cfg.run_id}: {file} exists; set another RUN_ID, move "
@@ -3662,11 +3639,11 @@ def start_log(cfg, run):
 def make_artifact(data, cfg, run):
     """Train, calibrate and export, or what a resumed run still lacks: (train_s, artifact)."""
     cfg = settle_batch(cfg, run)
-    saved = run.from_rank_0(lambda: find_checkpoint(cfg, run, data)) if cfg.resume else None
+    saved = run.from_rank_0(lambda: find_checkpoint(cfg, data)) if cfg.resume else None
     ops = fast_ops(cfg, run)
     micro_batch_rows(cfg, run, ops)  # raises before anything is written
     try:  # would fail after training only
-        codec = side_codec(cfg)
+        codec = cfg.compressor.replace("rans", "brotli")
         decompress(compress(b"works", codec), codec, 5)
     except Exception as error:  # a package is missing, damaged or too old
         raise GolfError(f"COMPRESSOR={cfg.compressor}: {error}; see requirements.txt") from None

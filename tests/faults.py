@@ -39,7 +39,7 @@ def killed_run(folder, seconds, iterations, final):
         out, _ = process.communicate()
     lines = parse(out)
     steps = [int(pairs["step"].split("/")[0]) for event, pairs in lines if not event]
-    for path in folder.rglob("*.npz"):
+    for path in folder.rglob("*.ckpt"):
         t.load_tensors(path)  # GolfError if it is not whole
     for path in folder.rglob("*.artifact"):
         t.load_artifact(path)

@@ -165,7 +165,7 @@ def checkpoint_parts():
         job = t.Training(tiny_model(cfg), data, cfg, QUIET, None)
         t.train_step(job.model, job.optimizer, next(job.loader), 8, 1.0, 0)
         job.save()
-        [path] = Path(folder).rglob("*.npz")
+        [path] = Path(folder).rglob("*.ckpt")
         return t.load_tensors(path), path.read_bytes(), data
 
 
@@ -178,7 +178,7 @@ def checkpoint(rng, folder):
         lambda: path.write_bytes(mutated(rng, blob)),
         lambda: t.save_tensors(path, tensors | {rng.choice(list(tensors)): odd}, facts)])()
     cfg = tiny_config(resume=str(path), run_id="x")
-    saved = t.find_checkpoint(cfg, QUIET, data)
+    saved = t.find_checkpoint(cfg, data)
     t.Training(t.LM(cfg), data, cfg, QUIET, saved)
 
 

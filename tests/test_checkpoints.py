@@ -47,7 +47,7 @@ def before_step(number, act):
 
 def find(cfg):
     """What a run of cfg goes on from."""
-    return t.find_checkpoint(cfg, t.Run(), fixed_data(cfg))
+    return t.find_checkpoint(cfg, fixed_data(cfg))
 
 
 def train(cfg, halt_at=0, run=None):
@@ -77,9 +77,9 @@ def died_at_2(tmp_path_factory):
 
 @pytest.fixture
 def dead(died_at_2, tmp_path):
-    """The Config of a copy of that run, and the path of its only checkpoint."""
+    """The Config of a copy of that run, and the path of its checkpoint."""
     shutil.copytree(died_at_2, tmp_path, dirs_exist_ok=True)
-    return job_config(tmp_path), tmp_path / "job.ckpt" / "step_00000001.npz"
+    return job_config(tmp_path), tmp_path / "job.ckpt"
 
 
 def change_facts(path, **changes):
@@ -106,22 +106,10 @@ def test_resumed_training_is_bit_equal_to_an_undisturbed_one(tmp_path, overrides
     assert_same_weights(first.H, again.H)
 
 
-def test_checkpoints_are_kept_by_step_whatever_their_dates(tmp_path):
-    """Files of later dates or steps, of before a run that went back, do not end the new ones."""
-    job = SimpleNamespace(cfg=job_config(tmp_path), run=t.Run(), trained=False, tensors=dict,
-                          facts=dict)
-    for job.step in (90, 91, 5, 6, 7):
-        t.Training.save(job)
-        if job.step > 9:
-            os.utime(tmp_path / "job.ckpt" / f"step_{job.step:08d}.npz", (2**32, 2**32))
-    assert files_in(tmp_path / "job.ckpt") == [f"step_{n:08d}.npz" for n in (6, 7, 90, 91)]
-
-
 def test_trained_run_calibrates_again_on_a_clock_that_goes_on(tmp_path):
     whole, (_, first) = train(job_config(tmp_path))
-    folder = tmp_path / "job.ckpt"
-    assert files_in(folder) == ["step_00000007.npz", "step_00000008.npz", "trained.npz"]  # no .part
-    change_facts(folder / "trained.npz", elapsed_s=1000.0)
+    assert files_in(tmp_path) == ["job.ckpt"]  # no .part
+    change_facts(tmp_path / "job.ckpt", elapsed_s=1000.0)
     resumed, (train_s, again) = train(job_config(tmp_path), halt_at=1)
     assert_same_weights(whole, resumed)
     assert_same_weights(first.H, again.H)
@@ -176,7 +164,7 @@ def test_run_stopped_at_a_step_goes_on_bit_equal(run, whole, number):
         stopped = run(**whole.env)
     assert (stopped.code, stopped.err) == (130, f"error: stopped by {number.name} at step 5; "
                                                 "RUN_ID=x RESUME=auto goes on\n")
-    assert files_in(stopped.folder) == ["x.ckpt/step_00000005.npz", "x.txt"]
+    assert files_in(stopped.folder) == ["x.ckpt", "x.txt"]
     assert assert_goes_on(run, whole)["step"] == "5"
 
 
@@ -224,8 +212,7 @@ def test_signal_to_two_ranks_leaves_a_checkpoint_and_no_traceback(run, whole, tm
     os.killpg(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert "error: stopped by SIGINT at step" in err and f'{SCRIPT}", line' not in err
-    saved, log = files_in(tmp_path)
-    assert re.fullmatch(r"x.ckpt/step_\d{8}.npz", saved) and log == "x.txt"
+    assert files_in(tmp_path) == ["x.ckpt", "x.txt"]
 
 
 def test_deterministic_runs_have_equal_losses_and_artifacts(run):
@@ -274,10 +261,9 @@ def test_ended_run_is_left_alone(run, ended):
     assert before == {name: (ended / name).read_bytes() for name in files_in(ended)}
 
 
-@pytest.mark.parametrize("path", ["a.ckpt", "a.ckpt/trained.npz"])
-def test_resume_by_a_path_begins_a_run_of_its_own(run, ended, path):
+def test_resume_by_a_path_begins_a_run_of_its_own(run, ended):
     before = (ended / "night" / "a.txt").read_text()
-    again = run(RESUME=f"{ended}/night/{path}", PRESET="sample, sample", **SHORT)
+    again = run(RESUME=f"{ended}/night/a.ckpt", PRESET="sample, sample", **SHORT)
     assert re.fullmatch(r"\d{8}-\d{6}_sample-sample_seed1337",
                         values(again.out, "settings")["run_id"])
     assert values(again.out, "final") == values(before, "final")
@@ -307,7 +293,7 @@ def test_checkpoint_of_another_run_is_not_taken_for_ones_own(run, ended):
     whole = cut_log(ended / "b.txt")
     path = str(ended / "night" / "a.ckpt")
     mixed = run(RUN_ID="b", RESUME=path, **SHORT)
-    assert mixed.code == 2 and "RUN_ID=b has checkpoints of its own" in mixed.err
+    assert mixed.code == 2 and "RUN_ID=b has a checkpoint of its own" in mixed.err
     third = run(RUN_ID="c", RESUME=path, **SHORT)
     assert values(third.out, "final") == values(whole, "final")
 
@@ -331,7 +317,7 @@ def test_other_configuration_is_refused_with_what_differs(dead, changes, parts):
 def test_other_data_is_refused_but_not_settings_that_change_no_weight(dead):
     data = fixed_data(dead[0])
     with pytest.raises(t.GolfError, match="DATA_PATH was 2 shards of 4200 tokens, is 1 shards"):
-        t.find_checkpoint(dead[0], t.Run(), data._replace(train=data.train[:1]))
+        t.find_checkpoint(dead[0], data._replace(train=data.train[:1]))
     assert find(t.replace(dead[0], eval_spans=7, train_log_every=3, matrix_bits=5))
 
 
@@ -342,15 +328,10 @@ def test_other_data_is_refused_but_not_settings_that_change_no_weight(dead):
     lambda blob: blob[:len(blob) // 2], lambda blob: b"", lambda blob: b"PK\x03\x04" + 500 * b"x",
     lambda blob: blob[:5000] + bytes([blob[5000] ^ 1]) + blob[5001:],
 ], ids=["cut", "empty", "foreign", "flipped"])
-def test_damaged_checkpoint_is_skipped_for_the_one_before(tmp_path, damage, capsys):
-    cfg = job_config(tmp_path)
-    halted(cfg, 4)
-    one, two = sorted((tmp_path / "job.ckpt").iterdir())
-    two.write_bytes(damage(two.read_bytes()))
-    assert find(cfg)[1]["step"] == 2
-    assert "checkpoint_skipped reason:" in capsys.readouterr().out
-    one.write_bytes(damage(one.read_bytes()))
-    with pytest.raises(t.GolfError, match="whole"):
+def test_damaged_checkpoint_is_named(dead, damage):
+    cfg, path = dead
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(t.GolfError, match="job.ckpt: not a whole checkpoint"):
         find(cfg)
 
 
@@ -388,10 +369,12 @@ def test_tensor_file_executes_nothing_and_claims_no_more_than_it_has(tmp_path, h
 # ---- disks that are full or cannot be written ----------------------------------------------------
 
 
-def full_disk(monkeypatch, pattern):
-    """Files whose name matches cannot be written."""
+def full_disk(monkeypatch, pattern, after=0):
+    """Files whose name matches cannot be written, but for the first `after` of them."""
+    count = itertools.count()
+
     def full(path, write_to, write=t.write_whole):
-        if re.search(pattern, str(path)):
+        if re.search(pattern, str(path)) and next(count) >= after:
             raise OSError(28, "No space left on device", str(path))
         write(path, write_to)
     monkeypatch.setattr(t, "write_whole", full)
@@ -406,7 +389,7 @@ def test_file_on_a_full_disk_keeps_what_it_held(tmp_path, monkeypatch):
 
 
 def test_full_disk_keeps_the_last_checkpoint_and_the_run(tmp_path, monkeypatch, capsys):
-    full_disk(monkeypatch, "step_0000000[3-8]|trained")
+    full_disk(monkeypatch, "ckpt", after=2)
     train(job_config(tmp_path))
     failed = [pairs for event, pairs in parse(capsys.readouterr().out)
               if event == "checkpoint_failed"]
@@ -415,7 +398,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run(tmp_path, monkeypatch, 
 
 
 def test_stop_on_a_full_disk_promises_no_checkpoint(run, whole, monkeypatch):
-    full_disk(monkeypatch, "step")
+    full_disk(monkeypatch, "ckpt")
     with before_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM)):
         stopped = run(**whole.env)
     assert "at step 5; its checkpoint could not be written" in stopped.err
@@ -445,7 +428,7 @@ def test_log_whose_disk_or_console_is_full(tmp_path, capsys):
 
 @pytest.mark.parametrize("resume, goes_on", [("auto", True), ("other.ckpt", False)])
 def test_run_whose_log_is_gone_goes_on_from_its_own_checkpoints(tmp_path, resume, goes_on):
-    (tmp_path / "job.ckpt").mkdir()
+    (tmp_path / "job.ckpt").touch()
     with nullcontext() if goes_on else pytest.raises(t.GolfError, match="job.ckpt exists"):
         t.start_log(job_config(tmp_path, resume=resume), t.Run())
 

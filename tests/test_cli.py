@@ -46,7 +46,7 @@ def whole(tiny, tmp_path_factory):
 def test_whole_run_ends_well_in_silence_and_its_log_is_what_it_printed(whole):
     """A RUN_ID with a slash is a folder of the run's files."""
     assert (whole.code, whole.err) == (0, "")
-    assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt/trained.npz",
+    assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt",
                                       "night/run.txt"]
     assert whole.out.split("\n\n")[0] + "\n" == (whole.folder / "night" / "run.txt").read_text()
 
@@ -163,7 +163,7 @@ def test_run_over_the_cap_fails_the_verdict_but_keeps_its_files(run):
     assert result.code == 1
     found = values(result.out, "compliance")
     assert (found["size"], found["verdict"]) == ("fail", "fail")
-    assert files_in(result.folder) == ["big.artifact", "big.ckpt/trained.npz", "big.txt"]
+    assert files_in(result.folder) == ["big.artifact", "big.ckpt", "big.txt"]
 
 
 def test_clock_stops_training(run):
@@ -264,7 +264,7 @@ def assert_one_line(result, *parts):
     ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/nowhere", ["/nowhere", "o such file"]),
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),
     ("HOLDOUT_TOKENS=1000000", ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
-    ("RESUME=/nowhere", ["RESUME=/nowhere", "no checkpoint there"]),
+    ("RESUME=/nowhere/a", ["/nowhere/a", "not a whole checkpoint", "No such file"]),
     (f"OUT_DIR={SCRIPT}", [str(SCRIPT), "File exists"]),
     (f"OUT_DIR={SCRIPT}/logs", [f"{SCRIPT}/logs", "Not a directory"]),
     ("CAP_BYTES=1000", ["CAP_BYTES=1000", "script's", "too few for"]),

@@ -422,7 +422,7 @@ def test_ranks_whose_clocks_differ_stop_at_one_step(loop, monkeypatch):
     assert_same_weights(weights_of(one), weights_of(other))
 
 
-def test_the_wait_of_log_lines_counts_as_time_of_steps(monkeypatch):
+def test_the_wait_of_log_lines_counts_as_time_of_steps(tmp_path, monkeypatch):
     """On a GPU a step is launched in milliseconds; a log line waits until it is done."""
     now = [0.0]
 
@@ -435,7 +435,7 @@ def test_the_wait_of_log_lines_counts_as_time_of_steps(monkeypatch):
     monkeypatch.setattr(t, "train_step", taking(0.01))
     monkeypatch.setattr(t, "log_step", taking(0.3))
     cfg = tiny_config(iterations=100, max_wallclock_seconds=1.0, train_log_every=1,
-                      gptq_enabled=False, out_dir="/nowhere")
+                      gptq_enabled=False, out_dir=str(tmp_path))
     train_s, _ = t.train(tiny_model(cfg), fixed_data(cfg), cfg, t.Run(), None)
     assert 0.7 < train_s < 1.0
 
