@@ -1888,13 +1888,13 @@ def replayed(graphs, function, *args):
 class Group(NamedTuple):
     """Parameters under one rule; `part` of the flat vectors is theirs.
 
-    runs: for muon [(shape, part)] of its matrices of equal shape, which follow each other.
+    shapes: [(n, *shape)] of n parameters of equal shape, which follow each other.
     """
     rule: str
     lr: float
     decay: float
     part: slice
-    runs: list
+    shapes: list
 
 class Optimizer:
     """Muon, AdamW and SGD with momentum over flat vectors, for one rank or many.
@@ -1912,13 +1912,16 @@ class Optimizer:
         self.graphs = {} if compiled and run.on_cuda else None
         self.number = partial(torch.full, (), dtype=torch.float32, device=run.device)
         named = dict(model.named_parameters())
-        # Groups, and in them runs of equal shapes, follow each other.
+        # Groups, and in them equal shapes, follow each other.
         self.names = sorted(treatment, key=lambda n: (treatment[n], tuple(named[n].shape)))
         self.params = [named[name] for name in self.names]
-        # Each begins at a multiple of 16 bytes, as compiled code takes for granted.
-        self.padded = [-(-p.numel() // 4) * 4 for p in self.params]
+
+        def padded(shape):  # to 16 bytes: compiled code takes aligned parameters for granted
+            return -(-math.prod(shape) // 4) * 4
+
+        self.sizes = [padded(p.shape) for p in self.params]
         self.weights = torch.cat([F.pad(p.detach().flatten(), (0, size - p.numel()))
-                                  for p, size in zip(self.params, self.padded)])
+                                  for p, size in zip(self.params, self.sizes)])
         self.grad, self.m = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.v = torch.zeros_like(self.weights)
         self.grads = self.views(self.grad)
@@ -1927,20 +1930,18 @@ class Optimizer:
         self.groups = []
         start = 0
         for how, members in groupby(self.names, treatment.get):
-            runs = []
-            for shape, equal in groupby(members, lambda name: named[name].shape):
-                count = len(list(equal))
-                stop = start + count * -(-shape.numel() // 4) * 4
-                runs.append(((count, *shape), slice(start, stop)))
-                start = stop
-            self.groups.append(Group(*how, slice(runs[0][1].start, start), runs))
+            shapes = [(len(list(equal)), *shape)
+                      for shape, equal in groupby(members, lambda name: named[name].shape)]
+            stop = start + sum(n * padded(shape) for n, *shape in shapes)
+            self.groups.append(Group(*how, slice(start, stop), shapes))
+            start = stop
         self.count = torch.zeros((), device=run.device)  # steps taken
         self.bad_steps = torch.zeros((), device=run.device)
         self.loss = torch.zeros((), device=run.device)
 
     def views(self, flat):
         """flat (numel,) cut into tensors of the parameters' shapes."""
-        parts = zip(flat.split(self.padded), self.params)
+        parts = zip(flat.split(self.sizes), self.params)
         return [part[:p.numel()].view(p.shape) for part, p in parts]
 
     def add_gradient(self, ids, targets, wanted, share):
@@ -1992,9 +1993,9 @@ class Optimizer:
         grad, m = self.grad[group.part], self.m[group.part]
         direction = nesterov(grad, m, scale, momentum, taken)
         updates = []
-        for (n, R, C), part in group.runs:
-            start = part.start - group.part.start
-            X = direction[start:start + n * R * C].view(n, R, C)
+        parts = direction.split([math.prod(shape) for shape in group.shapes])
+        for X, (n, R, C) in zip(parts, group.shapes):
+            X = X.view(n, R, C)
             share = -(-n // self.run.world_size)
             X = X[self.run.rank * share:(self.run.rank + 1) * share]
             X = F.normalize(X, dim=-1, eps=1e-7) if self.cfg.muon_row_norm else X
@@ -2872,9 +2873,7 @@ def read_artifact(source, cfg=None):
                             f"{cfg.tokenizer_path}: set it to the artifact's own")
     except (OSError, ValueError, TypeError, RecursionError, zlib.error) as error:
         name = "its bytes" if isinstance(source, bytes) else source
-        told = isinstance(error, (GolfError, OSError))
-        raise GolfError(f"ARTIFACT={name}: {'' if told else 'its header cannot be read: '}{error}"
-                        ) from None
+        raise GolfError(f"ARTIFACT={name}: {error}") from None
     return blob, header, body[packed:]
 
 def unpack_weights(header, payload, most):
