@@ -2311,6 +2311,9 @@ def train(model, data, cfg, run, saved):
         if job.trained:
             calibration = calibrate(model, job.loader, cfg, run, job.clock)
             train_s = run.broadcast(job.clock.pause())
+    except (GolfError, OSError):  # as of a shard that became unreadable: between two steps
+        facts = facts or job.facts()
+        raise
     finally:
         how_to_go_on = job.save(facts) if facts else ""  # also if the calibration failed
         STOP.deferred = False

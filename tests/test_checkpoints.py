@@ -441,3 +441,12 @@ def test_weights_that_are_not_finite_are_never_written(tmp_path):
         model.embed.weight[3, 3] = float("nan")
     assert "could not be written" in job.save()
     assert files_in(tmp_path) == []
+
+
+def test_shard_that_vanishes_under_way_leaves_a_checkpoint(tmp_path, monkeypatch):
+    cfg = job_config(tmp_path, checkpoint_every_seconds=0.0)
+    gone = mock.Mock(side_effect=t.GolfError("gone"))
+    with before_step(4, lambda: monkeypatch.setattr(t.Loader, "__next__", gone)):
+        with pytest.raises(t.GolfError, match="gone"):
+            train(cfg)
+    assert find(cfg)[1]["step"] == 4
