@@ -1530,12 +1530,13 @@ class Scorer:
                 self.scores[score_from:end, 0] += row[score_from - start:end - start]
                 self.scores[score_from:end, 1] += 1
 
-def compiles_evaluation(model, method, num_targets, adapting):
-    """Whether an evaluation runs compiled: with COMPILE=auto if there is enough to run."""
+def compiles_evaluation(model, run, method, num_targets, adapting):
+    """Whether an evaluation runs compiled: with COMPILE=auto if a rank has enough to run."""
     cfg = model.cfg
     passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
-    training = 3 * cfg.ttt_epochs if adapting else 0
-    return compiles(model, num_targets * (passes + training))
+    ranks = 1 if adapting and method == "exact" else run.world_size
+    training = 3 * cfg.ttt_epochs if adapting else 0  # small batches: not faster on many ranks
+    return compiles(model, num_targets * (passes / ranks + training))
 
 TTT_LINES = 64  # most `ttt` lines of an evaluation
 
@@ -1570,7 +1571,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     size = cfg.ttt_chunk_tokens if adapter else total
     chunks = -(-total // size)
     if compiled is None:
-        compiled = compiles_evaluation(model, method, total, adapter is not None)
+        compiled = compiles_evaluation(model, run, method, total, adapter is not None)
     with compiling(compiled):
         for number, chunk in groupby(parts, lambda part: part[2] // size):
             chunk = list(chunk)
@@ -1688,7 +1689,7 @@ class Adapter:
         # A chunk's gradient is already summed over ranks when it steps: one rank is enough.
         self.optimizer = Optimizer(
             model, treatment, Run(device=run.device), cfg.ttt_grad_clip, cfg.ttt_momentum,
-            compiles_evaluation(model, cfg.ttt_scoring, num_targets, True))
+            compiles_evaluation(model, run, cfg.ttt_scoring, num_targets, True))
         self.weights = self.optimizer.weights  # flat, what scores
         self.base = self.weights.clone()
         self.raw = self.weights.clone() if cfg.ttt_ema else None  # newest, while the average scores
@@ -3695,7 +3696,7 @@ def warm_up_evaluation(model, method, num_targets, table, run):
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
     table = table._replace(sidecar=None)  # which belongs to the real text
     adapter = Adapter(model, num_targets, run) if adapting else None
-    compiled = compiles_evaluation(model, scoring, num_targets, adapting)
+    compiled = compiles_evaluation(model, run, scoring, num_targets, adapting)
     run.log("warm_up", compile=int(compiled), evaluation=method)
     run.quiet = True
     evaluate(model, tokens, table, scoring, adapter, run, probing=True, compiled=compiled)
