@@ -48,17 +48,12 @@ def test_update_costs_newton_schulz_of_every_matrix():
 
 
 @pytest.mark.parametrize("name, group", [
-    ("tilelang_fused_chunk_gdr_bwd_kernel_kernel", bench.DELTA), ("kernel_kernel", bench.DELTA),
-    ("chunk_gated_delta_rule_fwd_kernel_h_blockdim64", bench.DELTA),
-    ("nvjet_tst_128x256_64x4_1x2_h_bz_coopA_NTN", bench.GEMM), ("mlp_product", bench.GEMM),
+    ("tilelang_fused_chunk_gdr_bwd_kernel_kernel", bench.DELTA),
     ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_gemm>", bench.GEMM),
     ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<64, "
      "cutlass::bfloat16_t>>", bench.ATTENTION),
     ("triton_red_fused__log_softmax__to_copy_div_mul_tanh_41", bench.LOSS),
-    ("triton_poi_fused_add_mul_silu_3", bench.ELEMENTWISE),
-    ("conv_heads_kernel", bench.ELEMENTWISE),
-    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>",
-     bench.ELEMENTWISE), ("never_seen_kernel", bench.OTHER)])
+    ("triton_poi_fused_add_mul_silu_3", bench.ELEMENTWISE), ("never_seen_kernel", bench.OTHER)])
 def test_kernels_are_grouped_by_name(name, group):
     assert bench.kernel_group(name) == group
 
@@ -76,19 +71,14 @@ def test_gradients_and_update_are_a_training_step():
     assert all(torch.equal(got[name], p) for name, p in weights_of(want).items())
 
 
-def test_components_add_up_to_the_step():
-    cfg = tiny_config()
-    table = bench.components(cfg, bench.measure(cfg, t.Run(), 2), 790e12, 3e12)
-    step = table.pop("step")
-    assert [sum(column) for column in zip(*table.values())] == pytest.approx(step)
-    assert all(table[group][0] > 0 for group in (bench.GEMM, bench.LOSS, bench.OPTIMIZER))
-
-
-def test_a_run_prints_the_table(capsys):
+def test_a_run_prints_components_that_add_up_to_the_step(capsys):
     bench.main(["--steps", "2"], TINY)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-10].split()[3:] == ["measured", "FLOPs", "ideal", "today", "x", "today"]
-    assert lines[-1].startswith("step ") and " tokens/s, step " in lines[-11]
+    assert " tokens/s, step " in lines[-11]
+    table = {line[:14].strip(): list(map(float, line[14:].split()[:4])) for line in lines[-9:]}
+    step = table.pop("step")
+    assert [sum(column) for column in zip(*table.values())] == pytest.approx(step, abs=0.5)
+    assert all(table[group][0] > 0 for group in (bench.GEMM, bench.LOSS, bench.OPTIMIZER))
 
 
 @pytest.mark.slow

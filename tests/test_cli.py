@@ -201,12 +201,16 @@ class Simulated(t.Run):
         self.now += 2.0
 
 
-@pytest.mark.parametrize("on_cuda, saving", [(False, False), (False, True), (True, False)])
-def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving):
-    """A step that would end after 100 s is not begun, also behind a checkpoint that took 2 s."""
+@pytest.mark.parametrize("on_cuda, saving, logging", [
+    (False, False, False), (False, True, False), (True, False, False), (True, False, True)])
+def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving, logging):
+    """A step that would end after 100 s is not begun, also behind a checkpoint that took 2 s.
+
+    On a GPU a step is launched in milliseconds; a log line waits until it is done.
+    """
     cfg = tiny_config(max_wallclock_seconds=100.0, iterations=10**6, gptq_enabled=False,
-                      checkpoint_every_seconds=96.5 * saving)
-    monkeypatch.setattr(t, "log_step", lambda *arguments: None)
+                      checkpoint_every_seconds=96.5 * saving, train_log_every=1)
+    monkeypatch.setattr(t, "log_step", lambda job, *_: logging and job.run.synchronize())
     for seed in range(40):
         run = Simulated(seed, on_cuda)
         monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda run=run: run.now))

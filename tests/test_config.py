@@ -51,14 +51,6 @@ def test_message_of_a_bad_value_has_name_value_and_rule(name, value):
     assert re.match(rf"{name}={shown}: must be .*\w", fault(**{name: value}))
 
 
-@pytest.mark.parametrize("name", ["COMPRESSOR", "FINAL_SCORE", "TTT_OPTIMIZER", "DEVICE"])
-def test_message_of_a_bad_word_lists_the_allowed_ones(name):
-    message = fault(**{name: "best"})
-    allowed = message.partition("one of ")[2].split(", ")
-    assert len(allowed) > 2 and str(FIELDS[name].default) in allowed
-    assert all(t.Config.from_env({name: word}) for word in allowed)
-
-
 def test_every_number_has_a_value_that_is_refused_above():
     assert {*names_of(int), *names_of(float)} - {name for name, _ in BAD_VALUES} == {"QK_GAIN_INIT"}
 
@@ -76,8 +68,8 @@ def names_of(kind):
 
 
 @pytest.mark.parametrize("kind, expected, other, too_large", [
-    (int, "a whole number", ["abc", "", "1,5", "1.5", "1e3", "0x10"], [str(2**31)]),
-    (float, "a number", ["abc", "", "1,5"], ["nan", "-inf", "1e+300"])])
+    (int, "a whole number", ["", "1.5", "0x10"], [str(2**31)]),
+    (float, "a number", ["", "1,5"], ["nan", "-inf", "1e+300"])])
 def test_number_setting_refuses_other_text_and_what_is_not_finite(kind, expected, other, too_large):
     for name in names_of(kind):
         for text in other:
@@ -109,10 +101,7 @@ def test_boolean_setting_is_0_or_1_alone():
 def test_contradicting_settings_are_refused(text, other):
     message = fault(**dict(pair.split("=") for pair in text.split()))
     assert message.startswith(text.split()[0] + ": ") and other in message
-
-
-def test_what_is_not_used_contradicts_nothing():
-    t.Config.from_env(dict(STACK="gdn*2", NUM_HEADS="7", NUM_KV_HEADS="3"))
+    t.Config.from_env(dict(STACK="gdn*2", NUM_HEADS="7", NUM_KV_HEADS="3"))  # no heads are used
     assert t.Config.from_env(dict(EVAL_ONLY="1", ARTIFACT="a")) == t.Config(artifact="a")
 
 
@@ -148,27 +137,17 @@ def test_stack_lists_layers_in_order_with_what_they_share(stack, layers):
 
 
 @pytest.mark.parametrize("name, meant", [
-    ("MODEL_DIMM", "MODEL_DIM"), ("MODELDIM", "MODEL_DIM"), ("TRAIN_SEQLEN", "TRAIN_SEQ_LEN"),
-    ("ITERATION", "ITERATIONS"), ("EVAL_SPAN", "EVAL_SPANS"), ("COMPRESSSOR", "COMPRESSOR"),
-    ("MAX_WALLCLOCK_SECS", "MAX_WALLCLOCK_SECONDS"), ("TOKENISER_PATH", "TOKENIZER_PATH"),
-    ("MUON_MOMENTUN", "MUON_MOMENTUM"), ("FINAL_SCORES", "FINAL_SCORE"), ("SEEDS", "SEED"),
-    ("PRESETS", "PRESET"), ("RUNID", "RUN_ID"), ("OUTDIR", "OUT_DIR"), ("SEQ_LEN", "TRAIN_SEQ_LEN"),
-    ("MAX_WALLCLOCK", "MAX_WALLCLOCK_SECONDS"), ("CHECKPOINT_EVERY", "CHECKPOINT_EVERY_SECONDS"),
-    ("WEIGHT_DECAY", "MUON_WEIGHT_DECAY"),
-])
-def test_misspelt_name_is_refused_with_a_suggestion(name, meant):
-    assert fault(**{name: "1"}) == (f"{name}: unknown setting; did you mean {meant}? (--help lists "
-                                    "them all)")
-
-
-STRAY = """PHASED_TTT_ENABLED TTT_LORA GDN_CONV MY_SWA MUON_NESTEROV NGRAM_TILT GPTQ NUM_LAYERS
-UNIQUE_LAYERS SHARE_MLP WARMDOWN_ITERS EMBED_LR HEAD_LR LR LEARNING_RATE BATCH_SIZE VAL_BATCH_SIZE
-MAX_STEPS NUM_STEPS MAX_ITERS BIGRAM_VOCAB_SIZE BIGRAM_DIM ROPE_THETA ATTN_KERNEL"""
-
-
-def test_setting_of_another_script_is_refused():
-    for name in STRAY.split():
-        assert fault(**{name: "1"}).startswith(f"{name}: unknown setting")
+    ("MODEL_DIMM", "did you mean MODEL_DIM?"), ("MODELDIM", "did you mean MODEL_DIM?"),
+    ("MAX_WALLCLOCK_SECS", "did you mean MAX_WALLCLOCK_SECONDS?"), ("SEEDS", "mean SEED?"),
+    ("TOKENISER_PATH", "did you mean TOKENIZER_PATH?"), ("RUNID", "did you mean RUN_ID?"),
+    ("SEQ_LEN", "did you mean TRAIN_SEQ_LEN?"), ("WEIGHT_DECAY", "mean MUON_WEIGHT_DECAY?"),
+    *((name, "") for name in """PHASED_TTT_ENABLED TTT_LORA MY_SWA GPTQ NUM_LAYERS UNIQUE_LAYERS
+      SHARE_MLP WARMDOWN_ITERS HEAD_LR LR LEARNING_RATE BATCH_SIZE MAX_STEPS NUM_STEPS MAX_ITERS
+      BIGRAM_DIM ROPE_THETA ATTN_KERNEL""".split())])
+def test_unknown_name_is_refused_with_the_right_one_if_there_is_one(name, meant):
+    """Misspelt, or with a word in it of ours or of another script."""
+    message = fault(**{name: "1"})
+    assert message.startswith(f"{name}: ") and meant in message
 
 
 FOREIGN = """PATH HOME SHELL USER LANG TERM _ HOSTNAME EDITOR TMPDIR TZ PS1 DISPLAY LIBRARY_PATH
@@ -197,9 +176,7 @@ def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
 
 
 def test_unknown_preset_is_refused_with_the_list():
-    for preset, wrong in (("recrod", "recrod"), ("sample,nothing", "nothing")):
-        assert fault(PRESET=preset) == (f"PRESET={wrong}: must be a comma list of record, pr1749, "
-                                        "pr1698, pr456, sample")
+    assert re.match("PRESET=nothing: .*" + ", ".join(t.PRESETS), fault(PRESET="sample,nothing"))
 
 
 @pytest.mark.parametrize("preset, stack, kept", [
@@ -213,12 +190,6 @@ def test_sample_shrinks_an_architecture_and_keeps_its_features(preset, stack, ke
         assert len(t.LM(cfg).blocks) == len(t.parse_stack(cfg.stack))
     assert (cfg.stack, cfg.vocab_size) == (stack, 1024)
     assert {name: getattr(cfg, name) for name in kept} == kept
-
-
-def test_preset_values_have_their_fields_types():
-    for values in (*t.PRESETS.values(), *t.WITH_SAMPLE.values()):
-        assert {n: type(v) for n, v in values.items()} == {
-            n: type(FIELDS[n.upper()].default) for n in values}
 
 
 def test_help_lists_every_setting_with_default_and_meaning():

@@ -5,7 +5,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-from test_report import BASELINE, BPBS, TOKENS, log_text, ttt_lines, with_lines
+from test_report import BPBS, TOKENS, log_text, ttt_lines, with_lines
 
 import convert  # isort: skip
 
@@ -44,15 +44,6 @@ def test_json_lines(path, capsys):
     ("lr", "2e-05", ("lr", 2e-05)), ("chunk", "1/9", ("chunk", "1/9")), ("x", "", ("x", ""))])
 def test_value(key, text, found):
     assert convert.value_of(key, text) == found
-
-
-def test_log_of_another_script(tmp_path, capsys):
-    (tmp_path / "train.log").write_text(BASELINE)
-    assert convert.main([str(tmp_path / "train.log")]) == 0
-    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert found[-1] == dict(run=found[0]["run"], event="final_int8_zlib_roundtrip_exact",
-                                  val_loss=2.07269931, val_bpb=1.2243657)
-    assert [r["train_loss"] for r in found if r["event"] == "step"] == [1.991]
 
 
 def test_weights_and_biases_get_every_point_once(path, monkeypatch):

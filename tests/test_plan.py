@@ -64,16 +64,6 @@ def test_plan_refuses_in_one_line(env, message, capsys):
     assert err.startswith(f"error: {message}") and err.count("\n") == 1 and not out
 
 
-def test_the_measured_table_is_printed(capsys):
-    assert plan.main({}) == 0
-    table = capsys.readouterr().out.split("\nMeasured")[1]
-    for name, machine in plan.MEASURED.items():
-        [row] = [line for line in table.splitlines() if line.startswith(name)]
-        found = [float(n.replace(",", "")) for n in re.findall(r"(?<=\s)[\d,.]+", row)]
-        assert found == [machine.train_tok_s, machine.score_tok_s, machine.ttt_tok_s,
-                         machine.ttt_step_s, machine.start_s, machine.export_s, machine.params]
-
-
 def test_generate(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PRESET", "sample")
     cfg = t.Config.from_env(dict(PRESET="sample", STACK="gdn swa:a", MODEL_DIM="64"))

@@ -5,16 +5,13 @@ import json
 import math
 import random
 import re
-import shutil
 import statistics
 import subprocess
 import sys
 from xml.etree import ElementTree
 
-import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
 
 import figures  # isort: skip
 import page as dark  # isort: skip
@@ -108,26 +105,17 @@ def test_one_log(logs):
     logs[1].write_text(log_text().replace("verdict:ok", "verdict:other_limits"))
     assert report.parse_log(logs[1]).verdict == "other_limits"
     old = "config_changed run_id:x default:-\nconfig matrix_lr:0.03"
-    for lines, found in ((old, dict(run_id="x", matrix_lr="0.03")), ("settings all:default", {})):
-        text = re.sub("settings .*", lines, log_text())
-        logs[0].write_text(text.replace("peak_mem_mib", "peak_mem_mb"))
-        log = report.parse_log(logs[0])
-        assert log.config == found and log.peak_mib == 31206
+    text = re.sub("settings .*", old, log_text()).replace("peak_mem_mib", "peak_mem_mb")
+    logs[0].write_text(text)
+    log = report.parse_log(logs[0])
+    assert log.config == dict(run_id="x", matrix_lr="0.03") and log.peak_mib == 31206
 
 
-def test_damaged_logs_are_read_or_refused(logs, tmp_path):
+@pytest.mark.parametrize("junk", ["nan", "inf", "-1", "x", "1e999", "9" * 21])
+def test_damaged_numbers_are_missing_or_refused(junk, logs, tmp_path):
+    logs[1].write_text(re.sub(r":[\d.]+", f":{junk}", log_text()))
     command = [str(tmp_path), "--submission", str(tmp_path / "x.json"), *OPTIONS]
-    for seed in range(20):
-        rng = random.Random(seed)
-        lines = log_text().replace("step:", "none:", 250).splitlines()
-        for i in rng.sample(range(len(lines)), 30):
-            words = lines[i].split(" ")
-            j = rng.randrange(len(words))
-            junk = rng.choice(("nan", "inf", "-1", "0", "x", "1e999", "9" * 21, "None"))
-            words[j] = f"{words[j].split(':')[0]}:{junk}"
-            lines[i] = " ".join(words) if rng.random() < 0.8 else rng.choice(lines)
-        logs[1].write_text("\n".join(lines))
-        assert report.main(command) in (0, 2)
+    assert report.main(command) in (0, 2)
 
 
 def test_table(logs, capsys):
@@ -343,42 +331,6 @@ def ttt_lines(*chunks):
                      for i, bpb in chunks)
 
 
-def test_the_ttt_curve_ends_at_the_score_and_says_what_it_is_compared_with(logs):
-    text = log_text().replace("int6_exact", "int6_ttt").replace("method:exact", "method:ttt")
-    logs[0].write_text(with_lines(text, "final m", ttt_lines((1, 1.2), (8, 1.1))))
-    log = report.parse_log(logs[0])
-    name, finding, fig = figures.figure_ttt([log])
-    top = fig.axes[0]
-    curve, dashed = top.lines
-    assert curve.get_xydata()[-1].tolist() == pytest.approx([TOKENS / 1e6, BPBS[0]])
-    gain = BPBS[0] + 0.004 - BPBS[0]
-    assert dashed.get_ydata()[0] == pytest.approx(BPBS[0] + gain)
-    assert finding == (f"With test-time training {gain:.4f} bpb below “not trained, windows” "
-                       f"({figures.label(log)})")
-    logs[0].write_text(re.sub("final_int6_round.*|pre_quant.*", "", logs[0].read_text()))
-    _, finding, _ = figures.figure_ttt([report.parse_log(logs[0])])
-    assert finding.endswith("; these logs have no score without it")
-
-
-def test_labels_at_the_ends_of_lines_stand_apart():
-    fig, [[ax]] = figures.new_figure(3.0)
-    ax.set_ylim(0, 1)
-    figures.label_ends(ax, [(0.99 + 0.001 * i, str(i), "black", "--") for i in range(9)])
-    places = sorted(text.get_position()[1] for text in ax.texts)
-    assert len(places) == 9 and places[-1] <= 1.0
-    assert min(b - a for a, b in zip(places, places[1:])) > 0.04
-
-
-def test_bytes_by_kind_of_matrix_where_the_log_has_no_roles(logs):
-    line = "gptq name:blocks.0.{} bits:8 rows:100 columns:200 rel_err:0.1 bits_per_weight:4.0"
-    lines = "\n".join(line.format(name) for name in ("mlp.up", "mixer.q_proj", "mlp.down"))
-    text = re.sub("gptq .*\n", "", log_text())
-    logs[0].write_text(with_lines(text, "stopping", lines))
-    found = figures.roles(report.parse_log(logs[0]))
-    assert found == [("mlp", 20_000, 40_000, 4.0), ("mixer", 10_000, 20_000, 4.0),
-                     ("steps, vectors", MODEL_BYTES - 30_000, MODEL_BYTES - 30_000, None)]
-
-
 def test_log_of_the_script_tells_where_the_artifacts_bytes_are(run):
     folder = run(RUN_ID="a", ITERATIONS="1", FINAL_SCORE="roundtrip", COMPRESSOR="brotli").folder
     log = report.parse_log(folder / "a.txt")
@@ -432,22 +384,3 @@ def test_page_without_matplotlib_has_the_table_and_says_what_is_missing(logs, tm
     assert run_bare(tmp_path, "seed7.txt", "--html", "page.html").returncode == 0
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert f"{BPBS[2]:.5f}" in text and "pip install matplotlib" in text and "<svg" not in text
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
-def test_page_in_a_browser(page, tmp_path):
-    """Both color schemes, drawn by a real browser, as wide as the window."""
-    darkness = []
-    for options in ([], ["--blink-settings=preferredColorScheme=0"]):
-        shot = tmp_path / "shot.png"
-        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                   "--window-size=1200,3000", f"--user-data-dir={tmp_path}/profile",
-                   f"--screenshot={shot}", *options, page.as_uri()]
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
-        with Image.open(shot) as image:
-            pixels = np.asarray(image.convert("L"))
-        assert pixels.shape == (3000, 1200) and pixels.std() > 15  # not blank
-        darkness.append(np.median(pixels))
-    assert darkness[0] > 240 and darkness[1] < 30
-
