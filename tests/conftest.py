@@ -98,9 +98,9 @@ def fixed_data(cfg):
     return t.Data(shards, text[4200:], t.ByteTable(ids % 5, ids % 3 == 0, ids < 2))
 
 
-def shard_bytes(tokens, magic=20240520, version=1, count=None):
+def shard_bytes(tokens, count=None):
     """A shard file's bytes; `count` is what its header promises."""
-    head = struct.pack("<3i", magic, version, len(tokens) if count is None else count)
+    head = struct.pack("<3i", 20240520, 1, len(tokens) if count is None else count)
     return head.ljust(1024, b"\0") + np.asarray(tokens, "<u2").tobytes()
 
 

@@ -89,18 +89,6 @@ def fault(path):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("codec", COMPRESSORS)
-@pytest.mark.parametrize("size", [1, 999, 1001, 10**8])
-def test_stream_of_another_length_than_promised_is_refused(codec, size):
-    with pytest.raises(t.GolfError, match="expected"):
-        t.decompress(t.compress(b"ab" * 500, codec), codec, size)
-
-
-def test_byte_planes_hold_all_first_bytes_then_all_second():
-    assert t.byte_planes(b"abcdef", 2) == b"acebdf"
-    assert t.byte_planes(b"acebdf", 3) == b"abcdef"
-
-
 # ---- rANS
 
 
@@ -147,9 +135,8 @@ def test_cut_rans_data_is_refused(damage):
 
 
 @pytest.mark.parametrize("change", [
-    lambda freq: freq.fill(0), lambda freq: freq.fill(65535), lambda freq: freq[0].fill(0),
-    lambda freq: freq.__setitem__((0, 128), 0)],
-    ids=["zeros", "too large", "class missing", "sum too small"])
+    lambda freq: freq.fill(65535), lambda freq: freq[0].fill(0),
+    lambda freq: freq.__setitem__((0, 128), 0)], ids=["too large", "class missing", "too small"])
 def test_hostile_table_of_frequencies_is_refused(change):
     symbols, classes, freq = RANS["gaussian"]
     data = t.rans_encode(symbols, classes, freq)
@@ -236,15 +223,16 @@ def test_long_streams_are_cut_and_joined_again(model, monkeypatch, codec):
 # ---- damaged files
 
 
-@pytest.mark.parametrize("codec", CODERS)
-def test_file_of_another_length_is_refused_by_name(files, tmp_path, codec):
-    blob = files[codec].read_bytes() + b"\0"
+def test_missing_cut_longer_or_foreign_file_is_refused_by_name(blob, tmp_path):
+    path = tmp_path / "a"
+    assert f"{path}: No such file" in fault(path)
     packed = HEAD.unpack_from(blob)[2]
-    path = tmp_path / "cut"
-    for keep in (0, 1, 8, HEAD.size - 1, HEAD.size, HEAD.size + packed - 1, HEAD.size + packed,
-                 len(blob) // 2, len(blob) - 2, len(blob)):
-        path.write_bytes(blob[:keep])
-        assert str(path) in fault(path), keep
+    lengths = (0, 1, 8, HEAD.size - 1, HEAD.size, HEAD.size + packed - 1, HEAD.size + packed,
+               len(blob) // 2, len(blob) - 1)
+    for content in (*(blob[:keep] for keep in lengths), blob + b"\0", b"It was the best. " * 20,
+                    b"PK\x03\x04" * 99, random.Random(1).randbytes(100_000)):
+        path.write_bytes(content)
+        assert str(path) in fault(path), content[:30]
 
 
 def test_every_flipped_bit_is_noticed(blob):
@@ -259,16 +247,6 @@ def test_every_flipped_bit_is_noticed(blob):
             t.load_artifact(bytes(damaged))
 
 
-@pytest.mark.parametrize("content", [b"", b"It was the best of times. " * 20, b"PK\x03\x04" * 99,
-                                     random.Random(1).randbytes(100_000)],
-                         ids=["empty", "text", "zip", "noise"])
-def test_foreign_file_is_refused_by_name(tmp_path, content):
-    path = tmp_path / "foreign"
-    assert f"{path}: No such file" in fault(path)
-    path.write_bytes(content)
-    assert str(path) in fault(path)
-
-
 def test_another_version_is_named(blob):
     for version in (0, t.ARTIFACT_VERSION - 1, t.ARTIFACT_VERSION + 1, 2**32 - 1):
         assert f"version {version}" in fault(blob[:8] + version.to_bytes(4, "little") + blob[12:])
@@ -277,12 +255,11 @@ def test_another_version_is_named(blob):
 # ---- hostile files: right checksums around wrong contents
 
 FORGERIES = {
-    "not an object": lambda h: b"[]", "not JSON": lambda h: b"{", "not UTF-8": lambda h: b'"\xff"',
+    "not an object": lambda h: b"[]", "not UTF-8": lambda h: b'"\xff"',
     "nested too deep": lambda h: b"[" * 10**6,
     "no settings": lambda h: h.pop("config") and None,
     "setting missing": lambda h: h["config"].pop("smear") and None,
     "setting outside its rule": lambda h: h["config"].update(model_dim=-8),
-    "bad stack": lambda h: h["config"].update(stack="gdn swa:a gdn:a"),
     "other model": lambda h: h["config"].update(stack="gdn"),
     "larger than any memory": lambda h: h["config"].update(vocab_size=65536, model_dim=2**30),
     "tensor missing": lambda h: h["tensors"].pop() and None,
@@ -291,10 +268,8 @@ FORGERIES = {
     "matrix that is not there": lambda h: next(
         entry for entry in h["tensors"] if entry[2] == "f32").__setitem__(2, "int8"),
     "streams missing": lambda h: h.update(streams=[]),
-    "stream of two parts": lambda h: h["streams"][0].pop() and None,
     "stream length negative": lambda h: h["streams"][0].__setitem__(2, -1),
     "packed length longer": lambda h: h["streams"][0].__setitem__(3, h["streams"][0][3] + 1),
-    "other codec": lambda h: h["streams"][0].__setitem__(1, "lzma"),
     "words without tables": lambda h: h["streams"][0].__setitem__(0, "words"),
     "codec unknown": lambda h: h["streams"][0].__setitem__(1, "rar"),
     "50000 empty streams": lambda h: h["streams"].extend([["x", "lzma", 0, 0]] * 50_000)}

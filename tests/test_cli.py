@@ -63,7 +63,7 @@ def test_lines_are_in_the_grammar_and_in_the_order_of_the_run(whole):
     assert [bool(VERBATIM.fullmatch(line)) for line in outside] == [True, True]  # the two sizes
 
 
-def test_settings_line_shows_what_differs_from_the_defaults(whole, tmp_path, monkeypatch, capsys):
+def test_first_lines_show_changed_settings_and_commit(whole, tmp_path, monkeypatch, capsys):
     cfg = t.Config.from_env(whole.env)
     changed = {f.name: ",".join(t.plain(getattr(cfg, f.name)).split()) for f in t.fields(cfg)
                if getattr(cfg, f.name) != f.default}
@@ -73,9 +73,6 @@ def test_settings_line_shows_what_differs_from_the_defaults(whole, tmp_path, mon
     found = values(capsys.readouterr().out, "settings")
     assert found == dict(data_path="./data/datasets/fineweb10B_sp8192",
                          tokenizer_path="./data/tokenizers/fineweb_8192_bpe.model")
-
-
-def test_run_line_names_script_and_commit(whole):
     found = values(whole.out, "run")
     assert found["code_sha256"] == t.hashlib.sha256(SCRIPT.read_bytes()).hexdigest()
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
@@ -260,10 +257,8 @@ def assert_one_line(result, *parts):
 
 @pytest.mark.parametrize("changes, parts", [
     ("DATA_PATH=/nowhere", ["DATA_PATH=/nowhere", "data/download.py", "PRESET=sample"]),
-    ("TOKENIZER_PATH=/nowhere.model", ["TOKENIZER_PATH=/nowhere.model", "No such file"]),
-    (f"TOKENIZER_PATH={SCRIPT}", ["TOKENIZER_PATH=", "not a SentencePiece model"]),
     ("VOCAB_SIZE=2048", ["VOCAB_SIZE=2048", "1024 pieces"]),
-    ("SEED=one", ["SEED='one'", "whole number"]), ("DEVICE=cuda", ["DEVICE=cuda", "PRESET=sample"]),
+    ("DEVICE=cuda", ["DEVICE=cuda", "PRESET=sample"]),
     ("PRESET= DEVICE=auto", ["PRESET=sample", "DEVICE=cpu"]),
     ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/nowhere", ["/nowhere", "o such file"]),
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),

@@ -5,7 +5,6 @@ Bytes of tokens are compared with the UTF-8 length of the text that SentencePiec
 
 import os
 import resource
-import struct
 
 import numpy as np
 import pytest

@@ -102,13 +102,6 @@ def nats(ledger):
 # ---- windows and Ledger
 
 
-def test_windows_are_these():
-    assert list(t.windows(1, 4, 2)) == [(0, 1, 0)]
-    assert list(t.windows(9, 4, 3)) == [(0, 4, 0), (3, 7, 4), (6, 9, 7)]
-    assert list(t.windows(10, 4, 4)) == [(0, 4, 0), (4, 8, 4), (8, 10, 8)]
-    assert list(t.windows(11, 4, 2)) == [(0, 4, 0), (2, 6, 4), (4, 8, 6), (6, 10, 8), (8, 11, 10)]
-
-
 @settings(max_examples=200, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 80), st.data())
 def test_windows_follow_the_challenges_rule(total, seq_len, data):

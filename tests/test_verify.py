@@ -1,6 +1,5 @@
 """logs/tools/verify.py: a right log passes; what is changed in log, files or script is found."""
 
-import itertools
 import re
 import shutil
 from types import SimpleNamespace
@@ -85,7 +84,7 @@ ALTERED = [  # pattern, replacement, the beginning of the claim that then differ
     (r"( code_bytes:)\d+( code_sha)", r"\g<1>99\2", "code bytes of all that is shipped"),
     (r"( train_s:)\S+", r"\g<1>601.0", "last step, loop, Hessians, training, limit"),
     (r"( wall_s:)\S+", r"\g<1>99.0", "a clock that is never paused agrees"),
-    (r"( eval_s:)\S+", r"\g<1>0.0", "load + score = evaluation <= 600 s"),
+    (r"( load_time:)\d+", r"\g<1>9999", "load + score = evaluation <= 600 s"),
     (r"^(step:3/.*train_time:)\d+", r"\g<1>0", "the training clock never goes back"),
     (r"( initial_weights:)\S+", r"\g<1>1", "the clock began at the seed's weights"),
     (r"^(run .*)", r"\1\n\1", "one run, one score"),
@@ -122,14 +121,6 @@ def test_code_outside_the_script_is_shipped(tmp_path, code, file):
     (tmp_path / file).write_text("a = 1\n")
     (tmp_path / "train_gpt.py").write_text(SCRIPT.read_text() + code)
     assert (tmp_path / file).resolve() in verify.shipped_files(tmp_path / "train_gpt.py")
-
-
-def test_shipped_code_is_counted(folder):
-    (folder / "helper.py").write_text("a = 1\n")
-    assert not found(folder)
-    with open(folder / "train_gpt.py", "a") as script:
-        script.write("import helper\n")
-    assert "code bytes of all that is shipped" in found(folder)
 
 
 @pytest.mark.parametrize("content, counted", [
@@ -183,12 +174,6 @@ def test_scores_that_are_no_probabilities_are_found(change):
     cheap = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops, nll=lambda ids, targets: (
         change(MODEL.nll(ids, targets)[0]), None))
     assert faults_of(verify.check_normalization, cheap, 39) == ["probabilities sum to 1"]
-
-
-def test_windows_and_spans_are_those_of_the_rules():
-    for total, stride in itertools.product((1, 5, 64, 65, 300), (1, 16, 64)):
-        assert verify.windows(total, 64, stride) == list(t.windows(total, 64, stride))
-        assert verify.exact_spans(total, stride, 9) == t.spans(total, stride, 9)
 
 
 @pytest.mark.slow
