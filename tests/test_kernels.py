@@ -213,12 +213,6 @@ def test_gdn_kernel_is_the_fastest_that_fits(pick, installed, capability, settin
         assert pick(installed, capability, **settings).names["gdn"] == expected
 
 
-def test_a_cpu_runs_the_reference_and_refuses_a_kernel():
-    assert t.fast_ops(t.Config(), t.Run()) is t.REFERENCE
-    with pytest.raises(t.GolfError, match="KERNEL=fla: needs a CUDA GPU"):
-        t.fast_ops(t.Config(kernel="fla"), t.Run())
-
-
 @pytest.mark.parametrize("settings, capability, fused", [
     ({}, (9, 0), True), (dict(mlp_act="leaky_relu2"), (9, 0), False), ({}, (8, 0), False),
     (dict(mlp_mult=1.03), (9, 0), False), (dict(model_dim=64), (9, 0), False),

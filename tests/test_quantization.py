@@ -218,6 +218,7 @@ def test_quantized_matrix_stands_for_the_weight_in_its_own_order(calibrated, gri
     for name, q in quantized(model, calibration, strength, grid=grid, matrix_bits=8).items():
         W = model.get_parameter(name).detach()
         assert (weight_of(q) - W).norm() < 0.1 * W.norm(), name
+        assert int(q.Q.int().abs().max()) <= 127, name
 
 
 def test_ranks_share_the_matrices_and_agree_with_one(calibrated):

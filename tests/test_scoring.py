@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_config, tiny_model
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_training import on_threads
 from torch import nn
@@ -102,7 +102,6 @@ def nats(ledger):
 # ---- windows and Ledger
 
 
-@settings(max_examples=200, deadline=None)
 @given(st.integers(1, 400), st.integers(1, 80), st.data())
 def test_windows_follow_the_challenges_rule(total, seq_len, data):
     stride = data.draw(st.integers(1, seq_len))
@@ -163,7 +162,6 @@ def test_score_is_that_of_a_plain_loop(method, n):
     assert nats(ledger) == pytest.approx(by_hand(MODEL, tokens, method), rel=2e-6)
 
 
-@settings(max_examples=100, deadline=None)
 @given(n=st.integers(2, 900), spans=st.integers(1, 40), warmup=st.sampled_from([0, 1, 64, 500]),
        rows=st.integers(1, 20), method=st.sampled_from(METHODS),
        chunk=st.sampled_from([None, 7, 64, 300]))
