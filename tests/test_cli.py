@@ -49,6 +49,10 @@ def test_whole_run_ends_well_in_silence_and_its_log_is_what_it_printed(whole):
     assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt",
                                       "night/run.txt"]
     assert whole.out.split("\n\n")[0] + "\n" == (whole.folder / "night" / "run.txt").read_text()
+    steps = [pairs for event, pairs in parse(whole.out) if not event]
+    assert [pairs["step"] for pairs in steps if "val_bpb" in pairs] == ["0/3", "2/3", "3/3"]
+    losses = [float(pairs["train_loss"]) for pairs in steps if "train_loss" in pairs]
+    assert losses == pytest.approx(3 * [np.log(1024)], abs=0.2)
 
 
 def test_lines_are_in_the_grammar_and_in_the_order_of_the_run(whole):
@@ -78,13 +82,6 @@ def test_first_lines_show_changed_settings_and_commit(whole, tmp_path, monkeypat
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     head = subprocess.run(git, capture_output=True, text=True).stdout[:12] or "unknown"
     assert found["commit"].removesuffix("-dirty") == head
-
-
-def test_losses_are_shown_at_their_steps(whole):
-    steps = [pairs for event, pairs in parse(whole.out) if not event]
-    assert [pairs["step"] for pairs in steps if "val_bpb" in pairs] == ["0/3", "2/3", "3/3"]
-    losses = [float(pairs["train_loss"]) for pairs in steps if "train_loss" in pairs]
-    assert losses == pytest.approx(3 * [np.log(1024)], abs=0.2)
 
 
 @pytest.mark.parametrize("event", ["pre_quantization_post_ema", *t.FINAL_EVENTS.values(), "final"])

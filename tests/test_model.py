@@ -11,8 +11,6 @@ from conftest import tiny_config, tiny_model
 
 import train_gpt as t
 
-KINDS = ("gdn", "swa", "attn")
-
 
 def normal(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

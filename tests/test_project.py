@@ -28,6 +28,8 @@ def test_the_workflow_runs_what_contributors_run():
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
     assert re.findall(r"^ +- run: (.*)$", text, re.M) == ["bash .ci/run"]
     assert "<!-- tests -->" in (ROOT / ".ci" / "run").read_text()
+    for mark in ("main", "tests"):
+        assert f"<!-- {mark} -->\n```bash\n" in (ROOT / "README.md").read_text()
 
 
 def test_data_is_formatted_by_ruff():

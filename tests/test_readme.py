@@ -1,4 +1,4 @@
-"""The documents against the script and the logs: commands, line numbers, size, links, scores.
+"""The documents against the script and the logs: line numbers, size, links, scores.
 
     python tests/test_readme.py --update        writes today's line numbers into README.md
 """
@@ -15,12 +15,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "logs/README.md", "logs/RESULTS.md", "tests/README.md"]
 LINE_NUMBER = re.compile(r"`([A-Za-z_][\w.]*)` \(line (\d+)\)")
-VENV_TEST = ('python3 -m venv "${VENV:=.venv}" && "$VENV/bin/pip" install -q -r requirements.txt '
-             '-r tests/requirements.txt && "$VENV/bin/ruff" check . && '
-             '"$VENV/bin/python" -m pytest')
-COMMANDS = {"main": "python3 -m venv .venv && .venv/bin/pip install -q -r requirements.txt && "
-                    "PRESET=sample .venv/bin/torchrun --standalone --nproc_per_node=2 "
-                    "train_gpt.py", "tests": VENV_TEST}
 
 
 def read(name):
@@ -62,11 +56,6 @@ def rows(name):
         logs = re.findall(r"\]\(([^)\s]+\.txt)\)", row)
         if logs:
             yield row, [((ROOT / name).parent / log).read_text(encoding="utf-8") for log in logs]
-
-
-@pytest.mark.parametrize("mark", COMMANDS)
-def test_commands_stand_behind_their_marks(mark):
-    assert f"<!-- {mark} -->\n```bash\n{COMMANDS[mark]}\n```\n" in read("README.md")
 
 
 def test_readme_is_short_and_has_its_pictures_for_light_and_dark_pages():
