@@ -214,8 +214,9 @@ def test_sidecar_that_does_not_fit_is_refused(caseops, tmp_path, files, change, 
             (tmp_path / path.name).write_bytes(raw)
         elif change:
             (tmp_path / path.name).write_bytes(change(raw))
+    cfg = tiny_config(data_path=str(tmp_path), tokenizer_path=f"{tmp_path}/m.model", vocab_size=290)
     with pytest.raises(t.GolfError, match=fault):
-        t.open_data(caseops_config(tmp_path))
+        t.open_data(cfg)
 
 
 # ---- Loader --------------------------------------------------------------------------------------

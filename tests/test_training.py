@@ -119,11 +119,10 @@ class WrittenMuon:
         self.param_groups = [{"lr": 0.1}]
 
     def step(self):
-        G = self.p.grad
-        self.buffer = 0.9 * self.buffer + 0.1 * G
-        X = 0.1 * G + 0.9 * self.buffer
+        self.buffer = 0.9 * self.buffer + 0.1 * self.p.grad
+        X = 0.1 * self.p.grad + 0.9 * self.buffer
         if self.equal_rows:
-            X = X / torch.stack([row.norm() for row in X])[:, None]
+            X = X / X.norm(dim=1, keepdim=True)
         X = X / X.norm()
         for _ in range(5):
             A = X @ X.T

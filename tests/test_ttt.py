@@ -162,10 +162,10 @@ def test_training_on_scored_text_helps_with_what_follows(option):
 
 
 @every_option
-def test_rate_zero_gives_the_score_without(option):
-    cfg = ttt_config(option, ttt_lr=0.0, ttt_hash_lr=0.0, ttt_tilt=0.0)
-    idle = t.evaluate(tiny_model(cfg), text(), TABLE, cfg.ttt_scoring, lambda seen: None)
-    assert adapted(cfg, text())[0].val_loss == pytest.approx(idle.val_loss, rel=1e-6)
+def test_rate_zero_gives_the_plain_score(option):
+    cfg = ttt_config(option, ttt_lr=0.0, ttt_hash_lr=0.0, ttt_tilt=0.0, eval_spans=1)
+    plain = t.evaluate(tiny_model(cfg), text(), TABLE, cfg.ttt_scoring)
+    assert adapted(cfg, text())[0].val_loss == pytest.approx(plain.val_loss, rel=1e-6)
 
 
 def test_a_step_goes_down_the_mean_gradient_of_the_chunk_in_fresh_rows():
