@@ -35,10 +35,14 @@ def output_error(W, Q, step, H):
 
 
 @pytest.mark.parametrize("qmax", [1, 7, 31, 127])
-def test_gptq_with_an_identity_hessian_is_rounding_to_nearest(qmax):
-    W, _ = correlated(0)
+def test_gptq_rounds_to_nearest_where_no_error_can_be_corrected(qmax):
+    """With an identity as Hessian, and a column without inputs with any."""
+    W, H = correlated(0)
     step = torch.full((24, 1), 3.0 / qmax)
     assert torch.equal(t.gptq(W, step, torch.eye(40), qmax), nearest(W, step, qmax))
+    H[3] = 0
+    H[:, 3] = 0
+    assert torch.equal(t.gptq(W, step, H, qmax)[:, 3], nearest(W, step, qmax)[:, 3])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -68,14 +72,6 @@ def test_each_row_keeps_to_its_own_largest_integer():
     assert Q.dtype == torch.int8 and torch.equal(Q.abs().amax(1), qmax.to(torch.int8))
 
 
-def test_a_column_without_inputs_is_rounded_to_nearest():
-    W, H = correlated(5)
-    H[3] = 0
-    H[:, 3] = 0
-    step = torch.full((24, 1), 0.1)
-    assert torch.equal(t.gptq(W, step, H, 31)[:, 3], nearest(W, step, 31)[:, 3])
-
-
 def test_damping_rises_until_the_hessian_is_positive_definite_or_is_given_up():
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(0))
     U, damp = t.error_factor(x.mT @ x - 0.02 * torch.eye(40), damp=1e-6)  # slightly indefinite
@@ -94,13 +90,6 @@ def calibrated():
     rng = torch.Generator().manual_seed(0)
     batches = [torch.randint(64, (2, 49), generator=rng) for _ in range(3)]
     return model, batches, t.collect_hessians(model, batches, t.Run())
-
-
-def test_every_multiplied_matrix_gets_a_hessian(calibrated):
-    model, _, calibration = calibrated
-    stored = {name for name, _ in model.named_parameters() if t.route(name).bits}
-    assert set(calibration.H) == stored - {"embed.ngram_table"}  # a lookup multiplies nothing
-    assert set(calibration.rows) == stored and t.OBSERVERS == []
 
 
 @pytest.mark.parametrize("settings, name, mixers", [
@@ -124,7 +113,11 @@ def test_hessian_sums_x_xt_over_all_uses_of_a_shared_matrix(calibrated, settings
 
 
 def test_row_sensitivities_are_squared_gradients_of_the_summed_loss(calibrated):
+    """Every stored matrix has them, and a Hessian unless nothing is multiplied with it."""
     model, batches, calibration = calibrated
+    stored = {name for name, _ in model.named_parameters() if t.route(name).bits}
+    assert set(calibration.rows) == stored and t.OBSERVERS == []
+    assert set(calibration.H) == stored - {"embed.ngram_table"}  # a lookup multiplies nothing
     want = torch.zeros(128)
     for ids in batches:
         nats, _ = model.nll(ids[:, :-1], ids[:, 1:])
