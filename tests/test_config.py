@@ -38,7 +38,7 @@ LIMITED = [name for name, f in FIELDS.items()
 @pytest.mark.parametrize("name, value", [
     *((name, str(value)) for name in LIMITED for value in values_outside(name)),
     ("MODEL_DIM", "500"), ("GDN_HEAD_DIM", "100"), ("TRAIN_SEQ_LEN", "1000"), ("RUN_ID", 201 * "a"),
-    *(("RUN_ID", text) for text in (".hidden", "../up", "/root", "a/../b", "a//b", "-x", "a\\b"))
+    *(("RUN_ID", text) for text in (".hidden", "..", "/root", "a/../b", "a//b", "-x", "a\\b"))
 ], ids=lambda text: text[:30])
 def test_message_of_a_bad_value_has_name_value_and_rule(name, value):
     shown = re.escape(value[:80]) + "a*"

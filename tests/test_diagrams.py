@@ -1,12 +1,10 @@
-"""logs/tools/diagrams.py: numbers of the model and the settings, legible type, no overlaps."""
+"""logs/tools/diagrams.py: the committed sheets show the model and the settings of now."""
 
 import html
 import re
-from itertools import combinations
 
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from test_report import ROOT  # and this puts the tools on sys.path
 
 import train_gpt as t
@@ -22,21 +20,11 @@ def texts(svg):
 
 
 @pytest.mark.parametrize("name", ["architecture", "evaluation"])
-def test_committed_sheets_are_those_of_now_and_their_texts_legible_and_apart(name, tmp_path):
-    sheet = getattr(diagrams, name)(t.Config())
-    sheet.save(tmp_path, name)
+def test_committed_sheets_are_those_of_now(name, tmp_path):
+    getattr(diagrams, name)(t.Config()).save(tmp_path, name)
     shown = texts(tmp_path / f"{name}.svg")
     assert texts(FIGURES / f"{name}.svg") == shown, "run python logs/tools/diagrams.py"
     assert all((FIGURES / f"{name}{end}.png").stat().st_size < 150_000 for end in diagrams.PALETTES)
-    with diagrams.matplotlib.rc_context(diagrams.STYLE):
-        renderer = FigureCanvasAgg(sheet.fig).get_renderer()
-        written = [text for text in sheet.ax.texts if text.get_text()]
-        boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in written]
-    card = sheet.fig.bbox.padded(-19 * sheet.fig.dpi / 72)
-    assert min(text.get_fontsize() for text in written) >= 11
-    assert [text for text, box in boxes if box.x0 < card.x0 or box.x1 > card.x1] == []
-    for (a, box_a), (b, box_b) in combinations(boxes, 2):
-        assert not box_a.padded(-1).overlaps(box_b.padded(-1)), (a, b)
 
 
 def test_numbers_are_those_of_the_model_and_its_settings(tmp_path):

@@ -1,4 +1,4 @@
-"""Scoring: windows against written-out lists, the Ledger against gaps and repeats, evaluate()
+"""Scoring: windows against the challenge's rule, the Ledger against gaps and repeats, evaluate()
 against plain loops over the text, ranks against one, adapters against what they may see, and the
 probes of the scoring calls against planted faults.
 """
