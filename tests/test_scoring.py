@@ -110,15 +110,6 @@ def test_windows_follow_the_challenges_rule(total, seq_len, data):
     assert list(t.windows(total, seq_len, stride)) == rule
 
 
-@pytest.mark.parametrize("total, count", [(10, 3), (3, 10), (1, 1), (1000, 64)])
-def test_spans_cover_the_targets_once_in_nearly_equal_parts(total, count):
-    parts = t.spans(total, count, 2)
-    assert [i for _, end, first in parts for i in range(first, end)] == list(range(total))
-    assert [start for start, _, _ in parts] == [max(0, first - 2) for _, _, first in parts]
-    sizes = [end - first for _, end, first in parts]
-    assert len(parts) == min(total, count) and max(sizes) - min(sizes) <= 1
-
-
 def test_ledger_sums_what_is_entered_in_float64():
     ledger = t.Ledger()
     ledger.add(0, *entry(1_000_000, 0.1, 3))
