@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
@@ -325,10 +326,17 @@ def test_other_data_is_refused_but_not_settings_that_change_no_weight(dead):
 # ---- damage --------------------------------------------------------------------------------------
 
 
+class Bomb:
+    """Ends the process that unpickles it."""
+
+    def __reduce__(self):
+        return sys.exit, ("unpickled",)
+
+
 def pickled(blob):
-    """An .npz file of a Python object, which would have to be unpickled."""
+    """An .npz file of a pickled object."""
     file = io.BytesIO()
-    np.savez(file, facts=np.array([print], object))
+    np.savez(file, facts=np.array([Bomb()], object))
     return file.getvalue()
 
 
