@@ -1446,7 +1446,7 @@ class Scorer:
         self.scores = torch.zeros(len(self.bytes), 2, device=run.device)
         self.state, self.batches = None, 0  # state: behind the last chunk
         self.rng = torch.Generator().manual_seed(run.rank)  # of the probes
-        self.probes = 0
+        self.probes, self.last_line = 0, time.perf_counter()
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
     def nats(self, ids, targets, T, state):
@@ -1505,6 +1505,9 @@ class Scorer:
         size = cfg.eval_batch_tokens // cfg.train_seq_len
         one_stream = carry and self.adapting
         for i in range(0, len(parts), size):
+            if time.perf_counter() - self.last_line > 8.0 and not self.adapting:
+                self.run.log("scoring", done=f"{i / len(parts):.0%}")
+                self.last_line = time.perf_counter()
             batch = parts[i:i + size]
             starts = [start for start, _, _ in batch]
             length = max(end - start for start, end, _ in batch)

@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, enter, files_in,
+from conftest import (EVALUATION, NUM_VAL, ROOT, SAMPLE, SCRIPT, enter, files_in, fixed_data,
                       launch, on_ranks, parse, tiny_config, tiny_model, values, weights_of)
 
 import train_gpt as t

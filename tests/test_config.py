@@ -41,7 +41,7 @@ LIMITED = [name for name, f in FIELDS.items()
     *(("RUN_ID", text) for text in (".hidden", "..", "/root", "a/../b", "a//b", "-x", "a\\b"))
 ], ids=lambda text: text[:30])
 def test_message_of_a_bad_value_has_name_value_and_rule(name, value):
-    shown = re.escape(value[:80]) + "a*"
+    shown = re.escape(t.plain(type(FIELDS[name].default)(value))[:80])
     assert re.match(rf"{name}={shown}: must be .*\w", fault(**{name: value}))
 
 

@@ -5,6 +5,7 @@ Bytes of tokens are compared with the UTF-8 length of the text that SentencePiec
 
 import os
 import resource
+import struct
 
 import numpy as np
 import pytest
@@ -40,8 +41,8 @@ GOOD = shard_bytes(range(100))
     (b"", r"0 bytes and begins with \[\]"), (GOOD[:8], "begins with"),
     (GOOD[:1024], r"1024 bytes.* 100\]"), (GOOD[:-2], r"1222 bytes.* 100\]"),
     (GOOD + b"\0", r"1225 bytes.* 100\]"), (b"It was the best of times. " * 100, "begins with"),
-    (shard_bytes(range(100), magic=20240521), r"\[20240521.*begin with \[20240520"),
-    (shard_bytes(range(100), version=2), r"20240520, 2.*begin with \[20240520, 1\]"),
+    (struct.pack("<i", 20240521) + GOOD[4:], r"\[20240521.*begin with \[20240520"),
+    (struct.pack("<2i", 20240520, 2) + GOOD[8:], r"20240520, 2.*begin with \[20240520, 1\]"),
     (shard_bytes([]), r"1024 bytes.* 0\]"), (shard_bytes(range(100), count=-100), r"-100\]"),
     (shard_bytes(range(100), count=2**31 - 1), r"2147483647\]"),
     (struct.pack(">3i", 20240520, 1, 100) + GOOD[12:], "begins with")],
