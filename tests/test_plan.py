@@ -24,10 +24,10 @@ def test_plan_of_runs_that_were_made(capsys):
     lines = plan.plan(old | dict(VOCAB_SIZE="1024"))  # logs/ladder/300s_seed1337.txt
     assert numbers(lines, "steps")[0] == pytest.approx(2552, rel=0.02)
     lines = plan.plan(dict(MAX_WALLCLOCK_SECONDS="150", GPU="H200"))  # logs/record
-    assert numbers(lines, "steps")[0] == pytest.approx(2746, rel=0.04)
+    assert numbers(lines, "steps")[0] == pytest.approx(2746, rel=0.02)
     lines = plan.plan(old | dict(GPU="H200"))  # logs/ladder/300s_vocab8192.txt
     assert numbers(lines, "model") == [43_382_624, 12, 99]
-    assert numbers(lines, "steps")[0] == pytest.approx(2876, rel=0.02)
+    assert numbers(lines, "steps")[0] == pytest.approx(2876, rel=0.04)
     assert 15_900_000 < numbers(lines, "bytes")[1] < 16_000_000
     assert 2.7 < numbers(lines, "bits")[0] < 3
     lines = plan.plan(dict(GPU="H200", HOLDOUT_TOKENS="1465478"))  # its 31.6 s with TTT
