@@ -12,10 +12,11 @@ Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the reco
 Read sections 4 (the model in plain PyTorch), 5 (how it is scored) and 6 (test-time training), then
 main() at the end.  Section 10 computes the three `Ops` of section 4 again, only faster.
 
-Legality.  Causal: LM.features looks left only (attention, conv_heads, delta_rule, Embedding).
-Normalized: token_nll is a cross entropy over the whole vocabulary.  Score before update: evaluate()
-hands the Adapter scored tokens only.  One pass: evaluate() wants every target from exactly one
-rank, Ledger.add refuses gaps and repeats.
+Legality.  Causal: LM.features and Hints look left only (attention, conv_heads, delta_rule,
+Embedding); Scorer.probe tests the kernels that score.  Normalized: token_nll is a cross entropy
+over the whole vocabulary.  Score before update: evaluate() hands the Adapter scored tokens only.
+One pass: evaluate() wants every target exactly once from the ranks that share the text, and
+Ledger.add refuses gaps and repeats.
 
 Shapes: B sequences, T tokens, D model width, H query heads, Hk key/value heads, K and V widths of a
 key and of a value, S keys (carried + new), R x C rows (outputs) and columns (inputs) of a weight.
@@ -143,7 +144,7 @@ class Config:
 
     kernel: str = knob("auto", "auto: the fastest", "auto flashqla fla reference", group="speed")
     compile: str = knob("auto", "torch.compile; auto: on CUDA, evaluation if long", "auto 0 1")
-    micro_batch_tokens: int = knob(0, "most tokens of one forward on one rank; 0 = by memory", 0)
+    micro_batch_tokens: int = knob(0, "tokens of one forward on a rank; 0 = 131072 on a GPU", 0)
     warmup_steps: int = knob(3, "throw-away steps on synthetic tokens before the clock", 0)
 
     grid: str = knob("rate", "quantization steps: rate = by each weight's effect on the loss; "
@@ -783,7 +784,7 @@ class Loader:
         self.ahead = deque(self.pool.submit(next, self.batches) for _ in range(2))
 
     def _batches(self, epoch, row):
-        """In the thread: this rank's part of each global batch, and the place behind it."""
+        """In the thread: this rank's part of each global batch, and the place after it."""
         if self.run.on_cuda:  # else the thread would pin its memory through GPU 0
             torch.cuda.set_device(self.run.device)
         seq_len = self.cfg.train_seq_len
@@ -1047,7 +1048,7 @@ class Embedding(nn.Module):
 
     @region
     def forward(self, ids, state, dtype):
-        """ids (B, T) -> x (B, T, D) in `dtype`, and the state behind them."""
+        """ids (B, T) -> x (B, T, D) in `dtype`, and the state after them."""
         cfg = self.cfg
         ids = ids.long()
         text = torch.cat([state[0], ids], 1)
@@ -1078,7 +1079,7 @@ class Embedding(nn.Module):
 
     @region
     def nll(self, x, targets, hint, beta):
-        """`token_nll` of the logits, in one graph that never writes them to memory.
+        """`token_nll` of the logits, compiled as one graph with the head.
 
         hint: None, or (B, T) ids whose logits are raised by beta first, -1 for none.  The softmax
         is then p' ~ p exp(beta [token = hint]): normalized, whatever the target is.
@@ -1176,7 +1177,7 @@ class Attention(nn.Module):
         self.num_gains = cfg.num_heads
 
     def forward(self, x, scale, gain, state, xsa):
-        """x (B, T, D), scale (D,) of the output, gain (H,) -> (B, T, D) and the state behind it.
+        """x (B, T, D), scale (D,) of the output, gain (H,) -> (B, T, D) and the state after it.
 
         Positions count from the oldest carried key: only differences matter, and small numbers
         stay exact.
@@ -1280,7 +1281,7 @@ class LM(nn.Module):
         self.skip_scale = nn.Parameter(torch.empty(half, cfg.model_dim)) if cfg.unet else None
 
     def forward(self, ids, state=None):
-        """Logits of the token after each position, and the state behind the last.
+        """Logits of the token after each position, and the state after the last.
 
         ids: (B, T) integer.   state: what an earlier forward returned for the text before, or None.
         Returns logits (B, T, vocab) float32, and the state: a pair of tensors for the embedding and
@@ -1295,7 +1296,7 @@ class LM(nn.Module):
         return self.embed.nll(x, targets, *(bonus or (None, 0.0))), after
 
     def features(self, ids, state):
-        """The last block's output (B, T, D), and the state behind it."""
+        """The last block's output (B, T, D), and the state after it."""
         B = len(ids)
         dtype = self.ops.dtype or self.embed.weight.dtype
         if state is None:
@@ -1444,7 +1445,7 @@ class Scorer:
         self.text = torch.from_numpy(tokens.astype(np.int32)).to(run.device)
         self.bytes = target_bytes(table, tokens).to(run.device)
         self.scores = torch.zeros(len(self.bytes), 2, device=run.device)
-        self.state, self.batches = None, 0  # state: behind the last chunk
+        self.state, self.batches = None, 0  # state: after the last chunk
         self.rng = torch.Generator().manual_seed(run.rank)  # of the probes
         self.probes, self.last_line = 0, time.perf_counter()
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
@@ -1457,8 +1458,8 @@ class Scorer:
         for i in range(0, L, T):
             if i == chosen:
                 self.kept[i] = state
-            part, wanted = [x[:, i:i + T].contiguous() for x in (ids, targets)]
-            nats, state = self.model.nll(part, wanted, state, self.bonus(part))
+            part, part_targets = [x[:, i:i + T].contiguous() for x in (ids, targets)]
+            nats, state = self.model.nll(part, part_targets, state, self.bonus(part))
             out.append(nats)
         return torch.cat(out, 1), state
 
@@ -1489,8 +1490,8 @@ class Scorer:
         if bonus := self.bonus(part):
             hint = bonus[0].flatten()[at, None]
             logits.scatter_add_(1, hint.clamp_min(0), bonus[1] * (hint >= 0).double())
-        wanted, scored = [y[:, :T].flatten()[at, None] for y in (targets, nats)]
-        off = scored + logits.log_softmax(-1).gather(1, wanted.long())
+        target, scored = [y[:, :T].flatten()[at, None] for y in (targets, nats)]
+        off = scored + logits.log_softmax(-1).gather(1, target.long())
         off = torch.maximum(off.mean().abs(), off.abs().max() - PROBE_ROUNDING)
         found = torch.stack([torch.stack(leaks).max(), off]).nan_to_num(nan=math.inf)
         self.faults = torch.maximum(self.faults, found)
@@ -1551,7 +1552,8 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact
     (state carried through EVAL_SPANS spans; with an adapter through the whole text).
     adapter: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the
-    tokens up to the last scored target; it cannot see what is yet to be scored.
+    tokens up to the last scored target; it cannot train on what is yet to be scored.  Its hints
+    (TTT_TILT) for a position come, like the model's state, from the tokens up to that position.
     probing: test some batches (Scorer.probe).   compiled: by default, if the text is long.
     Returns the Ledger of all n - 1 targets on all ranks; GolfError if one is missing or not finite.
     """
@@ -1869,9 +1871,10 @@ def replayed(graphs, function, *args):
     """function(*args), which works on tensors in place, as one CUDA graph a shape of arguments.
 
     A step on few rows is bound by the host's launches; a graph launches hundreds of kernels at
-    once.  What differs from call to call must be in the arguments, which are copied, or in what
-    they and the function's own tensors hold.   graphs: {} that keeps the recordings, or None to
-    call as it is.   The first call of a shape runs as it is, and compiles; the second is recorded.
+    once.  A graph reads and writes fixed memory, so changing values must be passed as tensors,
+    which are copied in, or written in place into tensors that the function already uses.
+    graphs: {} that keeps the recordings, or None to call as it is.   The first call of a shape runs
+    as it is, and compiles; the second is recorded.
     """
     shape = function.__name__, *((x.shape, x.dtype) for x in args)
     if graphs is None or shape not in graphs:
@@ -1905,8 +1908,9 @@ class Optimizer:
 
     treatment: {name: (rule, learning rate, decoupled weight decay)} of the parameters to train,
     which become views of `weights`.   clip: global gradient norm, 0 = off.   momentum: of muon and
-    sgd.   weights, grad, m, v: (numel,), parameters by groups.   `bad_steps`: steps without change,
-    of a gradient not finite.   compiled: and on CUDA recorded as graphs.   `loss`: sum, a tensor.
+    sgd.   compiled: use torch.compile, and on CUDA record CUDA graphs.
+    weights, grad, m, v: (numel,), parameters by groups.   bad_steps: number of steps skipped
+    because the gradient was not finite.   loss: sum of the losses added since it was last zeroed.
     """
 
     def __init__(self, model, treatment, run, clip, momentum, compiled):
@@ -2032,16 +2036,6 @@ class Optimizer:
 # optimizer or data order.  A run can be stopped at any step and goes on from its checkpoint, one
 # file that is replaced whole; what follows training is a function of the last one and done again.
 
-def activation_bytes_per_token(cfg, ops=REFERENCE):
-    """Memory that one token's forward keeps for the backward pass [bytes], from the layers."""
-    D = cfg.model_dim
-    mlp_copies = 2 if ops.mlp is mlp else 1  # the fused kernel keeps the squared relu only
-    total = 0.0
-    for layer in parse_stack(cfg.stack):
-        total += 9 * cfg.gdn_heads * cfg.gdn_head_dim if layer.kind == "gdn" else 6 * D
-        total += 4 * D + mlp_copies * cfg.mlp_mult * D  # residual twice, each normalized; MLP
-    return 2 * total + 12 * cfg.vocab_size
-
 def settle_batch(cfg, run):
     """cfg with TRAIN_BATCH_TOKENS=0 replaced by whole rows for the run's ranks."""
     if cfg.train_batch_tokens:
@@ -2057,10 +2051,8 @@ def micro_batch_rows(cfg, run, ops=REFERENCE):
         near = max(1, round(rows / run.world_size)) * run.world_size * cfg.train_seq_len
         raise GolfError(f"TRAIN_BATCH_TOKENS={cfg.train_batch_tokens}: {run.world_size} ranks "
                         f"cannot share {rows} rows of TRAIN_SEQ_LEN; set it to {near}")
-    most = cfg.micro_batch_tokens or 2048  # larger ones fall out of a CPU's caches
-    if run.on_cuda and not cfg.micro_batch_tokens:
-        memory = torch.cuda.get_device_properties(run.device).total_memory
-        most = 0.5 * memory / activation_bytes_per_token(cfg, ops)
+    # 131,072 tokens of the default model take 35 GiB; 2,048 of the reference fit a CPU's caches.
+    most = cfg.micro_batch_tokens or (2048 if ops is REFERENCE else 131072)
     rows //= run.world_size
     fitting = min(rows, max(1, int(most // cfg.train_seq_len)))
     return next(d for d in range(fitting, 0, -1) if rows % d == 0)
@@ -2121,8 +2113,8 @@ TOLERANCE = dict(loss=0.005, gradient=0.15)
 def check_fast_path(model, run, micro_rows):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
-    Both get two rows of synthetic tokens, the fast model repeated to the shape of training.
-    Kernels do compute wrong results in silence.   Raises GolfError.
+    Both get two rows of synthetic tokens (one if the micro-batch is odd); the fast model gets them
+    repeated to the shape of training.   Kernels do fail silently.   Raises GolfError.
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -2473,7 +2465,7 @@ def error_factor(H, damp=0.01):
     and later for an error in column i.
 
     damp: part of its mean that is added to the diagonal, raised tenfold until H is positive
-    definite.   Returns U and the damping; if H is not finite the identity (see Matrix), infinity.
+    definite.   Returns U and the damping; GolfError if H is not finite.
     """
     diagonal = H.diagonal()
     mean = diagonal.mean().clamp_min(1e-12)
@@ -2484,7 +2476,7 @@ def error_factor(H, damp=0.01):
         if not bool(fault + fault_inverse) and bool(U.isfinite().all()):
             return U, damp
         damp *= 10
-    return torch.eye(len(H), device=H.device), math.inf
+    raise GolfError("GPTQ: a Hessian is not finite; has the model diverged?  Lower MATRIX_LR")
 
 def gptq(W, step, H, qmax, U=None, block=128):
     """Round each weight so that the layer's output error is least, column by column.
@@ -2595,10 +2587,10 @@ MOST_STEPS = 108  # largest |weight| / step; GPTQ's corrections may use the rest
 class Matrix:
     """One weight to be stored, and all that its quantization needs at any strength.
 
-    strength: a factor of all steps (GRID=sdclip: of those without a clip of their own).  With
-    GRID=rate a weight's step is inverse to the root of its effect on the loss, sensitivity of its
-    row times conditional variance of its input, so that a byte buys as much wherever it is spent
-    (reverse water-filling).
+    strength: the factor of all steps that the search varies (GRID=sdclip: of those whose Route has
+    no clip of its own).  With GRID=rate the step of weight (r, c) is proportional to
+    1 / sqrt(sensitivity of row r * conditional variance of input c): a byte then lowers the loss by
+    as much wherever it is spent (reverse water-filling).
     W (R, C), H and U have their columns in the order of rounding: largest inputs first.
     log_step: sum over weights of log(step / std(row)) at strength 1 (GRID=rate).
     """
@@ -2988,7 +2980,7 @@ def fill_cap(model, cfg, calibration, run):
     low, strength, high = strengths(model, cfg)
     slope = -weights / 8  # bytes for an octave of strength
     sizes = {}
-    best = None
+    best = None  # ((fits, minus the strength if it fits, else minus the size), ...)
     for _ in range(FILL_ROUNDS):
         mine = quantize(matrices, strength / unit)
         quantized = {name: q for part in run.gather(mine) for name, q in part.items()}
@@ -3026,7 +3018,7 @@ def export(model, cfg, calibration, run):
     blob = run.broadcast(blob)
     stored = max(1, sum(q.Q.numel() for q in quantized.values()))
     run.log("quantized", matrices=len(quantized), bits_per_weight=f"{8 * len(blob) / stored:.4f}",
-            strength=strength, fell_back=sum(math.isinf(q.damp) for q in quantized.values()))
+            strength=strength)
     return blob
 
 def save_artifact(path, model, cfg, calibration=UNCALIBRATED):
@@ -3583,7 +3575,8 @@ def torch_attention(varlen, flex, block_mask, q, k, v, window):
 # 11. main
 # --------------------------------------------------------------------------------------------------
 # Data, train, export, reload from the file alone, evaluate, report.  Every final number comes from
-# the reloaded model; FINAL_SCORE, set beforehand, names the one that counts.
+# the reloaded model; FINAL_SCORE, set beforehand, names the one that counts.  The seconds of an
+# evaluation begin with the reload; compiling, on synthetic text, comes before them.
 
 FINAL_EVENTS = {"roundtrip": "final_int6_roundtrip", "exact": "final_int6_exact",
                 "sliding": "final_int6_sliding_window", "ttt": "final_int6_ttt"}

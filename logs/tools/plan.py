@@ -142,6 +142,20 @@ def machine_of(env):
         memory_gb=variable(env, "MEMORY_GB", str(machine.memory_gb)))
 
 
+def activation_bytes(cfg, mlp_copies):
+    """Memory that one token's forward keeps for the backward pass [bytes], in bfloat16.
+
+    mlp_copies: of the MLP's width; the fused kernel keeps the squared relu only.
+    """
+    D = cfg.model_dim
+    values = 0.0
+    for layer in t.parse_stack(cfg.stack):
+        # q, k, v, the gate before and q, k, v, o after the convolution, A; or q, k, v, o and norms
+        values += 9 * cfg.gdn_heads * cfg.gdn_head_dim if layer.kind == "gdn" else 6 * D
+        values += 4 * D + mlp_copies * cfg.mlp_mult * D  # the residual twice, each normalized; MLP
+    return 2 * values + 12 * cfg.vocab_size  # logits and their gradient
+
+
 def plan(env):
     """The lines of the plan for the environment variables in `env`."""
     cfg = t.Config.from_env({k: v for k, v in env.items() if k not in OWN})
@@ -150,10 +164,7 @@ def plan(env):
     run = t.Run(world_size=gpus)
     cfg = t.settle_batch(cfg, run)
     ops = t.REFERENCE if kind == "CPU" else t.REFERENCE._replace(mlp=None)  # a fused one
-    token_bytes = t.activation_bytes_per_token(cfg, ops)
-    if kind != "CPU" and not cfg.micro_batch_tokens:
-        most = int(0.5e9 * machine.memory_gb / token_bytes)
-        cfg = replace(cfg, micro_batch_tokens=max(most, cfg.train_seq_len))
+    token_bytes = activation_bytes(cfg, 2 if kind == "CPU" else 1)
     micro_tokens = t.micro_batch_rows(cfg, run, ops) * cfg.train_seq_len
     with torch.device("meta"):
         model = t.LM(cfg)
