@@ -106,7 +106,6 @@ class Config:
     gdn_heads: int = knob(4, "GDN heads", 1, 1024)
     gdn_head_dim: int = knob(128, "width K = V of a GDN head", 8, 1024)
     kv_share: int = knob(1, "successive mixers of a kind that share keys and values; 1 = none", 1)
-    gdn_neg_eigval: bool = knob(False, "1: beta in (0, 2), so that the state may also reflect")
     mlp_mult: float = knob(4.0, "MLP width over D", 0.25, 64)
     mlp_act: str = knob("relu2", "the leaky one has slope 0.5 below zero", "relu2 leaky_relu2")
     unet: bool = knob(False, "1: U-Net skips from the first half of the layers to the second")
@@ -920,20 +919,20 @@ def gated_norm(o, gate, weight):
     """rms_norm(o) weight silu(gate) by heads: o (B, T, H, V), gate (B, T, H V), weight (V,)."""
     return rms_norm(o) * weight.to(o.dtype) * F.silu(gate.unflatten(-1, o.shape[2:]))
 
-def gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max):
+def gdn(proj, taps, A_log, dt_bias, norm, tail, state):
     """What a Gated DeltaNet layer [1] computes between its projections.
 
     proj: (B, T, 4 H K + 2 H or more), each token's q, k, v and output gate, then by head the logits
     a of the decay and b of beta.   taps: (3 H K, 4).   A_log, dt_bias: (H,).   norm: (K,).
     tail (B, 3, 3 H K), state (B, H, K, K) or None for zeros: from the text before.
-    beta_max: 1, or 2 for negative eigenvalues.   Returns (B, T, H K) and the new state.
+    Returns (B, T, H K) and the new state.
     """
     H = len(A_log)
     W = H * len(norm)
     qkv, gate, a, b, _ = proj.split([3 * W, W, H, H, proj.shape[-1] - 4 * W - 2 * H], -1)
     q, k, v = conv_heads(qkv, taps, tail, H)
     g = -A_log.exp() * F.softplus(a.float() + dt_bias)  # log-decay, (B, T, H)
-    beta = torch.sigmoid(b.float()) * beta_max
+    beta = torch.sigmoid(b.float())
     o, state = delta_rule(q, k, v, g, beta, state)
     return gated_norm(o, gate, norm).flatten(2), state
 
@@ -1129,8 +1128,7 @@ class GatedDeltaNet(nn.Module):
         past = self.TAPS - 1
         tail, S = state or (x.new_zeros(x.shape[0], past, len(taps)), None)
         tail = tail.to(x.dtype)
-        y, S = self.ops.gdn(proj, taps, self.A_log, self.dt_bias, self.o_norm, tail, S,
-                            2.0 if self.cfg.gdn_neg_eigval else 1.0)
+        y, S = self.ops.gdn(proj, taps, self.A_log, self.dt_bias, self.o_norm, tail, S)
         y = linear(y, self.o_proj, scale=scale)
         # a small copy: a view of proj would keep all of it in memory
         tail = torch.cat([tail, proj[:, -past:, :len(taps)]], 1)[:, -past:]
@@ -3304,9 +3302,9 @@ def _gates_kernel():
     triton = _triton()
 
     @triton.jit
-    def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, MAX: tl.constexpr,
-                     STRIDE: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr,
-                     BLOCK: tl.constexpr, ROWS: tl.constexpr, BACKWARD: tl.constexpr):
+    def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, STRIDE: tl.constexpr,
+                     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                     ROWS: tl.constexpr, BACKWARD: tl.constexpr):
         c = tl.arange(0, BLOCK)
         row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
         real = (row < M) & (c < WIDTH)
@@ -3322,17 +3320,17 @@ def _gates_kernel():
         if BACKWARD:
             dg = rate * tl.load(g, real & is_a, 0.0)
             da = dg * tl.sigmoid(a)
-            db = tl.load(beta, real & is_b, 0.0) * MAX * b * (1.0 - b)
+            db = tl.load(beta, real & is_b, 0.0) * b * (1.0 - b)
             tl.store(dlogits + row * STRIDE + c, (da + db).to(dlogits.dtype.element_ty), real)
             sums += tl.program_id(0) * 2 * H + c
             tl.store(sums, tl.sum(dg * soft, 0), is_a)
             tl.store(sums + H, tl.sum(da, 0), is_a)
         else:
             tl.store(g, rate * soft, real & is_a)
-            tl.store(beta, MAX * b, real & is_b)
+            tl.store(beta, b, real & is_b)
     return gates_kernel
 
-def _launch_gates(proj, first, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
+def _launch_gates(proj, first, A_log, dt_bias, g, beta, dproj=None, sums=None):
     """g and beta; or, from their gradients, those of proj from column `first` and of the vectors.
 
     sums: the gradients of A_log and dt_bias, (2, H) for each program.
@@ -3341,23 +3339,23 @@ def _launch_gates(proj, first, A_log, dt_bias, beta_max, g, beta, dproj=None, su
     logits = proj[..., first:]
     dlogits = None if dproj is None else dproj[..., first:]
     _gates_kernel()[-(-B * T // GATE_ROWS),](
-        logits, A_log, dt_bias, g, beta, dlogits, sums, B * T, MAX=beta_max,
-        STRIDE=proj.shape[-1], H=H, WIDTH=logits.shape[-1],
-        BLOCK=1 << (logits.shape[-1] - 1).bit_length(), ROWS=GATE_ROWS, BACKWARD=sums is not None)
+        logits, A_log, dt_bias, g, beta, dlogits, sums, B * T, STRIDE=proj.shape[-1], H=H,
+        WIDTH=logits.shape[-1], BLOCK=1 << (logits.shape[-1] - 1).bit_length(), ROWS=GATE_ROWS,
+        BACKWARD=sums is not None)
 
 # ---- Gated DeltaNet between its projections: one operator of these kernels
 
-def fast_gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel="fla"):
+def fast_gdn(proj, taps, A_log, dt_bias, norm, tail, state, kernel="fla"):
     """`gdn` on CUDA."""
     if proj[0].numel() >= 2**31:  # the convolution's offsets inside one row are int32
-        return gdn(proj, taps, A_log, dt_bias, norm, tail, state, beta_max)
+        return gdn(proj, taps, A_log, dt_bias, norm, tail, state)
     if state is None:  # zeros: with one form of call there is one kernel to compile and tune
         K = len(norm)
         state = torch.zeros(len(proj), len(A_log), K, K, device=proj.device)
-    return _gdn_forward(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel,
+    return _gdn_forward(proj, taps, A_log, dt_bias, norm, tail, state, kernel,
                         torch.is_grad_enabled())[:2]
 
-def _gdn_results(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel, training):
+def _gdn_results(proj, taps, A_log, dt_bias, norm, tail, state, kernel, training):
     """Empty results of the operator: y, the new state, and what the backward pass takes.
 
     Those are q, k, v, o (B, T, H, K), running log-decay and beta (B, T, H), A (B, T, H, chunk) of
@@ -3373,15 +3371,15 @@ def _gdn_results(proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel
 
 @operator("gdn_forward", _gdn_results)
 def _gdn_forward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor,
-                 tail: Tensor, state: Tensor, beta_max: float, kernel: str, training: bool
+                 tail: Tensor, state: Tensor, kernel: str, training: bool
                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor,
                             Tensor, Tensor]:
     """`_gdn_results`, computed."""
     proj, taps, tail, state = [x.contiguous() for x in (proj, taps, tail, state)]
     y, _, q, k, v, _, g, beta, _, h = _gdn_results(
-        proj, taps, A_log, dt_bias, norm, tail, state, beta_max, kernel, False)
+        proj, taps, A_log, dt_bias, norm, tail, state, kernel, False)
     _launch_conv(proj, taps, tail, (q, k, v))
-    _launch_gates(proj, 4 * y.shape[-1], A_log, dt_bias, beta_max, g, beta)
+    _launch_gates(proj, 4 * y.shape[-1], A_log, dt_bias, g, beta)
     same = dict(q=q, k=k, v=v, g=g, beta=beta, scale=q.shape[-1] ** -0.5, initial_state=state,
                 output_final_state=True)
     if kernel == "flashqla":
@@ -3398,8 +3396,7 @@ def _gdn_forward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, nor
 def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor,
                   tail: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
                   G: Tensor, beta: Tensor, A: Tensor, h: Tensor, dy: Tensor, dstate: Tensor | None,
-                  beta_max: float, kernel: str
-                  ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+                  kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of proj, in one buffer, taps, A_log, dt_bias, norm and state.
 
     Sums over tokens are taken in a fixed order: each program adds one row.
@@ -3420,12 +3417,12 @@ def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, no
     dtaps = taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps))
     _launch_conv(proj, taps, tail, (dq, dk, dv), dproj, dtaps)
     sums = A_log.new_empty(-(-B * T // GATE_ROWS), 2, len(A_log))
-    _launch_gates(proj, 4 * W, A_log, dt_bias, beta_max, dg, dbeta, dproj, sums)
+    _launch_gates(proj, 4 * W, A_log, dt_bias, dg, dbeta, dproj, sums)
     dA_log, ddt_bias = sums.sum(0)
     return (dproj, dtaps.sum(0).mT.contiguous(), dA_log, ddt_bias.clone(), dnorm.sum(0), dstate)
 
 def _gdn_save(ctx, inputs, output):
-    *tensors, ctx.beta_max, ctx.kernel, _ = inputs
+    *tensors, ctx.kernel, _ = inputs
     ctx.save_for_backward(*tensors, *output[2:])
     ctx.set_materialize_grads(False)  # an unused final state then costs nothing
 
@@ -3433,8 +3430,8 @@ def _gdn_grad(ctx, dy, dstate, *_):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[10]).flatten(2)
     dproj, dtaps, dA_log, ddt_bias, dnorm, dstate = _gdn_backward(
-        *ctx.saved_tensors, dy, dstate, ctx.beta_max, ctx.kernel)
-    return dproj, dtaps, dA_log, ddt_bias, dnorm, None, dstate, None, None, None
+        *ctx.saved_tensors, dy, dstate, ctx.kernel)
+    return dproj, dtaps, dA_log, ddt_bias, dnorm, None, dstate, None, None
 
 _gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
 

@@ -150,7 +150,7 @@ def test_hostile_table_of_frequencies_is_refused(change):
 
 @pytest.mark.parametrize("changes", [
     dict(stack="gdn*2"), dict(stack="(attn::a swa::b)*2"), dict(ngram_buckets=0, smear=False),
-    dict(mlp_act="leaky_relu2", mlp_mult=0.25, gdn_neg_eigval=True, kv_share=2, unet=True),
+    dict(mlp_act="leaky_relu2", mlp_mult=0.25, kv_share=2, unet=True),
     dict(bos_id=-1, ngram_order=2, vocab_size=300), dict(rope_base=100.0, swa_window=5),
     dict(model_dim=8, vocab_size=16, stack="gdn", gdn_heads=1, mlp_mult=1.0, ngram_buckets=0),
     dict(matrix_bits=2, mlp_bits=3, embed_bits=5, embed_clip_sigmas=4.0, sandwich_bits=8)], ids=str)

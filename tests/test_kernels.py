@@ -34,12 +34,12 @@ def gdn_inputs(T, H, K, device="cpu", dtype=torch.float32, decay=0.0, spare=0):
             for name, y in x.items()}
 
 
-def gdn_results(kernel, inputs, beta_max=1.0):
+def gdn_results(kernel, inputs):
     """Results and gradients of `gdn` by a kernel, or None: by the reference."""
     rule = t.gdn if kernel is None else partial(t.fast_gdn, kernel=kernel)
     x = dict(inputs)
     tail = x.pop("tail")  # it has no gradient: a state is detached
-    return results_and_gradients(lambda **y: rule(**y, tail=tail, beta_max=beta_max), x)
+    return results_and_gradients(lambda **y: rule(**y, tail=tail), x)
 
 
 def in_double(inputs):
@@ -95,12 +95,12 @@ def norm_by_reference(o, proj, norm, y, do=None, dproj=None, dnorm=None):
     dnorm.zero_()[0] = dw
 
 
-def gates_by_reference(proj, first, A_log, dt_bias, beta_max, g, beta, dproj=None, sums=None):
+def gates_by_reference(proj, first, A_log, dt_bias, g, beta, dproj=None, sums=None):
     H = len(A_log)
 
     def forward(x, A_log, dt_bias):
         a, b = x[..., first:first + 2 * H].float().chunk(2, -1)
-        return -A_log.exp() * F.softplus(a + dt_bias), beta_max * b.sigmoid()
+        return -A_log.exp() * F.softplus(a + dt_bias), b.sigmoid()
     if sums is None:
         t.copy_all([g, beta], forward(proj, A_log, dt_bias))
         return
@@ -145,13 +145,12 @@ def stand_in(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("beta_max", [1.0, 2.0])
-def test_operator_hands_every_gradient_to_its_input(stand_in, beta_max):
+def test_operator_hands_every_gradient_to_its_input(stand_in):
     x = gdn_inputs(70, 2, 8, spare=3)
-    got, want = [gdn_results(kernel, x, beta_max) for kernel in (stand_in, None)]
+    got, want = [gdn_results(kernel, x) for kernel in (stand_in, None)]
     assert_all_close(got, want, rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # outside of training no states are kept
-        assert t._gdn_forward(*x.values(), beta_max, stand_in, False)[-1].numel() == 0
+        assert t._gdn_forward(*x.values(), stand_in, False)[-1].numel() == 0
 
 
 @pytest.mark.parametrize("used", [0, 1], ids=["y alone", "state alone"])
@@ -160,7 +159,7 @@ def test_operator_is_differentiated_where_one_result_is_unused(stand_in, used):
     found = []
     for rule in (partial(t.fast_gdn, kernel=stand_in), t.gdn):
         leaves = {name: y.clone().requires_grad_(name != "tail") for name, y in x.items()}
-        rule(**leaves, beta_max=1.0)[used].square().sum().backward()
+        rule(**leaves)[used].square().sum().backward()
         found.append({n: y.grad if y.grad is not None else torch.zeros_like(y)
                       for n, y in leaves.items()})
     assert_all_close(*found, rtol=1e-5, atol=1e-4)
@@ -245,18 +244,18 @@ def test_cuda_gdn_equals_the_reference(kernel, H, K, T):
     With triton 3.6, FLA's narrow heads are where its own backward kernel would be wrong.
     """
     x = gdn_inputs(T, H, K, "cuda", torch.bfloat16, spare=5)
-    assert_near(gdn_results(kernel, x, 2.0), gdn_results(None, in_double(x), 2.0))
+    assert_near(gdn_results(kernel, x), gdn_results(None, in_double(x)))
 
 
 @gpu
 @pytest.mark.parametrize("kernel, H, K", GDN_CASES)
 def test_cuda_gdn_in_parts_equals_one_pass(kernel, H, K):
     x = gdn_inputs(301, H, K, "cuda", torch.bfloat16)
-    want = t.gdn(**in_double(x), beta_max=1.0)
+    want = t.gdn(**in_double(x))
     proj, tail, state = x.pop("proj"), x.pop("tail"), x.pop("state")
     out = []
     for part in proj.split([37, 64, 1, 199], 1):
-        y, state = t.fast_gdn(part, tail=tail, state=state, **x, beta_max=1.0, kernel=kernel)
+        y, state = t.fast_gdn(part, tail=tail, state=state, **x, kernel=kernel)
         tail = torch.cat([tail, part[..., :tail.shape[-1]]], 1)[:, -3:]
         out.append(y)
     assert_near(dict(y=torch.cat(out, 1), state=state), dict(y=want[0], state=want[1]))
