@@ -368,7 +368,9 @@ class Run:
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
         self.began = time.perf_counter()
-        self.taken = []  # times of the first and newest training batch, minus scoring_s
+        # Times of the first and newest training batch, minus scoring_s: the compliance line holds
+        # them against the training clock, which must not have stood still while it trained.
+        self.taken = []
         self.scoring_s = self.before_s = 0.0  # of evaluate(); of training in earlier processes
         self.log_path = None  # the console only
         self.quiet = False
