@@ -1534,19 +1534,10 @@ class Scorer:
                 self.scores[score_from:end, 0] += row[score_from - start:end - start]
                 self.scores[score_from:end, 1] += 1
 
-def compiles_evaluation(model, run, method, num_targets, adapting):
-    """Whether an evaluation runs compiled: with COMPILE=auto if a rank has enough to run."""
-    cfg = model.cfg
-    passes = cfg.train_seq_len / cfg.eval_stride if method == "sliding" else 1.0
-    ranks = 1 if adapting and method == "exact" else run.world_size
-    training = 3 * cfg.ttt_epochs if adapting else 0  # small batches: not faster on many ranks
-    return compiles(model, num_targets * (passes / ranks + training))
-
 TTT_LINES = 64  # most `ttt` lines of an evaluation
 
 @torch.inference_mode()
-def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False,
-             compiled=None):
+def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False):
     """Score every target of `tokens`, np.uint16 (n,), exactly once; the only scorer of this script.
 
     method: roundtrip (windows of TRAIN_SEQ_LEN side by side), sliding (by EVAL_STRIDE) or exact
@@ -1554,7 +1545,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     adapter: None, or a function called after each chunk of TTT_CHUNK_TOKENS but the last with the
     tokens up to the last scored target; it cannot train on what is yet to be scored.  Its hints
     (TTT_TILT) for a position come, like the model's state, from the tokens up to that position.
-    probing: test some batches (Scorer.probe).   compiled: by default, if the text is long.
+    probing: test some batches (Scorer.probe).
     Returns the Ledger of all n - 1 targets on all ranks; GolfError if one is missing or not finite.
     """
     began = time.perf_counter()
@@ -1575,25 +1566,22 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     # A window belongs to the chunk of its first scored target.
     size = cfg.ttt_chunk_tokens if adapter else total
     chunks = -(-total // size)
-    if compiled is None:
-        compiled = compiles_evaluation(model, run, method, total, adapter is not None)
-    with compiling(compiled):
-        for number, chunk in groupby(parts, lambda part: part[2] // size):
-            chunk = list(chunk)
-            a, b = ranks.share(len(chunk))
-            scorer.score(chunk[a:b], carry=method == "exact")
-            first, last = chunk[0][2], chunk[-1][1]
-            nats, times = ranks.all_sum(scorer.scores[first:last]).unbind(1)
-            if (times != 1).any():
-                raise GolfError(f"a target of {first} .. {last - 1} was not scored exactly once")
-            ledger.add(first, nats, scorer.bytes[first:last])
-            if adapter and last < total:
-                with torch.inference_mode(False), torch.enable_grad():
-                    adapter(tokens[:ledger.tokens + 1])
-            if adapter and chunks > 1 and (number + 1) % -(-chunks // TTT_LINES) == 0:
-                run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=ledger.tokens,
-                        running_bpb=ledger.bpb, epochs=getattr(adapter, "epochs", 0),
-                        time=f"{1000 * (time.perf_counter() - began):.0f}ms")
+    for number, chunk in groupby(parts, lambda part: part[2] // size):
+        chunk = list(chunk)
+        a, b = ranks.share(len(chunk))
+        scorer.score(chunk[a:b], carry=method == "exact")
+        first, last = chunk[0][2], chunk[-1][1]
+        nats, times = ranks.all_sum(scorer.scores[first:last]).unbind(1)
+        if (times != 1).any():
+            raise GolfError(f"a target of {first} .. {last - 1} was not scored exactly once")
+        ledger.add(first, nats, scorer.bytes[first:last])
+        if adapter and last < total:
+            with torch.inference_mode(False), torch.enable_grad():
+                adapter(tokens[:ledger.tokens + 1])
+        if adapter and chunks > 1 and (number + 1) % -(-chunks // TTT_LINES) == 0:
+            run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=ledger.tokens,
+                    running_bpb=ledger.bpb, epochs=getattr(adapter, "epochs", 0),
+                    time=f"{1000 * (time.perf_counter() - began):.0f}ms")
     finish(ledger, total, scorer, run)
     run.scoring_s += time.perf_counter() - began
     return ledger
@@ -1692,9 +1680,8 @@ class Adapter:
             model.embed.hash_table = nn.Parameter(table)
             treatment["embed.hash_table"] = "adamw", cfg.ttt_hash_lr, 0.0
         # A chunk's gradient is already summed over ranks when it steps: one rank is enough.
-        self.optimizer = Optimizer(
-            model, treatment, Run(device=run.device), cfg.ttt_grad_clip, cfg.ttt_momentum,
-            compiles_evaluation(model, run, cfg.ttt_scoring, num_targets, True))
+        self.optimizer = Optimizer(model, treatment, Run(device=run.device), cfg.ttt_grad_clip,
+                                   cfg.ttt_momentum, COMPILING[0])
         self.weights = self.optimizer.weights  # flat, what scores
         self.base = self.weights.clone()
         self.raw = self.weights.clone() if cfg.ttt_ema else None  # newest, while the average scores
@@ -3683,18 +3670,15 @@ def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
 def warm_up_evaluation(model, method, num_targets, table, run):
     """Compile and tune what `method` will run, on synthetic text in the shapes to come."""
     cfg = model.cfg
-    adapting = method == "ttt"
-    scoring = cfg.ttt_scoring if adapting else method
     # TTT records a graph at its second chunk; windows come in batches of one shape.
     sizes = {"ttt": 3 * cfg.ttt_chunk_tokens, "exact": num_targets}
     size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
     table = table._replace(sidecar=None)  # which belongs to the real text
-    adapter = Adapter(model, num_targets, run) if adapting else None
-    compiled = compiles_evaluation(model, run, scoring, num_targets, adapting)
-    run.log("warm_up", compile=int(compiled), evaluation=method)
+    adapter = Adapter(model, num_targets, run) if method == "ttt" else None
+    run.log("warm_up", compile=int(COMPILING[0]), evaluation=method)
     run.quiet = True
-    evaluate(model, tokens, table, scoring, adapter, run, probing=True, compiled=compiled)
+    evaluate(model, tokens, table, cfg.ttt_scoring if adapter else method, adapter, run, True)
     run.quiet = False
     if adapter:
         adapter.close()
@@ -3712,13 +3696,18 @@ def evaluate_artifact(blob, data, cfg, run):
     total = len(data.val) - 1
     results = {}
     in_order = True
+    # Forward passes of a target on one rank.  Test-time training does not get less with more ranks.
+    passes = dict.fromkeys(methods, 1 / run.world_size)
+    passes |= {"sliding": cfg.train_seq_len / cfg.eval_stride / run.world_size,
+               "ttt": 1 + 3 * cfg.ttt_epochs}
     for method in methods:
-        if run.on_cuda:
-            warm_up_evaluation(model, method, total, data.table, run)
-        adapter = Adapter(model, total, run) if method == "ttt" else None
-        results[method] = timed_evaluation(
-            FINAL_EVENTS[method], model, data, cfg.ttt_scoring if adapter else method, run,
-            adapter, bits=cfg.matrix_bits)
+        with compiling(compiles(model, total * passes[method])):
+            if run.on_cuda:
+                warm_up_evaluation(model, method, total, data.table, run)
+            adapter = Adapter(model, total, run) if method == "ttt" else None
+            results[method] = timed_evaluation(
+                FINAL_EVENTS[method], model, data, cfg.ttt_scoring if adapter else method, run,
+                adapter, bits=cfg.matrix_bits)
         if adapter:
             adapter.close()
             in_order &= adapter.in_order
