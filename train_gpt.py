@@ -2255,7 +2255,7 @@ def find_checkpoint(cfg, data):
     """The (tensors, facts) of the checkpoint that RESUME names, None to begin; GolfError."""
     own = checkpoint_path(cfg)
     path = own if cfg.resume == "auto" else Path(cfg.resume)
-    if path == own and not path.exists():
+    if cfg.resume == "auto" and not own.exists():
         return None
     if own.exists() and own.resolve() != path.resolve():
         raise GolfError(f"RESUME={path}: RUN_ID={cfg.run_id} has a checkpoint of its own; "

@@ -455,3 +455,8 @@ def test_shard_that_vanishes_under_way_leaves_a_checkpoint(tmp_path, monkeypatch
         with pytest.raises(t.GolfError, match="gone"):
             train(cfg)
     assert find(cfg)[1]["step"] == 4
+
+
+def test_resume_by_the_path_of_its_own_missing_checkpoint_is_refused(tmp_path):
+    with pytest.raises(t.GolfError, match="No such file"):
+        find(job_config(tmp_path, resume=str(tmp_path / "job.ckpt")))
