@@ -822,7 +822,6 @@ class Loader:
         self.ahead.append(self.pool.submit(next, self.batches))
         return batch.to(self.run.device, non_blocking=True)
 
-
 # --------------------------------------------------------------------------------------------------
 # 4. Model
 # --------------------------------------------------------------------------------------------------
@@ -2320,9 +2319,10 @@ def train_loop(job, data, micro_rows):
     while True:
         # Rank 0's clock decides, so that ranks never disagree.
         step_s = 1.05 * max(durations, default=0.0)
-        told = run.gather((clock.elapsed(), step_s, STOP.signal))
-        elapsed, step_s, _ = told[0]
-        if any(name for _, _, name in told):
+        fault = str(job.loader.ahead[0].exception() or "")  # of reading the next batch
+        told = run.gather((clock.elapsed(), step_s, STOP.signal, fault))
+        elapsed, step_s, *_ = told[0]
+        if any(name for _, _, name, _ in told):
             return
         in_flight = 2 if run.on_cuda else 1  # the next step ends that many steps from now
         out_of_time = job.step > 0 and elapsed + in_flight * step_s > budget
@@ -2335,6 +2335,8 @@ def train_loop(job, data, micro_rows):
             clock.resume()
         if last:
             break
+        if fault := max(text for *_, text in told):  # on all ranks: a lost one ends rank 0 unsaved
+            raise GolfError(fault)
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
         rate = learning_rate(progress, cfg)
         loss = train_step(model, job.optimizer, next(job.loader), micro_rows, rate, job.step,
