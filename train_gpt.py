@@ -2911,7 +2911,8 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     blob, header, payload = read_artifact(path, None if isinstance(path, bytes) else base)
     base = base or Config()
     try:
-        stored = {name: header["config"][name] for name in STORED_FIELDS}
+        stored = {f.name: type(f.default)(header["config"][f.name]) for f in fields(Config)
+                  if f.name in STORED_FIELDS}
         cfg = replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0)
         with torch.device("meta"):
             model = LM(cfg)

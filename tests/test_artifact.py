@@ -259,6 +259,7 @@ FORGERIES = {
     "no settings": lambda h: h.pop("config") and None,
     "setting missing": lambda h: h["config"].pop("smear") and None,
     "setting outside its rule": lambda h: h["config"].update(model_dim=-8),
+    "text for a number": lambda h: h["config"].update(rope_base="x"),
     "other model": lambda h: h["config"].update(stack="gdn"),
     "larger than any memory": lambda h: h["config"].update(vocab_size=65536, model_dim=2**30),
     "tensor missing": lambda h: h["tensors"].pop() and None,
