@@ -522,6 +522,8 @@ def write_whole(path, write):
             f.flush()
             os.fsync(f.fileno())
         part.replace(path)
+    except OSError as error:  # which names no file if the disk is full
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)
