@@ -419,8 +419,8 @@ class Run:
         with suppress(OSError, ValueError, AttributeError):
             print(line, flush=True)
         if self.log_path and to_log:
-            with suppress(OSError), open(self.log_path, "a", encoding="utf-8") as f:
-                f.write(line + "\n")
+            with suppress(OSError), open(self.log_path, "ab") as f:
+                f.write(f"{line}\n".encode(errors="replace"))  # a path may be no UTF-8
 
     def all_sum(self, tensor):
         """Sum `tensor` over ranks, in place."""

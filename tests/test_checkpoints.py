@@ -428,6 +428,9 @@ def test_log_whose_disk_or_console_is_full(tmp_path, capsys):
     assert run.log_path.read_text() == "step a:1\nstep a:2\n"
     run.log_path = tmp_path / "gone" / "log.txt"
     run.log("step", a=3)
+    run.log_path = tmp_path / "foreign"
+    run.log("settings", data_path="/data/\udcff")  # no UTF-8
+    assert run.log_path.read_text() == "settings data_path:/data/?\n"
     assert capsys.readouterr().out == "step a:1\nstep a:3\n"
 
 
