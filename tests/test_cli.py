@@ -209,10 +209,11 @@ def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving, logging
         run = Simulated(seed, on_cuda)
         monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda run=run: run.now))
         monkeypatch.setattr(t, "train_step", run.train_step)
+        loader = mock.MagicMock()
+        loader.ahead[0].exception.return_value = None
         job = SimpleNamespace(model=None, cfg=cfg, run=run, step=0, clock=t.Clock(run),
                               save=mock.Mock(side_effect=run.save), average=mock.Mock(),
-                              optimizer=SimpleNamespace(bad_steps=0), loader=mock.MagicMock(),
-                              averaged=0)
+                              optimizer=SimpleNamespace(bad_steps=0), loader=loader, averaged=0)
         job.clock.resume()
         t.train_loop(job, None, 8)
         assert 96 < job.clock.pause() <= 100
