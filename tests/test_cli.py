@@ -235,7 +235,7 @@ def assert_one_line(result, *parts):
     ("VOCAB_SIZE=2048", ["VOCAB_SIZE=2048", "1024 pieces"]),
     ("DEVICE=cuda", ["DEVICE=cuda", "PRESET=sample"]),
     ("PRESET= DEVICE=auto", ["PRESET=sample", "DEVICE=cpu"]),
-    ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/nowhere", ["/nowhere", "o such file"]),
+    ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/not/here", ["/not/here", "o such file"]),
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),
     ("HOLDOUT_TOKENS=1000000", ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
     ("RESUME=/nowhere/a", ["/nowhere/a", "not a whole checkpoint", "No such file"]),

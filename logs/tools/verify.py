@@ -294,7 +294,8 @@ def exact_spans(total, count, warmup):
 def ttt_nats(t, model, tokens, text, limit, segment):
     """Nats of test-time training up to target `limit`: score a chunk, record it, adapt."""
     cfg, total = model.cfg, len(text) - 1
-    adapter = t.Adapter(model, total, t.Run(device=text.device))
+    with t.compiling(t.compiles(model, 3 * cfg.ttt_epochs * total)):  # of its training
+        adapter = t.Adapter(model, total, t.Run(device=text.device))
     by_windows = windows(limit, cfg.train_seq_len, cfg.eval_stride)
     record, recorded, state = [], 0, None
     with torch.inference_mode():
