@@ -528,20 +528,18 @@ def write_whole(path, write):
         with suppress(OSError):
             part.unlink(missing_ok=True)
 
-FACTS = "facts.json"  # member of a checkpoint that holds its JSON
-
 def save_tensors(path, tensors, facts):
     """Write {name: Tensor} and JSON-able `facts` to one npz file; raises OSError."""
     arrays = {name: x.detach().float().cpu().numpy() for name, x in tensors.items()}
-    arrays[FACTS] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    write_whole(path, lambda f: np.savez(f, **arrays))
+    facts = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    write_whole(path, lambda f: np.savez(f, **arrays, facts=facts))
 
 def load_tensors(path):
     """The ({name: Tensor}, facts) of `save_tensors`; executes nothing.  Raises GolfError."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             tensors = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-        facts = dict(json.loads(tensors.pop(FACTS).numpy().tobytes()))
+        facts = dict(json.loads(tensors.pop("facts").numpy().tobytes()))
         if facts.keys() != BEGINNING.keys():
             raise ValueError(f"its facts are {facts}")
         return tensors, facts
@@ -2338,7 +2336,7 @@ def train_loop(job, data, micro_rows):
         if last:
             break
         if fault := max(text for *_, text in told):  # on all ranks: a lost one ends rank 0 unsaved
-            raise GolfError(fault)
+            raise GolfError(f"{fault}; stopped at step {job.step}, RESUME=auto goes on")
         progress = max(elapsed / budget, job.step / max(1, cfg.iterations))
         rate = learning_rate(progress, cfg)
         loss = train_step(model, job.optimizer, next(job.loader), micro_rows, rate, job.step,
