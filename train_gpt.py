@@ -586,9 +586,9 @@ def open_shards(data_path, split):
         size = path.stat().st_size
         tokens = (size - HEADER_BYTES) // 2
         if header != [*SHARD_HEAD, tokens] or tokens <= 0 or size % 2:
-            raise GolfError(f"{path}: has {size} bytes and begins with {header}; a token shard of "
-                            f"this challenge, whole and not empty, has 2 bytes a token behind "
-                            f"{HEADER_BYTES} bytes that begin with {SHARD_HEAD} and their number")
+            raise GolfError(f"{path}: has {size} bytes and begins with {header}; expected "
+                            f"{SHARD_HEAD}, the number of tokens, and 2 bytes a token after "
+                            f"{HEADER_BYTES}: no shard of this challenge, or not all of it")
         shards.append(Shard(path, tokens))
     if not shards and split != "val_bytes":  # the sidecar, which few texts have
         raise GolfError(f"DATA_PATH={data_path}: holds no fineweb_{split}_*.bin; data/download.py "
