@@ -137,7 +137,8 @@ def test_artifacts_are_verified_whole_on_a_gpu_in_part_on_a_cpu(folder, monkeypa
     monkeypatch.setattr(check.torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(check.verify, "verify", lambda log, args: asked.append(args) or [
         ("ttt: val_bpb", "1.0, log 0.9", "DIFFERS")] * (log.seed == 42))
-    (folder / "seed42.artifact").write_bytes(b"GDN1")
+    for seed in (42, 1337):
+        (folder / f"seed{seed}.artifact").write_bytes(b"GDN1")
     faults, notes = check.review(folder, data=folder, tokenizer=folder / "README.md", sample=500)
     assert ("verify", "train_seed42.log: ttt: val_bpb: 1.0, log 0.9") in faults
     assert f"train_seed42.log: verified on {'cuda' if gpu else 'cpu'}: {part}" in notes

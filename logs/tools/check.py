@@ -121,7 +121,8 @@ def verify_runs(folder, logs, faults, notes, data=None, tokenizer=None, sample=4
         _, args = verify.parse([str(log.path), "--script", str(folder / "train_gpt.py")])
         args.data, args.tokenizer = data or args.data, tokenizer or args.tokenizer
         args.sample = 0 if device == "cuda" else sample
-        artifacts = list(folder.glob(f"*{log.seed}*.artifact"))
+        artifacts = [path for path in folder.glob("*.artifact")  # of seed 7, not of 1337
+                     if str(log.seed) in re.findall(r"\d+", path.name)]
         part = "log and script only: no artifact, or no text"
         if artifacts and Path(args.data).is_dir() and Path(args.tokenizer).is_file():
             args.artifact, args.fast = str(artifacts[0]), device == "cuda"
