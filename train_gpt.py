@@ -3066,10 +3066,6 @@ def operator(name, fake):
         return made
     return wrap
 
-def like(*tensors):
-    """New tensors of these shapes."""
-    return tuple(x.new_empty(x.shape) for x in tensors)
-
 def _triton():
     """Triton; its language becomes the global `tl`, since it looks for names among the module's."""
     global tl
@@ -3383,21 +3379,27 @@ def _gdn_forward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, nor
     _launch_norm(o, proj, norm, y)
     return y, state, q, k, v, o, G, beta, A, h
 
-@operator("gdn_backward", lambda proj, taps, A_log, dt_bias, norm, tail, state, *_: like(
-    proj, taps, A_log, dt_bias, norm, state))
+def _gdn_gradients(proj, taps, A_log, dt_bias, norm, tail, state, *_):
+    """Empty gradients of proj, taps, (A_log, dt_bias), norm and state.
+
+    Those of parameters have a row for each program that adds to them, to be summed.
+    """
+    B, T, _ = proj.shape
+    H = len(A_log)
+    return (torch.empty_like(proj), taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps)),
+            A_log.new_empty(-(-B * T // GATE_ROWS), 2, H),
+            norm.new_empty(-(-B * T * H // (NORM_ROWS * NORM_TILES)), len(norm)),
+            torch.empty_like(state))
+
+@operator("gdn_backward", _gdn_gradients)
 def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor,
                   tail: Tensor, state: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor,
                   G: Tensor, beta: Tensor, A: Tensor, h: Tensor, dy: Tensor, dstate: Tensor | None,
-                  kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of proj, in one buffer, taps, A_log, dt_bias, norm and state.
-
-    Sums over tokens are taken in a fixed order: each program adds one row.
-    """
+                  kernel: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`_gdn_gradients`, computed."""
     proj, taps, tail, state, dy = [x.contiguous() for x in (proj, taps, tail, state, dy)]
-    B, T, W = dy.shape
-    dproj = torch.empty_like(proj)
+    dproj, dtaps, sums, dnorm, _ = _gdn_gradients(proj, taps, A_log, dt_bias, norm, tail, state)
     do = torch.empty_like(o)
-    dnorm = norm.new_empty(-(-o.shape[:3].numel() // (NORM_ROWS * NORM_TILES)), len(norm))
     _launch_norm(o, proj, norm, dy, do, dproj, dnorm)
     dstate = torch.zeros_like(state) if dstate is None else dstate.contiguous()
     same = dict(q=q, k=k, v=v, g=G, beta=beta, A=A, scale=q.shape[-1] ** -0.5, do=do, dht=dstate)
@@ -3406,12 +3408,9 @@ def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, no
     else:
         out = _fla()[1](**same, initial_state=state)
     dq, dk, dv, dbeta, dg, dstate = [x.contiguous() for x in out[:6]]
-    dtaps = taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps))
     _launch_conv(proj, taps, tail, (dq, dk, dv), dproj, dtaps)
-    sums = A_log.new_empty(-(-B * T // GATE_ROWS), 2, len(A_log))
-    _launch_gates(proj, 4 * W, A_log, dt_bias, dg, dbeta, dproj, sums)
-    dA_log, ddt_bias = sums.sum(0)
-    return (dproj, dtaps.sum(0).mT.contiguous(), dA_log, ddt_bias.clone(), dnorm.sum(0), dstate)
+    _launch_gates(proj, 4 * dy.shape[-1], A_log, dt_bias, dg, dbeta, dproj, sums)
+    return dproj, dtaps, sums, dnorm, dstate
 
 def _gdn_save(ctx, inputs, output):
     *tensors, ctx.kernel, _ = inputs
@@ -3421,17 +3420,18 @@ def _gdn_save(ctx, inputs, output):
 def _gdn_grad(ctx, dy, dstate, *_):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[10]).flatten(2)
-    dproj, dtaps, dA_log, ddt_bias, dnorm, dstate = _gdn_backward(
-        *ctx.saved_tensors, dy, dstate, ctx.kernel)
-    return dproj, dtaps, dA_log, ddt_bias, dnorm, None, dstate, None, None
+    dproj, dtaps, sums, dnorm, dstate = _gdn_backward(*ctx.saved_tensors, dy, dstate, ctx.kernel)
+    dA_log, ddt_bias = sums.sum(0)  # sums here, not in the operator, are compiled and faster
+    return dproj, dtaps.sum(0).mT, dA_log, ddt_bias, dnorm.sum(0), None, dstate, None, None
 
 _gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
 
 # ---- MLP: products with the squared relu inside
 
-# rows, columns and depth of a tile, warps, stages, whether a program takes many tiles
-MLP_UP = (128, 256, 64, 8, 4, True)
-MLP_DOWN = (128, 128, 64, 4, 3, False)
+# rows, columns and depth of a tile, warps, stages, tiles of a column that follow each other,
+# whether a program takes many tiles
+MLP_UP = (128, 256, 64, 8, 4, 1, True)
+MLP_DOWN = (128, 128, 64, 4, 3, 8, False)
 
 def fuses_mlp(cfg):
     """Whether the kernel below takes this MLP.
@@ -3447,7 +3447,7 @@ def fuses_mlp(cfg):
 def _mlp_kernel():
     """Triton's matrix product with the squared relu (UP) or its gradient before the result.
 
-    Tiles that run at one time lie in one row of tiles: x is read from memory once, and the weight
+    Tiles that run at one time lie in few rows of tiles: x is read from memory once, and the weight
     stays in the L2 cache.  The result is stored in two halves, which need fewer registers.
     """
     triton = _triton()
@@ -3455,13 +3455,13 @@ def _mlp_kernel():
     @triton.jit(do_not_specialize=["M"])  # one kernel for every number of tokens
     def mlp_product(x, w, r2, out, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                     COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UP: tl.constexpr,
-                    MANY: tl.constexpr):
+                    GROUP: tl.constexpr, MANY: tl.constexpr):
         across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
         half: tl.constexpr = COLUMNS // 2
-        tiles = tl.cdiv(M, ROWS) * across
+        tiles = tl.cdiv(M, ROWS * GROUP) * GROUP * across
         for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=MANY):
-            m = tile // across * ROWS
-            n = tile % across * COLUMNS
+            m = (tile // (GROUP * across) * GROUP + tile % GROUP) * ROWS
+            n = tile // GROUP % across * COLUMNS
             y = tl.zeros([ROWS, COLUMNS], tl.float32)
             for k in range(0, K, DEPTH):  # beyond the edges descriptors read zeros, write nothing
                 y = tl.dot(x.load([m, k]), w.load([n, k]).T if UP else w.load([k, n]), y)
@@ -3484,22 +3484,23 @@ def _mlp_product(x: Tensor, w: Tensor, r2: Tensor | None) -> Tensor:
     from triton.tools.tensor_descriptor import TensorDescriptor
     tiled = TensorDescriptor.from_tensor
     up = r2 is None
-    rows, columns, depth, warps, stages, many = MLP_UP if up else MLP_DOWN
+    rows, columns, depth, warps, stages, group, many = MLP_UP if up else MLP_DOWN
     x, w = x.contiguous(), w.contiguous()
     M, K = x.shape
     N = w.shape[0 if up else 1]
     out = x.new_empty(M, N)
-    programs = -(-M // rows) * -(-N // columns)
+    programs = -(-M // (rows * group)) * group * -(-N // columns)
     if many:
         programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
     half = [rows, columns // 2]
     _mlp_kernel()[programs,](
         tiled(x, [rows, depth]), tiled(w, [columns, depth] if up else [depth, columns]),
         tiled(out if up else r2.contiguous(), half), tiled(out, half), M, N, K, rows, columns,
-        depth, up, many, num_warps=warps, num_stages=stages)
+        depth, up, group, many, num_warps=warps, num_stages=stages)
     return out
 
-@operator("mlp_forward", lambda x, up, down: (*like(x), x.new_empty(len(x), len(up))))
+@operator("mlp_forward", lambda x, up, down: (
+    torch.empty_like(x), x.new_empty(len(x), len(up))))
 def _mlp_forward(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """r2 down^T (M, D), and r2 = relu(x up^T)^2: all that is kept, since its root is the relu."""
     r2 = _mlp_product(x, up, None)
