@@ -125,11 +125,11 @@ class Config:
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", 0)
     warmdown_frac: float = knob(0.6, "last part of the run, in which the learning rate falls", 0, 1)
     min_lr: float = knob(0.1, "final learning rate as a fraction of the peak", 0, 1)
-    matrix_lr: float = knob(0.025, "Muon learning rate", 0)
+    matrix_lr: float = knob(0.018, "Muon learning rate", 0)
     tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", 0)
     scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", 0)
-    muon_momentum: float = knob(0.97, "Muon momentum", 0, 0.9999)
-    muon_momentum_warmup_start: float = knob(0.92, "Muon momentum at step 0", 0, 0.9999)
+    muon_momentum: float = knob(0.9, "Muon momentum", 0, 0.9999)
+    muon_momentum_warmup_start: float = knob(0.9, "Muon momentum at step 0", 0, 0.9999)
     muon_momentum_warmup_steps: int = knob(1500, "steps to the full momentum", 0)
     muon_row_norm: bool = knob(True, "1: rows of equal norm before Newton-Schulz, in TTT too")
     muon_weight_decay: float = knob(0.1, "decoupled weight decay of matrices", 0)
@@ -301,6 +301,7 @@ def parse_stack(text):
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
 _ANCESTOR = dict(vocab_size=1024, mlp_mult=3.0, ngram_buckets=3072, muon_row_norm=False,
+                 matrix_lr=0.025, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
                  muon_weight_decay=0.04, grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd",
                  ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
 _INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd")

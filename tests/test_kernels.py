@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from types import SimpleNamespace
 
 import numpy as np
@@ -270,32 +271,41 @@ def test_cuda_gdn_repeats_bit_for_bit_and_survives_strong_decay(kernel, H, K):
         assert all(a[part].isfinite().all() and torch.equal(a[part], b[part]) for part in a)
 
 
-def launch_results(function, name, T, H, K):
+def launch_results(function, name, T, H, K, device="cuda"):
     """What the launch of a kernel of `fast_gdn` writes, forward then backward, in float32."""
-    x = gdn_inputs(T, H, K, "cuda", spare=T % 3)
-    heads = [normal(2, T, H, K, seed=seed).cuda() for seed in (7, 8, 9)]
-    gates = [normal(2, T, H, seed=seed).cuda() for seed in (7, 8)]
+    x = gdn_inputs(T, H, K, device, spare=T % 3)
+    heads = [normal(2, T, H, K, seed=seed).to(device) for seed in (7, 8, 9)]
+    gates = [normal(2, T, H, seed=seed).to(device) for seed in (7, 8)]
     dproj = torch.zeros_like(x["proj"])
     M = 2 * T
     if name == "conv":
         same = x["proj"], x["taps"], x["tail"]
         outputs, grads = [torch.empty_like(h) for h in heads], heads
-        sums = torch.empty(2 * -(-T // t.CONV_ROWS), 4, 3 * H * K, device="cuda")
+        sums = torch.empty(2 * -(-T // t.CONV_ROWS), 4, 3 * H * K, device=device)
         function(*same, outputs)
         function(*same, grads, dproj, sums)
     elif name == "norm":
         same = heads[0], x["proj"], x["norm"]
-        outputs = [torch.empty(2, T, H * K, device="cuda"), torch.empty_like(heads[0])]
-        sums = torch.empty(-(-M * H // (t.NORM_ROWS * t.NORM_TILES)), K, device="cuda")
+        outputs = [torch.empty(2, T, H * K, device=device), torch.empty_like(heads[0])]
+        sums = torch.empty(-(-M * H // (t.NORM_ROWS * t.NORM_TILES)), K, device=device)
         function(*same, outputs[0])
         function(*same, heads[1].flatten(2), outputs[1], dproj, sums)
     else:
-        same = x["proj"], 4 * H * K, x["A_log"], x["dt_bias"], 2.0
+        same = x["proj"], 4 * H * K, x["A_log"], x["dt_bias"]
         outputs = [torch.empty_like(y) for y in gates]
-        sums = torch.empty(-(-M // t.GATE_ROWS), 2, H, device="cuda")
+        sums = torch.empty(-(-M // t.GATE_ROWS), 2, H, device=device)
         function(*same, *outputs)
         function(*same, *gates, dproj, sums)
     return dict(enumerate([*outputs, dproj, sums.sum(0)]))
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_kernels_of_gdn_are_called_as_their_references_are(name):
+    """The test below runs on a GPU alone; its calls are tried here with the references."""
+    launch, reference = getattr(t, f"_launch_{name}"), LAUNCHES[name]
+    assert list(signature(launch).parameters) == list(signature(reference).parameters)
+    found = launch_results(reference, name, 65, 2, 8, "cpu")
+    assert all(x.isfinite().all() for x in found.values())
 
 
 @gpu
