@@ -1,8 +1,8 @@
 """Train, compress and score a GDN/SWA hybrid language model for OpenAI's Parameter Golf challenge.
 
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention
-layers, Muon [2] + AdamW, quantized weights in one file of at most 16,000,000 bytes (this script
-included), scored in bits per byte on every token of the validation split, exactly once.
+layers, Muon [2] + AdamW, quantized weights in a file that has, with this script, at most 16,000,000
+bytes, scored in bits per byte on every token of the validation split, exactly once.
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
@@ -15,8 +15,8 @@ main() at the end.  Section 10 computes the three `Ops` of section 4 again, only
 Legality.  Causal: LM.features and Hints look left only (attention, conv_heads, delta_rule,
 Embedding); Scorer.probe tests the kernels that score.  Normalized: token_nll is a cross entropy
 over the whole vocabulary.  Score before update: evaluate() hands the Adapter scored tokens only.
-One pass: evaluate() wants every target exactly once from the ranks that share the text, and
-Ledger.add refuses gaps and repeats.
+One pass: evaluate() raises unless every target was scored exactly once, and Ledger.add refuses
+gaps and repeats.
 
 Shapes: B sequences, T tokens, D model width, H query heads, Hk key/value heads, K and V widths of a
 key and of a value, S keys (carried + new), R x C rows (outputs) and columns (inputs) of a weight.
@@ -58,14 +58,14 @@ from torch import Tensor, nn
 from torch.nn.utils.stateless import _reparametrize_module  # private, in 2.11 to 2.13
 
 class GolfError(ValueError):
-    """A fault that the user can mend: the message says what was found, expected, and to change."""
+    """A fault that the user can mend: the message says what is wrong and what to change."""
 
 # --------------------------------------------------------------------------------------------------
 # 1. Settings
 # --------------------------------------------------------------------------------------------------
 # Every setting is one field of Config, set by the environment variable of its upper-case name.  The
-# defaults are the record run; PRESET replaces some of them; what the user sets wins.  All values
-# are checked here, once, before any work.
+# defaults are the record run; PRESET replaces some of them; what the user sets wins.  Limits are
+# checked here, the rest before training.
 
 def knob(default, help, low=1 - 2**31, high=2**31 - 1, group=""):
     """A field of Config: default, help text (units in brackets), its limits, title of its group.
@@ -73,6 +73,7 @@ def knob(default, help, low=1 - 2**31, high=2**31 - 1, group=""):
     low, high: of a number, both included; for text, low may list the allowed words.  The default is
     allowed besides.
     """
+    help += f" ({low})" if isinstance(low, str) else ""
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,7 +120,7 @@ class Config:
     tied_embed_init_std: float = knob(0.005, "standard deviation of the initial embedding", 0)
 
     seed: int = knob(1337, "seed of the weights and of the data order", 0, group="training")
-    train_seq_len: int = knob(2048, "length of a row and a window [tokens]", 64)
+    train_seq_len: int = knob(2048, "length of a training row, of a scoring window [tokens]", 64)
     train_batch_tokens: int = knob(0, "tokens of a step; 0 = 65536 a rank", 0)
     iterations: int = knob(20000, "most training steps", 0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", 0)
@@ -137,7 +138,7 @@ class Config:
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0, 0.99999)
     grad_clip_norm: float = knob(0.3, "global gradient norm is clipped to this; 0 = off", 0)
-    ema_decay: float = knob(0.997, "of the weights, at most (1+t)/(10+t); 0 = off", 0, 0.99999)
+    ema_decay: float = knob(0.997, "of the weights' average, less at first; 0 = off", 0, 0.99999)
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
     qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
 
@@ -153,11 +154,11 @@ class Config:
     embed_bits: int = knob(8, "bits of embedding, n-gram table and gate projections", 2, 8)
     sandwich_bits: int = knob(0, "least bits of the last block's matrices; 0 = as others", 2, 8)
     frequent_rows: int = knob(0, "embedding rows of frequent tokens kept at 8 bits", 0)
-    float_matrices: int = knob(0, "matrices of the largest relative error a weight: float16", 0)
-    control_bits: int = knob(0, "8: vectors of more than 64 values as int8; 0: float16", 8, 8)
+    float_matrices: int = knob(0, "N matrices of most relative error a weight stay float16", 0)
+    control_bits: int = knob(0, "8: other tensors of over 64 values as int8; 0: float16", 8, 8)
     matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [std]; 0 = fit CAP_BYTES", 1)
     embed_clip_sigmas: float = knob(20.0, "row clip of the tensors of EMBED_BITS", 1)
-    gptq_enabled: bool = knob(True, "1: GPTQ with Hessians of training text; 0: round to nearest")
+    gptq_enabled: bool = knob(True, "1: GPTQ by training text; 0: round to nearest, GRID=sdclip")
     gptq_calibration_batches: int = knob(64, "batches of 8 rows for the Hessians", 1)
     gptq_reserve_seconds: float = knob(4.0, "training clock kept for the Hessians [s]", 0)
     gptq_token_power: float = knob(0.0, "weight each token by its frequency ** -power", 0, 1)
@@ -180,7 +181,7 @@ class Config:
     ttt_schedule: str = knob("constant", "learning rate over the chunks", "cosine constant")
     ttt_momentum: float = knob(0.9, "momentum of sgd and muon", 0, 0.9999)
     ttt_epochs: int = knob(8, "passes over a scored chunk, one step each", 0)
-    ttt_chunk_tokens: int = knob(32768, "targets scored before each round of training", 1)
+    ttt_chunk_tokens: int = knob(32768, "targets of a chunk [tokens]", 1)
     ttt_phase_chunks: int = knob(1, "chunks that are scored before a round of training", 1)
     ttt_freeze_blocks: int = knob(2, "first blocks that do not train", 0)
     ttt_grad_clip: float = knob(1.0, "global gradient norm of a step; 0 = off", 0)
@@ -203,7 +204,7 @@ class Config:
             if isinstance(low, str):
                 must(f.name, value in low.split(), f"be one of {', '.join(low.split())}")
             elif not isinstance(value, str) and value != f.default:  # NaN is refused too
-                must(f.name, low <= value <= high, f"be between {low} and {high}")
+                must(f.name, low <= value <= high, f"be between {low} and {high} or {f.default}")
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
@@ -223,7 +224,7 @@ class Config:
         must("gptq_reserve_seconds", not self.gptq_enabled or clock == 0
              or self.gptq_reserve_seconds < clock, f"be below MAX_WALLCLOCK_SECONDS={clock:g}")
         must("max_wallclock_seconds", not (self.deterministic and clock),
-             "be 0 with DETERMINISTIC=1, which must not depend on the clock; use ITERATIONS")
+             "be 0 with DETERMINISTIC=1; use ITERATIONS")
         must("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name")
         must("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored")
         must("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip")
@@ -357,9 +358,8 @@ def help_text():
 # --------------------------------------------------------------------------------------------------
 # 2. Run
 # --------------------------------------------------------------------------------------------------
-# Rank, device, log, clock and files.  torch.distributed occurs here and nowhere else; on one rank
-# the collectives do nothing.  Decisions that depend on time are rank 0's and broadcast, so that
-# ranks never disagree.  Files appear whole or not at all.
+# Rank, device, log, clock and files.  All collectives are here; on one rank they do nothing.  Rank
+# 0's clock decides, so that ranks never disagree.  Files appear whole or not at all.
 
 class Run:
     """Where this process runs: `rank` of `world_size` on `device`; rank 0 writes the log."""
@@ -369,9 +369,9 @@ class Run:
         self.device = torch.device(device)
         self.on_cuda = self.device.type == "cuda"
         self.began = time.perf_counter()
-        # Times of the first and newest training batch, minus scoring_s: the compliance line holds
-        # them against the training clock, which must not have stood still while it trained.
-        self.taken = []
+        # Times of the first and the newest training batch, less scoring_s: report() checks that
+        # the training clock counted what lies between.
+        self.fetched = []
         self.scoring_s = self.before_s = 0.0  # of evaluate(); of training in earlier processes
         self.log_path = None  # the console only
         self.quiet = False
@@ -491,11 +491,11 @@ class Run:
         return peak
 
 class Clock:
-    """A stopwatch without the time between `pause` and `resume`; both wait for the device."""
+    """A stopwatch that stands until `resume` and after `pause`; both wait for the device."""
 
     def __init__(self, run, total=0.0):
         self.run, self.total = run, total
-        self.started = time.perf_counter()
+        self.started = math.inf
 
     def resume(self):
         """Start or go on."""
@@ -505,12 +505,12 @@ class Clock:
     def pause(self):
         """Stop; returns the seconds so far."""
         self.run.synchronize()
-        self.total = self.elapsed()
+        self.total, self.started = self.elapsed(), math.inf
         return self.total
 
     def elapsed(self):
-        """Seconds so far while it runs, without waiting for the device."""
-        return self.total + time.perf_counter() - self.started
+        """Seconds so far, without waiting for the device."""
+        return self.total + max(0.0, time.perf_counter() - self.started)
 
 def write_whole(path, write):
     """Call write(file) on a neighbour of `path`, then rename it: no reader ever sees a part."""
@@ -625,6 +625,8 @@ def open_data(cfg):
     else:
         shards = open_shards(cfg.data_path, "val")
         val = np.concatenate([shard[:] for shard in shards])
+    if len(val) < 2:
+        raise GolfError(f"{shards[0].path}: one token, nothing to score")
     check_vocabulary(shards[0].path, val, cfg.vocab_size)
     for shard in (shards[0], *train[:1]):
         check_encoding(sp, table, shard, cfg)
@@ -694,7 +696,7 @@ def open_sidecar(cfg, val, sp, table):
     counts = np.concatenate([part[:] for part in sidecars])
     total = int(counts[1:].sum(dtype=np.int64))
     by_table = int(target_bytes(table, val).sum())
-    # An escaped mark has 3 bytes of text, none by the table.
+    # The table counts 0 bytes of an escaped mark, the sidecar 3.
     slack = CASE_SLACK * by_table + 3 * int((val == marks[3]).sum()) if marks else 0
     if len(counts) != len(val) or abs(total - by_table) > slack:
         raise GolfError(f"{name} counts {total} bytes of {len(counts)} tokens, but the pieces of "
@@ -738,7 +740,7 @@ def byte_table(sp, vocab_size):
     return ByteTable(base, spaced, boundary)
 
 def count_bytes(table, prev_ids, target_ids):
-    """Bytes of each target, int64; its leading space counts 1, unless a text begins with it."""
+    """Bytes of each target, int64; its leading space counts 1, except after a boundary."""
     return table.base[target_ids] + (table.spaced[target_ids] & ~table.boundary[prev_ids]).long()
 
 def target_bytes(table, tokens):
@@ -756,7 +758,7 @@ def decoded_bytes(sp, table, tokens):
     """
     is_byte = np.array(sp.is_byte(list(range(sp.vocab_size()))))
     whole = np.flatnonzero(~is_byte[tokens])  # an end may split a character of several byte pieces
-    tokens = tokens[whole[0]:whole[-1] + 1]
+    tokens = tokens[whole[0]:whole[-1] + 1] if len(whole) else tokens
     counted = table.base[int(tokens[0])] + target_bytes(table, tokens).sum()
     runs = text_runs(table, tokens)
     texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
@@ -819,7 +821,7 @@ class Loader:
 
     def __next__(self):
         batch, self.place = self.ahead.popleft().result()
-        self.run.taken[1:] = [time.perf_counter() - self.run.scoring_s]  # [first, newest]
+        self.run.fetched[1:] = [time.perf_counter() - self.run.scoring_s]  # [first, newest]
         self.ahead.append(self.pool.submit(next, self.batches))
         return batch.to(self.run.device, non_blocking=True)
 
@@ -848,7 +850,7 @@ def linear(x, *weights, scale=None, multiple=1):
 
     scale: (sum of R_i,) factors of the outputs, or None.  They multiply the small weight instead of
     the large result, so that their gradient costs no pass over the tokens.
-    multiple: outputs are added, all zero, up to a multiple of this.
+    multiple: zeros are appended to the outputs, up to a multiple of this.
     """
     for observe in OBSERVERS:
         observe(x, weights)
@@ -862,7 +864,7 @@ def delta_rule(q, k, v, g, beta, state=None):
 
     S_t = exp(g_t) S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T;  o_t = S_t q_t / sqrt(K).
     q, k: (B, T, H, K), l2-normalized.   v: (B, T, H, V).   beta: (B, T, H), after its sigmoid.
-    g: (B, T, H) float32 log-decay, <= 0.   state: (B, H, K, V) float32, or None for zeros.
+    g: (B, T, H) float32 log-decay, <= 0.   state: S^T (B, H, K, V) float32, None: zeros.
     Returns o (B, T, H, V) in v's dtype and the final state (B, H, K, V).
 
     Within a chunk, with G the running sum of g: (I + tril(beta k k^T exp(G_i - G_j), -1)) [u, w] =
@@ -949,7 +951,7 @@ def attention(q, k, v, window):
     """Causal softmax attention in which a query sees the last `window` keys, its own included.
 
     q: (B, T, H, d).   k, v: (B, S, Hk, d), S >= T; the last T belong to the queries, those before
-    were carried over.   Returns (B, T, H, d).   A block of `window` queries meets its keys alone.
+    were carried over.   Returns (B, T, H, d).   Blocks of `window` queries skip unseen keys.
     """
     S = k.shape[1]
     place = torch.arange(S, device=q.device)
@@ -1190,8 +1192,7 @@ class Attention(nn.Module):
         q, k, v = [y.unflatten(-1, (-1, d)) for y in qkv.split([D, kv_rows, kv_rows], -1)]
         q, k = rms_norm(q), rms_norm(k)
         if state is not None:
-            k = torch.cat([state[0].to(x.dtype), k], 1)
-            v = torch.cat([state[1].to(x.dtype), v], 1)
+            k, v = [torch.cat([old.to(x.dtype), new], 1) for old, new in zip(state, (k, v))]
         S = k.shape[1]
         table = rotary_table(S, self.cfg.rope_base, d, x.dtype, x.device)
         q = rotary(q, table[:, S - T:]) * gain.to(x.dtype)[:, None]
@@ -1357,9 +1358,8 @@ def init_weights(model, seed):
 # 5. Evaluation
 # --------------------------------------------------------------------------------------------------
 # Targets are tokens 1 .. n-1 of the text, numbered 0 .. n-2: target j is token j + 1, predicted
-# from tokens up to j.  Every target is scored exactly once and in order: Ledger.add refuses
-# anything else.  Scorer.nats is the only place where a model meets targets, Ledger.bpb the only
-# place where bits are made.  A Scorer probes itself; an Adapter is handed scored text only.
+# from tokens up to j.  Ledger.add wants each exactly once and in order.  All scores come from
+# Scorer.nats; only Ledger.bpb turns nats into bits.  An Adapter is handed scored text only.
 
 class Ledger:
     """Sums of nats and bytes over targets, each entered exactly once and in order.
@@ -1423,14 +1423,14 @@ def spans(num_targets, count, warmup):
     return [(max(0, a - warmup), b, a) for a, b in zip(edges, edges[1:])]
 
 def rows_of(text, starts, T):
-    """Rows of T tokens of text (n,) from starts (B,), and the tokens after; the end repeats."""
+    """Rows of T tokens of text (n,) from starts (B,), and the next tokens; the last repeats."""
     index = starts[:, None] + torch.arange(T + 1, device=text.device)
     rows = text[index.clamp(max=len(text) - 1)]
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 PROBE_PLACES = 8  # least places of a causality probe, all ranks
 PROBE_POSITIONS = 4096  # of a segment that a normalization probe compares
-PROBE_ROUNDING = 0.5  # nats; more than one bfloat16 logit can be off
+PROBE_ROUNDING = 0.5  # nats, more than rounding to bfloat16 can be off
 
 class Scorer:
     """Scores windows or spans of one text on this rank, and probes some of its own batches.
@@ -1464,7 +1464,7 @@ class Scorer:
         return torch.cat(out, 1), state
 
     def probe(self, ids, targets, nats, T, state):
-        """Test two segments just scored from `state` on; `faults` keeps the largest.
+        """Test two segments, just scored, again; `faults` keeps the largest errors.
 
         Leaks: new tokens from a random place on (half of the time the edge of a kernel's chunk)
         must not change earlier scores.   Normalization: at random positions of the first segment a
@@ -1499,8 +1499,8 @@ class Scorer:
     def score(self, parts, carry):
         """Score consecutive parts (start, end, score_from) side by side, into `scores`.
 
-        carry: each part in segments with carried state (when adapting, the one part, a chunk, goes
-        on from the last chunk's).   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
+        carry: a part is run in segments that hand on the state; when adapting it is one chunk and
+        begins with the last chunk's.   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
         """
         cfg, total = self.model.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
@@ -1610,7 +1610,7 @@ def finish(ledger, total, scorer, run):
 class Hints:
     """For TTT_TILT: the token that followed the last occurrence of the longest known context.
 
-    Contexts are the last 3, 2 or 1 tokens of the text scored so far.  `last[n]` (2^22,) int32: for
+    Contexts are 3, 2 or 1 tokens, whose followers have been scored.  `last[n]` (2^22,) int32: for
     each hash of a context of n tokens, the place where it ended last.
     """
     ORDERS = (3, 2, 1)
@@ -1661,6 +1661,7 @@ class Adapter:
     """
 
     def __init__(self, model, num_targets, run):
+        self.began = self.last_end = time.perf_counter()
         cfg = model.cfg
         self.model, self.cfg = model, cfg
         self.run = run
@@ -1689,12 +1690,11 @@ class Adapter:
         self.seen = self.calls = 0  # targets handed over, by how many calls
         self.epochs, self.epochs_done = cfg.ttt_epochs, 0
         self.in_order = True
-        self.began = self.last_end = time.perf_counter()
         self.score_s, self.epoch_s = [], []  # seconds of each chunk, and of each pass over one
         self.mark = self.fingerprint()
 
     def fingerprint(self):
-        """Numbers that change when any weight or hint does."""
+        """The sum of the weights' bits, and the number of tokens in the hints."""
         return fingerprint(self.model), self.hints.seen if self.hints else 0
 
     def bonus(self, ids):
@@ -1828,8 +1828,8 @@ NS_STEPS = 5  # Newton-Schulz iterations
 def newton_schulz(X):
     """Approximately orthogonalize each matrix of X (n, R, C): singular values go to about 1 [2].
 
-    X must have singular values of at most 1.  Each step is a quintic that is steep at zero and
-    keeps [0, 1] near 1 [2].
+    X must have singular values of at most 1.  A step maps each of them, s, to
+    3.4445 s - 4.775 s^3 + 2.0315 s^5.
     """
     tall = X.shape[-2] > X.shape[-1]
     X = X.mT if tall else X
@@ -2021,18 +2021,17 @@ class Optimizer:
 # The clock runs from the first step through calibration and stands still only in validations;
 # compiling and throw-away steps on synthetic tokens come before it and leave no trace in weights,
 # optimizer or data order.  A run can be stopped at any step and goes on from its checkpoint, one
-# file that is replaced whole; what follows training is a function of the last one and done again.
+# file that is replaced whole; a resumed run repeats all that follows training.
 
 def settle_batch(cfg, run):
     """cfg with TRAIN_BATCH_TOKENS=0 replaced by whole rows for the run's ranks."""
     if cfg.train_batch_tokens:
         return cfg
     rows = max(1, 65536 // cfg.train_seq_len)
-    rows -= rows % 8 if rows > 8 else 0  # so that micro-batches divide them
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 def micro_batch_rows(cfg, run, ops=REFERENCE):
-    """Rows of one forward pass: a divisor of this rank's rows of a step; GolfError if none."""
+    """Rows of one forward pass, a divisor of this rank's rows; GolfError if ranks cannot share."""
     rows = cfg.train_batch_tokens // cfg.train_seq_len
     if rows % run.world_size:
         near = max(1, round(rows / run.world_size)) * run.world_size * cfg.train_seq_len
@@ -2215,8 +2214,7 @@ class Training:
             out = dict(bad_steps=optimizer.bad_steps, count=optimizer.count)
             vectors |= dict(m=optimizer.m, v=optimizer.v, average=self.mean)
         for kind, flat in vectors.items():
-            named = zip(optimizer.names, optimizer.views(flat))
-            out |= {f"{kind}.{name}": x for name, x in named}
+            out |= {f"{kind}.{name}": x for name, x in zip(optimizer.names, optimizer.views(flat))}
         return out
 
     def facts(self):
@@ -2278,7 +2276,7 @@ def train(model, data, cfg, run, saved):
     if not (saved and saved[1]["trained"]):
         warm_up(model, cfg, run, micro_rows)
     initial = fingerprint(model)  # as of the seed: verify.py compares
-    job = Training(model, data, cfg, run, saved)  # after warm-up, whose Optimizer took the weights
+    job = Training(model, data, cfg, run, saved)  # last: its Optimizer must own the weights
     run.log("kernel", **model.ops.names, compiled=int(compiles(model)),
             threads=torch.get_num_threads(),
             micro_batch_tokens=micro_rows * cfg.train_seq_len, initial_weights=initial,
@@ -2385,7 +2383,7 @@ CALIBRATION_ROWS = 8  # rows of one calibration batch
 def calibrate(model, loader, cfg, run, clock):
     """The Calibration by the next training rows, inside the training clock.
 
-    Ranks share the work, each by its own part of the batches: the rows depend on their number.
+    Each rank takes its part of every batch, so that the rows depend on the number of ranks.
     """
     if not cfg.gptq_enabled:
         return UNCALIBRATED
@@ -3032,10 +3030,10 @@ def fast_ops(cfg, run):
         if cfg.kernel not in ("auto", "reference"):
             raise GolfError(f"KERNEL={cfg.kernel}: needs a CUDA GPU; use auto on the CPU")
         return REFERENCE
-    hopper = torch.cuda.get_device_capability(run.device)[0] >= 9
-    # FlashQLA takes heads of 128 on Hopper or later, and cannot compile for 5 heads.
+    # FlashQLA needs Hopper or later, and 1, 2, 4, ... heads of 128.
     heads = cfg.gdn_heads
-    fits_flashqla = cfg.gdn_head_dim == 128 and hopper and heads & (heads - 1) == 0
+    hopper_or_later = torch.cuda.get_device_capability(run.device)[0] >= 9
+    fits_flashqla = cfg.gdn_head_dim == 128 and hopper_or_later and heads & (heads - 1) == 0
     unused = all(layer.kind != "gdn" for layer in parse_stack(cfg.stack))
     missing = []
     for name, load, fits in (("none", tuple, unused), ("flashqla", _flash_qla, fits_flashqla),
@@ -3051,7 +3049,7 @@ def fast_ops(cfg, run):
             return REFERENCE  # minutes at sample size; the log's kernel line says so
         raise GolfError(f"KERNEL={cfg.kernel}: no delta-rule kernel for GDN_HEADS={heads} "
                         f"GDN_HEAD_DIM={cfg.gdn_head_dim} "
-                        f"({'; '.join(missing) or 'FlashQLA takes 1, 2, 4, ... heads of 128'}); "
+                        f"({'; '.join(missing) or 'FlashQLA: Hopper, 1, 2, 4, ... heads of 128'}); "
                         "install fla-core (requirements.txt), or KERNEL=reference trains slowly")
     attention_name, attend = pick_attention()
     fused_mlp = fuses_mlp(cfg)
@@ -3325,8 +3323,7 @@ def _launch_gates(proj, first, A_log, dt_bias, g, beta, dproj=None, sums=None):
     sums: the gradients of A_log and dt_bias, (2, H) for each program.
     """
     B, T, H = g.shape
-    logits = proj[..., first:]
-    dlogits = None if dproj is None else dproj[..., first:]
+    logits, dlogits = [x if x is None else x[..., first:] for x in (proj, dproj)]
     _gates_kernel()[-(-B * T // GATE_ROWS),](
         logits, A_log, dt_bias, g, beta, dlogits, sums, B * T, STRIDE=proj.shape[-1], H=H,
         WIDTH=logits.shape[-1], BLOCK=1 << (logits.shape[-1] - 1).bit_length(), ROWS=GATE_ROWS,
@@ -3554,8 +3551,7 @@ def torch_attention(varlen, flex, block_mask, q, k, v, window):
         q, k, v = [x.transpose(1, 2) for x in (q, k, v)]
         return flex(q, k, v, block_mask=mask, enable_gqa=True).transpose(1, 2)
     # torch 2.12 and later want grouped heads announced; 2.11 takes them without
-    grouped = "enable_gqa" in (varlen.__kwdefaults__ or {})
-    options = {"enable_gqa": True} if grouped else {}
+    options = {"enable_gqa": True} if "enable_gqa" in (varlen.__kwdefaults__ or {}) else {}
     cu_q = torch.arange(0, (B + 1) * T, T, device=q.device, dtype=torch.int32)
     cu_k = torch.arange(0, (B + 1) * S, S, device=q.device, dtype=torch.int32)
     o = varlen(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), cu_q, cu_k, T, S,
@@ -3663,7 +3659,7 @@ def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
     run.synchronize()
     run.peak_memory_mib()  # begin anew
-    began = time.perf_counter()
+    began = adapter.began if adapter else time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapter, run, probing=True)
     seconds = run.broadcast(time.perf_counter() - began)
     if adapter:
@@ -3675,8 +3671,8 @@ def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
 def warm_up_evaluation(model, method, num_targets, table, run):
     """Compile and tune what `method` will run, on synthetic text in the shapes to come."""
     cfg = model.cfg
-    # TTT records a graph at its second chunk; windows come in batches of one shape.
-    sizes = {"ttt": 3 * cfg.ttt_chunk_tokens, "exact": num_targets}
+    # TTT records a graph at its second training; windows come in batches of one shape.
+    sizes = {"ttt": (1 + 2 * cfg.ttt_phase_chunks) * cfg.ttt_chunk_tokens, "exact": num_targets}
     size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
     table = table._replace(sidecar=None)  # which belongs to the real text
@@ -3701,7 +3697,7 @@ def evaluate_artifact(blob, data, cfg, run):
     total = len(data.val) - 1
     results = {}
     in_order = True
-    # Forward passes of a target on one rank.  Test-time training does not get less with more ranks.
+    # Forward passes of a target on one rank; of ttt, whose training ranks share, at most.
     passes = dict.fromkeys(methods, 1 / run.world_size)
     passes |= {"sliding": cfg.train_seq_len / cfg.eval_stride / run.world_size,
                "ttt": 1 + 3 * cfg.ttt_epochs}
@@ -3734,7 +3730,7 @@ def report(outcome, artifact_bytes, train_s, file, data, run):
     coder = f"int{cfg.matrix_bits}+{cfg.compressor}"
     run.write(f"Serialized model {coder}: {artifact_bytes} bytes")
     run.write(f"Total submission size {coder}: {total} bytes")
-    wall_s = run.before_s + run.taken[-1] - run.taken[0] if run.taken else 0.0
+    wall_s = run.before_s + run.fetched[-1] - run.fetched[0] if run.fetched else 0.0
     checks = dict(
         causal=ledger.causal <= 1e-5,
         normalized=ledger.normalized <= (3e-3 if model.ops.dtype else 1e-5),  # bfloat16 rounds

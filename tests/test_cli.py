@@ -131,6 +131,14 @@ def test_warm_up_of_an_evaluation_runs_it_on_synthetic_text(method, num_tokens, 
     assert all(torch.equal(p, weights[name]) for name, p in model.named_parameters())
 
 
+def test_warm_up_of_phases_trains_twice():
+    """A CUDA graph is recorded at the second call of its shape."""
+    cfg = tiny_config(ttt_phase_chunks=3)
+    with mock.patch.object(t.Adapter, "train", autospec=True) as train:
+        t.warm_up_evaluation(tiny_model(cfg), "ttt", 1200, fixed_data(cfg).table, t.Run())
+    assert train.call_count == 2
+
+
 @pytest.mark.slow
 def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
     """No setting of the model is repeated: all of them come from the file."""
@@ -193,6 +201,17 @@ class Simulated(t.Run):
 
     def save(self):
         self.now += 2.0
+
+
+def test_clock_stands_before_resume_and_after_pause(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(t, "time", SimpleNamespace(perf_counter=lambda: float(next(now))))
+    clock = t.Clock(t.Run(), 7.0)
+    assert clock.elapsed() == 7.0
+    clock.resume()
+    assert (clock.elapsed(), clock.pause(), clock.elapsed(), clock.elapsed()) == (8, 9, 9, 9)
+    clock.resume()
+    assert clock.elapsed() == 10
 
 
 @pytest.mark.parametrize("on_cuda, saving, logging", [

@@ -43,6 +43,7 @@ LIMITED = [name for name, f in FIELDS.items()
 def test_message_of_a_bad_value_has_name_value_and_rule(name, value):
     shown = re.escape(t.plain(type(FIELDS[name].default)(value))[:80])
     assert re.match(rf"{name}={shown}: must be .*\w", fault(**{name: value}))
+    assert fault(MLP_BITS="1") == "MLP_BITS=1: must be between 2 and 8 or 0"
 
 
 def test_every_number_has_a_limit_and_may_be_it():
@@ -184,6 +185,8 @@ def test_help_lists_every_setting_with_default_and_meaning():
         meaning = f.metadata["help"]
         default = listed[name].removesuffix(meaning).strip()
         assert meaning and listed[name].endswith(meaning), name
+        words = f.metadata["low"]
+        assert not isinstance(words, str) or meaning.endswith(f"({words})"), name
         assert t.Config.from_env({name: default}) == t.Config(), name
 
 

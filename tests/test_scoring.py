@@ -403,7 +403,7 @@ def test_normalization_probe_finds_scores_that_do_not_sum_to_one(fault):
 def reported(capsys, settings=None, **changes):
     """Whether report() holds, and what it prints, of a run of 100 tokens with these changes."""
     found = dict(tokens=99, extra_bytes=0, causal=0.0, normalized=0.0, in_order=True, eval_s=1.0,
-                 artifact_bytes=1000, train_s=599.0, taken=[0.0, 599.0]) | changes
+                 artifact_bytes=1000, train_s=599.0, fetched=[0.0, 599.0]) | changes
     text = random_text(100)
     ledger = t.Ledger()
     ledger.add(0, *entry(found["tokens"], num_bytes=0))
@@ -412,7 +412,7 @@ def reported(capsys, settings=None, **changes):
     ledger.normalized = found["normalized"]
     model = model_with(**dict(max_wallclock_seconds=600.0) | (settings or {}))
     run = t.Run()
-    run.taken = found["taken"]
+    run.fetched = found["fetched"]
     outcome = model, ledger, found["eval_s"], found["in_order"]
     held = t.report(outcome, found["artifact_bytes"], found["train_s"], "file",
                     t.Data([], text, TABLE), run)
@@ -425,7 +425,7 @@ def reported(capsys, settings=None, **changes):
     (dict(tokens=98), "coverage:fail"), (dict(in_order=False), "score_first:fail"),
     (dict(extra_bytes=1), "bytes:fail"),
     (dict(eval_s=601.0), " eval:fail"), (dict(train_s=601.0), " train:fail"),
-    (dict(taken=[0.0, 610.0]), "clock:fail"), (dict(artifact_bytes=16_000_000), "size:fail")],
+    (dict(fetched=[0.0, 610.0]), "clock:fail"), (dict(artifact_bytes=16_000_000), "size:fail")],
     ids=str)
 def test_each_fault_fails_the_verdict(fault, word, capsys):
     held, out = reported(capsys, **fault)
@@ -442,6 +442,6 @@ def test_each_fault_fails_the_verdict(fault, word, capsys):
     (dict(holdout_tokens=100, cap_bytes=16_777_216), 599.0, "holdout")], ids=str)
 def test_verdict_of_other_limits_is_not_ok(settings, train_s, verdict, capsys):
     """A looser limit than the challenge's is no fault of the run, but no verdict:ok either."""
-    taken = [0.0, 1.0] if train_s else []
-    held, out = reported(capsys, settings, train_s=train_s, taken=taken)
+    fetched = [0.0, 1.0] if train_s else []
+    held, out = reported(capsys, settings, train_s=train_s, fetched=fetched)
     assert held and f" verdict:{verdict}\n" in out
