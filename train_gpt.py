@@ -1450,18 +1450,15 @@ class Scorer:
         self.probes, self.last_line = 0, time.perf_counter()
         self.faults = torch.zeros(2, dtype=torch.float64, device=run.device)
 
-    def nats(self, ids, targets, T, state):
-        """Nats of rows (B, L), in segments of T tokens with carried state, and the state."""
-        L = ids.shape[1]
-        out, self.kept = [], {}  # kept: {start of a random segment: the state before it}
-        chosen = T * int(torch.randint(1, max(2, (L - 1) // T), (), generator=self.rng))
-        for i in range(0, L, T):
-            if i == chosen:
-                self.kept[i] = state
+    def nats(self, ids, targets, T, state, keep=0):
+        """Nats of rows (B, L) by segments of T tokens, the states before token `keep` and after."""
+        out, kept = [], None
+        for i in range(0, ids.shape[1], T):
+            kept = state if i == keep else kept
             part, part_targets = [x[:, i:i + T].contiguous() for x in (ids, targets)]
             nats, state = self.model.nll(part, part_targets, state, self.bonus(part))
             out.append(nats)
-        return torch.cat(out, 1), state
+        return torch.cat(out, 1), kept, state
 
     def probe(self, ids, targets, nats, T, state):
         """Test two segments, just scored, again; `faults` keeps the largest errors.
@@ -1479,7 +1476,7 @@ class Scorer:
             places = torch.randint(1, max(2, L), (B, 1), generator=rng) // unit * unit
             noise = torch.randint(1, vocab, (B, L), generator=rng, dtype=torch.int32)
             noise = (noise * (torch.arange(L) >= places.clamp_min(1))).to(ids.device)
-            other, _ = self.nats((ids + noise) % vocab, (targets + noise) % vocab, T, state)
+            other, _, _ = self.nats((ids + noise) % vocab, (targets + noise) % vocab, T, state)
             leaks.append((nats - other).abs().masked_fill(noise > 0, 0.0).max().double())
             self.probes += B
         part = ids[:, :T].contiguous()
@@ -1524,10 +1521,11 @@ class Scorer:
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, self.text.new_tensor(starts),
                                    -(-length // T) * T if filled else length)
-            nats, after = self.nats(ids, targets, T, self.state)
+            keep = T * int(torch.randint(max(1, ids.shape[1] // T - 1), (), generator=self.rng))
+            nats, kept, after = self.nats(ids, targets, T, self.state, keep)
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
-                for at, state in ({0: self.state} | self.kept).items():
+                for at, state in {keep: kept, 0: self.state}.items():
                     self.probe(*[x[:, at:at + 2 * T] for x in (ids, targets, nats)], T, state)
             self.state = after if one_stream else None
             for row, (start, end, score_from) in zip(nats, batch):
