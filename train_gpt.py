@@ -478,8 +478,8 @@ class Run:
         done.record()
         return lambda: done.synchronize() or copy
 
-    def peak_memory_mib(self):
-        """Peak memory [MiB]: on CUDA torch's since the last call, on the CPU the process's."""
+    def peak_memory_mib(self, anew=True):
+        """Peak memory [MiB]: on CUDA torch's since it began anew, on the CPU the process's."""
         if not self.on_cuda:
             with suppress(ImportError):
                 import resource  # POSIX only
@@ -487,7 +487,8 @@ class Run:
                 return peak // (2**20 if sys.platform == "darwin" else 1024)  # macOS: bytes
             return 0
         peak = torch.cuda.max_memory_allocated(self.device) // 2**20
-        torch.cuda.reset_peak_memory_stats(self.device)
+        if anew:
+            torch.cuda.reset_peak_memory_stats(self.device)
         return peak
 
 class Clock:
@@ -1532,8 +1533,6 @@ class Scorer:
                 self.scores[score_from:end, 0] += row[score_from - start:end - start]
                 self.scores[score_from:end, 1] += 1
 
-TTT_LINES = 64  # most `ttt` lines of an evaluation
-
 @torch.inference_mode()
 def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probing=False):
     """Score every target of `tokens`, np.uint16 (n,), exactly once; the only scorer of this script.
@@ -1576,7 +1575,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
         if adapter and last < total:
             with torch.inference_mode(False), torch.enable_grad():
                 adapter(tokens[:ledger.tokens + 1])
-        if adapter and chunks > 1 and (number + 1) % -(-chunks // TTT_LINES) == 0:
+        if adapter and chunks > 1 and (number + 1) % -(-chunks // 64) == 0:  # at most 64 lines
             run.log("ttt", chunk=f"{number + 1}/{chunks}", scored_tokens=ledger.tokens,
                     running_bpb=ledger.bpb, epochs=getattr(adapter, "epochs", 0),
                     time=f"{1000 * (time.perf_counter() - began):.0f}ms")
@@ -2374,7 +2373,7 @@ def log_step(job, loss, rate, step_s):
                 lr_mul=f"{rate:.3f}", train_time=f"{1000 * now:.0f}ms",
                 step_avg=f"{1000 * now / job.step:.2f}ms",
                 tok_s=f"{cfg.train_batch_tokens / max(step_s, 1e-9):.0f}",
-                eta=f"{max(0.0, left):.0f}s", peak_mem_mib=job.run.peak_memory_mib())
+                eta=f"{max(0.0, left):.0f}s", peak_mem_mib=job.run.peak_memory_mib(False))
 
 CALIBRATION_ROWS = 8  # rows of one calibration batch
 
