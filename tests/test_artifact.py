@@ -88,9 +88,6 @@ def fault(path):
     return str(caught.value)
 
 
-# ---- rANS
-
-
 def rans_case(symbols, classes):
     """(symbols, classes, freq) for rans_encode."""
     symbols = np.asarray(symbols, np.uint8)
@@ -145,9 +142,6 @@ def test_hostile_table_of_frequencies_is_refused(change):
         t.rans_decode(data, classes, hostile)
 
 
-# ---- save and load
-
-
 @pytest.mark.parametrize("changes", [
     dict(stack="gdn*2"), dict(stack="(attn::a swa::b)*2"), dict(ngram_buckets=0, smear=False),
     dict(mlp_act="leaky_relu2", mlp_mult=0.25, kv_share=2, unet=True),
@@ -160,8 +154,7 @@ def test_any_model_and_bits_come_back(tmp_path, changes):
     t.save_artifact(tmp_path / "a", model, cfg)
     loaded = t.load_artifact(tmp_path / "a")
     assert_holds(loaded, stored(model))
-    fields = [{name: getattr(c, name) for name in t.STORED_FIELDS} for c in (loaded.cfg, cfg)]
-    assert fields[0] == fields[1]
+    assert [n for n in t.STORED_FIELDS if getattr(loaded.cfg, n) != getattr(cfg, n)] == []
 
 
 @pytest.mark.parametrize("codec", ["rans", "brotli"])
@@ -195,12 +188,6 @@ def test_base_supplies_the_settings_that_the_file_does_not_fix(files, model):
                                                         eval_batch_tokens=512))
 
 
-def test_shared_tensors_are_stored_once(model, blob):
-    names = [entry[0] for entry in opened(blob)[0]["tensors"]]
-    assert names == [name for name, _ in model.named_parameters()]
-    assert sum(".mixer.q_proj" in name for name in names) == 3  # layers gdn swa:a gdn swa:a
-
-
 @pytest.mark.parametrize("codec", CODERS)
 def test_reloaded_weights_are_the_quantized_ones_and_the_same_bytes_again(model, files, codec,
                                                                           tmp_path):
@@ -213,13 +200,9 @@ def test_reloaded_weights_are_the_quantized_ones_and_the_same_bytes_again(model,
 @pytest.mark.parametrize("codec", CODERS)
 def test_long_streams_are_cut_and_joined_again(model, monkeypatch, codec):
     monkeypatch.setattr(t, "PIECE", 1000)
-    cfg = replace(model.cfg, compressor=codec)
-    blob = t.pack_artifact(model, cfg, quantized(model))
+    blob = t.pack_artifact(model, replace(model.cfg, compressor=codec), quantized(model))
     assert len(opened(blob)[0]["streams"]) > 8
     assert_holds(t.load_artifact(blob), stored(model))
-
-
-# ---- damaged files
 
 
 def test_missing_cut_longer_or_foreign_file_is_refused_by_name(blob, tmp_path):
@@ -292,16 +275,15 @@ def test_artifact_of_before_tokenizers_were_named_is_read(model, blob, tmp_path)
     assert_holds(t.load_artifact(tmp_path / "a", base=tiny_config()), stored(model))
 
 
-def test_header_of_more_weights_than_its_bytes_can_code_is_refused(blob):
+def test_header_of_more_weights_than_its_bytes_can_code_is_refused():
     """It agrees with itself: 100 M weights that are all zero, in 4 kB."""
     cfg = tiny_config(model_dim=512, mlp_mult=20.0, gdn_heads=32)
     with torch.device("meta"):
         shapes = [(name, list(p.shape)) for name, p in t.LM(cfg).named_parameters()]
     size = sum(4 * np.prod(shape) for _, shape in shapes)
-    header, _ = opened(blob)
-    header["config"] = {name: getattr(cfg, name) for name in t.STORED_FIELDS}
-    header["tensors"] = [[name, shape, "f32"] for name, shape in shapes]
-    header["streams"] = [["f32", "lzma", int(size), 10]]
+    header = dict(config={name: getattr(cfg, name) for name in t.STORED_FIELDS},
+                  tensors=[[name, shape, "f32"] for name, shape in shapes],
+                  streams=[["f32", "lzma", int(size), 10]])
     assert "weights in" in fault(seal(header, bytes(10)))
 
 
@@ -318,10 +300,9 @@ def peak_of_refusal(blob):
 
 @pytest.mark.parametrize("codec", COMPRESSORS)
 @pytest.mark.parametrize("claimed", [1000, 2**26, 2**62], ids=str)
-def test_a_stream_that_expands_a_thousandfold_is_not_expanded(files, codec, claimed):
+def test_a_stream_that_expands_a_thousandfold_is_not_expanded(blob, codec, claimed):
     stream = FASTEST[codec](bytes(2**26))
-    header, _ = opened(files[codec].read_bytes())
-    header["streams"] = [["integers", codec, claimed, len(stream)]]
+    header = opened(blob)[0] | dict(streams=[["integers", codec, claimed, len(stream)]])
     assert peak_of_refusal(seal(header, stream)) < 2**23
 
 
@@ -331,10 +312,8 @@ def test_a_stream_that_expands_a_thousandfold_is_not_expanded(files, codec, clai
     ([["integers", "lzma", 1000, len(FASTEST["lzma"](bytes(1000)))]],
      FASTEST["lzma"](bytes(1000))[:1] + b"\xff" * 4 + FASTEST["lzma"](bytes(1000))[5:], 2**28)],
     ids=["back in the payload", "dictionary of gigabytes"])
-def test_hostile_streams_are_refused_in_little_memory(files, streams, payload, most):
-    header, _ = opened(files["lzma"].read_bytes())
-    header["streams"] = streams
-    assert peak_of_refusal(seal(header, payload)) < most
+def test_hostile_streams_are_refused_in_little_memory(blob, streams, payload, most):
+    assert peak_of_refusal(seal(opened(blob)[0] | dict(streams=streams), payload)) < most
 
 
 def test_a_header_that_expands_a_thousandfold_is_refused():

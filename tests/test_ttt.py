@@ -72,9 +72,6 @@ def stepped(cfg, tokens, *lengths):
     return adapter
 
 
-# ---- legality
-
-
 @every_option
 def test_no_score_depends_on_later_text(option):
     """Other text from token 200 on, in the second chunk, leaves all scores before bit for bit."""
@@ -94,14 +91,6 @@ def test_ranks_score_as_one_and_every_option_passes_its_probes(option):
         assert ledger.causal == 0 and (option != "exact" or ledger.probes == alone.probes)
         assert (ledger.tokens, ledger.bytes, adapter.in_order) == (199, 199, True)
         assert ledger.val_loss == pytest.approx(alone.val_loss, rel=1e-5)
-
-
-@pytest.mark.parametrize("option", ["sliding", "exact", "all"])
-def test_first_chunk_is_scored_by_the_weights_of_the_artifact(option):
-    tokens = text()
-    trained, idle = [scores(ttt_config(option, ttt_lr=lr, ttt_hash_lr=lr, ttt_phase_chunks=1),
-                            tokens) for lr in (1.0, 0.0)]
-    assert torch.equal(trained[:128], idle[:128]) and not torch.allclose(trained[160:], idle[160:])
 
 
 @pytest.mark.parametrize("when", ["while text is scored", "after the last call"])
@@ -143,9 +132,6 @@ def test_a_faulty_tilt_fails_its_probe(fault, found, monkeypatch):
         model.nll = unnormalized
     ledger, _ = adapted(cfg, np.tile(text(48), 9), model=model, probing=True)
     assert getattr(ledger, found) > 1e-3
-
-
-# ---- what it does
 
 
 @pytest.mark.parametrize("option", ["sliding", "exact", "adamw", "muon", "tilt", "hash"])
