@@ -41,9 +41,6 @@ def assert_all_close(got, want, rtol, atol):
                                    msg=lambda text, name=name: f"{name}: {text}")
 
 
-# ---- the operations
-
-
 def delta_inputs(T, B=2, H=2, K=8, V=5, strongest=2.0, top_beta=1.0):
     """Inputs of the delta rule by name, float64; g reaches down to -strongest."""
     return dict(q=F.normalize(normal(B, T, H, K, seed=1), dim=-1),
@@ -170,8 +167,6 @@ def test_logits_before_a_changed_token_stay_bit_equal(feature):
 SMALL = dict(DEVICE="cpu", VOCAB_SIZE="64", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2",
              SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="8", NGRAM_BUCKETS="64", NGRAM_DIM="8",
              TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", EVAL_STRIDE="16")
-
-
 CUTS = [(preset, [1, 2, 63, 64, 20]) for preset in t.PRESETS]
 CUTS += [("record", [cut, 70]) for cut in (1, 2, 3, 15, 16, 17, 65)]
 
@@ -240,9 +235,6 @@ def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(bonus):
                                rtol=1e-5, atol=1e-5)
 
 
-# ---- what layers share
-
-
 def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vector():
     _, one, _, other = t.LM(tiny_config(stack="gdn swa:a gdn swa:a")).blocks
     assert one.mixer is other.mixer
@@ -290,9 +282,6 @@ def test_preset_has_its_published_number_of_weights(preset, parameters):
     with torch.device("meta"):
         model = t.LM(t.Config.from_env(dict(PRESET=preset)))
     assert sum(p.numel() for p in model.parameters()) == parameters
-
-
-# ---- initial values
 
 
 @pytest.fixture(scope="module")
