@@ -12,14 +12,12 @@ import train_gpt as t
 
 FIELDS = {f.name.upper(): f for f in fields(t.Config)}
 
+
 def fault(**env):
     """The message of the GolfError that these variables raise."""
     with pytest.raises(t.GolfError) as caught:
         t.Config.from_env(env)
     return str(caught.value)
-
-
-# ---- values --------------------------------------------------------------------------------------
 
 
 def values_outside(name):
@@ -118,9 +116,6 @@ def test_stack_lists_layers_in_order_with_what_they_share(stack, layers):
             for layer in found] == layers
 
 
-# ---- names ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, meant", [
     ("MODEL_DIMM", "did you mean MODEL_DIM?"), ("MODELDIM", "did you mean MODEL_DIM?"),
     ("MAX_WALLCLOCK_SECS", "did you mean MAX_WALLCLOCK_SECONDS?"), ("SEEDS", "mean SEED?"),
@@ -148,9 +143,6 @@ def test_variables_of_other_programs_are_ignored():
     assert t.Config.from_env(dict.fromkeys(FOREIGN.split(), "1")) == t.Config()
 
 
-# ---- presets and --help --------------------------------------------------------------------------
-
-
 def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
     monkeypatch.setitem(t.PRESETS, "one", dict(model_dim=256, num_heads=4, seed=1))
     monkeypatch.setitem(t.PRESETS, "two", dict(model_dim=128, seed=2))
@@ -158,9 +150,6 @@ def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
     assert (both.model_dim, both.num_heads, both.seed) == (128, 4, 3)
     assert (both.matrix_lr, both.smear) == (0.002, False)
     assert t.Config.from_env({}) == t.Config.from_env(dict(PRESET="record")) == t.Config()
-
-
-def test_unknown_preset_is_refused_with_the_list():
     assert re.match("PRESET=nothing: .*" + ", ".join(t.PRESETS), fault(PRESET="sample,nothing"))
 
 

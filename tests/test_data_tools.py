@@ -242,19 +242,16 @@ def cased(tmp_path):
     return tmp_path / "out"
 
 
-def test_sidecar_has_the_original_bytes_of_every_document(cased):
-    sp = spm.SentencePieceProcessor(model_file=str(cased / "fineweb_330_bpe_caseops.model"))
+def test_sidecar_and_score_are_of_the_original_bytes_of_every_document(cased):
+    model = str(cased / "fineweb_330_bpe_caseops.model")
+    sp = spm.SentencePieceProcessor(model_file=model)
     shards, sidecars = read_shards(cased, "val"), read_shards(cased, "val_bytes")
     assert len(shards) > 2 and list(map(len, shards)) == list(map(len, sidecars))
     starts = np.flatnonzero(np.concatenate(shards) == sp.bos_id())
     found = [int(part.sum()) for part in np.split(np.concatenate(sidecars), starts[1:])]
     documents = [sp.normalize(d).replace("\u2581", " ") for d in DOCUMENTS[50:] + CASED]
     assert found == [len(text.encode()) for text in documents] + [0]
-
-
-def test_score_and_run_check_are_by_the_sidecars_bytes(cased):
-    model = cased / "fineweb_330_bpe_caseops.model"
-    cfg = tiny_config(data_path=str(cased), tokenizer_path=str(model), vocab_size=330)
+    cfg = tiny_config(data_path=str(cased), tokenizer_path=model, vocab_size=330)
     data = train_gpt.open_data(cfg)
     ledger = train_gpt.evaluate(tiny_model(cfg), data.val, data.table, "roundtrip")
     manifest = json.loads((cased / "manifest.json").read_text())
@@ -288,6 +285,9 @@ def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, corpus):
     assert not files_below(tmp_path / "out")
     assert "absent.txt" in refusal(run_prepare, tmp_path, "--input", "absent.txt", "--val-first", 1)
     assert "--val-fraction" in refusal(run_prepare, tmp_path, "--input", corpus[1])
+    short = write(tmp_path / "short.txt", ["One short text."])
+    message = refusal(run_prepare, tmp_path, "--input", short, "--val-fraction", 0.5)
+    assert "gets none of 1 documents" in message
 
 
 @pytest.mark.parametrize("tool", ["prepare", "download"])
@@ -296,27 +296,18 @@ def test_tools_also_run_as_modules(tool):
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-def test_too_little_text_is_refused(tmp_path, corpus):
-    path = write(tmp_path / "tiny.txt", ["One short text."])
-    settings = ["--input", path, "--val-fraction", 0.5, "--train-tokenizer", 300]
-    assert "gets none of 1 documents" in refusal(run_prepare, tmp_path / "out", *settings)
-    message = refusal(run_prepare, tmp_path / "out", *corpus, "--train-tokenizer", 1024)
-    assert re.search(r"--train-tokenizer 1024: \d+ bytes of text give only \d+ pieces", message)
-
-
 def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, corpus, cased):
     (tmp_path / "fake.model").write_bytes(b"not a model")
     for expected, *options in [
         ("not a SentencePiece model", "--tokenizer", tmp_path / "fake.model"),
         ("--case-ops goes with", "--case-ops"),
         ("--case-ops goes with", "--tokenizer", cased / "fineweb_330_bpe_caseops.model"),
+        (r"tokenizer 1024: \d+ bytes of text give only \d+ pieces", "--train-tokenizer", 1024),
     ]:
-        assert expected in refusal(run_prepare, tmp_path / "new", *corpus, *options)
+        assert re.search(expected, refusal(run_prepare, tmp_path / "new", *corpus, *options))
     monkeypatch.setattr(prepare, "MAX_VOCAB", 1023)  # as if the model had too many pieces
     assert "1024 pieces" in refusal(run_prepare, tmp_path / "new", *corpus)
 
-
-# ---- download.py ---------------------------------------------------------------------------------
 
 FOLDER = "datasets/fineweb10B_sp1024"
 TRAIN_0, TRAIN_1 = (f"{FOLDER}/fineweb_train_{index:06d}.bin" for index in range(2))
