@@ -77,8 +77,6 @@ def fill(optimizer, grads):
         place.copy_(grads[name])
 
 
-# ---- the optimizer
-
 ROLES = {"embed.weight": "embed", "embed.ngram_table": "embed", "embed.ngram_proj": "mixer",
          "blocks.0.mixer.a_proj": "gate", "blocks.0.mixer.q_proj": "mixer",
          "blocks.0.mixer.kv.k_proj": "mixer", "blocks.0.mlp.up_proj": "mlp",
@@ -244,9 +242,6 @@ def test_average_is_this_mix_of_the_weights(case):
     assert_same_weights(weights_of(model), want, rtol=1e-5, atol=1e-5)
 
 
-# ---- steps
-
-
 def fixed_batch(cfg, seed=0):
     """One global batch (rows, T + 1) of a repeating, learnable text."""
     rows = cfg.train_batch_tokens // cfg.train_seq_len
@@ -299,9 +294,6 @@ def test_warm_up_leaves_no_trace():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-# ---- late QAT and the check of the fast path
-
-
 def test_qat_rounds_to_the_exports_grid_and_puts_the_weights_back():
     cfg = tiny_config(matrix_clip_sigmas=9.0, mlp_bits=5, grid="sdclip")
     model = tiny_model(cfg)
@@ -347,9 +339,6 @@ def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, cap
         t.check_fast_path(fast, t.Run(), 2)
     t.check_fast_path(model, t.Run(), 2)
     assert "fast_path loss_error:0.000" in capsys.readouterr().out
-
-
-# ---- the loop
 
 
 @pytest.fixture
