@@ -72,6 +72,14 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def assert_same(got, want, rtol=0.0, atol=0.0):
+    """The same names, whose tensors are equal or this close."""
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
 def weight_of(q):
     """The float32 matrix that a Quantized stands for."""
     return q.Q * t.full_step(q.rows, q.columns)

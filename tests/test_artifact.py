@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import opened, seal, tiny_config, tiny_model, weight_of
+from conftest import assert_same, opened, seal, tiny_config, tiny_model, weight_of, weights_of
 from fuzz import FASTEST
 
 import train_gpt as t
@@ -33,12 +33,6 @@ def stored(model):
     weights = {name: p.detach() if p.numel() <= 64 else p.detach().half().float()
                for name, p in model.named_parameters()}
     return weights | {name: weight_of(q) for name, q in quantized(model).items()}
-
-
-def assert_holds(loaded, weights):
-    found = dict(loaded.named_parameters())
-    assert found.keys() == weights.keys()
-    assert [name for name in weights if not torch.equal(found[name], weights[name])] == []
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +147,7 @@ def test_any_model_and_bits_come_back(tmp_path, changes):
     model = tiny_model(cfg)
     t.save_artifact(tmp_path / "a", model, cfg)
     loaded = t.load_artifact(tmp_path / "a")
-    assert_holds(loaded, stored(model))
+    assert_same(weights_of(loaded), stored(model))
     assert [n for n in t.STORED_FIELDS if getattr(loaded.cfg, n) != getattr(cfg, n)] == []
 
 
@@ -191,7 +185,7 @@ def test_base_supplies_the_settings_that_the_file_does_not_fix(files, model):
 @pytest.mark.parametrize("codec", CODERS)
 def test_reloaded_weights_are_the_quantized_ones_and_the_same_bytes_again(model, files, codec,
                                                                           tmp_path):
-    assert_holds(t.load_artifact(files[codec]), stored(model))
+    assert_same(weights_of(t.load_artifact(files[codec])), stored(model))
     size = t.save_artifact(tmp_path / "again", model, replace(model.cfg, compressor=codec))
     assert (tmp_path / "again").read_bytes() == files[codec].read_bytes()
     assert size == files[codec].stat().st_size
@@ -202,7 +196,7 @@ def test_long_streams_are_cut_and_joined_again(model, monkeypatch, codec):
     monkeypatch.setattr(t, "PIECE", 1000)
     blob = t.pack_artifact(model, replace(model.cfg, compressor=codec), quantized(model))
     assert len(opened(blob)[0]["streams"]) > 8
-    assert_holds(t.load_artifact(blob), stored(model))
+    assert_same(weights_of(t.load_artifact(blob)), stored(model))
 
 
 def test_missing_cut_longer_or_foreign_file_is_refused_by_name(blob, tmp_path):
@@ -272,7 +266,7 @@ def test_text_of_a_hostile_file_is_not_printed_raw(blob, text):
 
 def test_artifact_of_before_tokenizers_were_named_is_read(model, blob, tmp_path):
     (tmp_path / "a").write_bytes(forged(blob, lambda h: h.pop("tokenizer") and None))
-    assert_holds(t.load_artifact(tmp_path / "a", base=tiny_config()), stored(model))
+    assert_same(weights_of(t.load_artifact(tmp_path / "a", base=tiny_config())), stored(model))
 
 
 def test_header_of_more_weights_than_its_bytes_can_code_is_refused():

@@ -5,7 +5,7 @@ comparison with another script.
 import bench
 import pytest
 import torch
-from conftest import SCRIPT, TINY, tiny_config, weights_of
+from conftest import SCRIPT, TINY, assert_same, tiny_config, weights_of
 
 import train_gpt as t
 
@@ -55,8 +55,7 @@ def test_gradients_and_update_are_a_training_step():
         subject.gradients()
         subject.update()
         t.train_step(want, optimizer, subject.batch, subject.micro_rows, 1.0, 1)
-    got = weights_of(subject.model)
-    assert all(torch.equal(got[name], p) for name, p in weights_of(want).items())
+    assert_same(weights_of(subject.model), weights_of(want))
 
 
 def test_a_run_prints_components_that_add_up_to_the_step(capsys):

@@ -5,10 +5,10 @@ import json
 import re
 from pathlib import Path
 
+import check
 import pytest
-from test_report import BPBS, CODE, MODEL_BYTES, SEEDS, TOTAL, TYPED, log_text, report
-
-import check  # isort: skip
+import report
+from test_report import BPBS, CODE, MODEL_BYTES, SEEDS, TOTAL, TYPED, log_text
 
 
 def make_folder(folder, code=CODE):

@@ -4,10 +4,9 @@ import json
 import sys
 from types import ModuleType, SimpleNamespace
 
+import convert
 import pytest
 from test_report import BPBS, TOKENS, log_text, ttt_lines, with_lines
-
-import convert  # isort: skip
 
 
 @pytest.fixture

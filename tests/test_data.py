@@ -69,9 +69,6 @@ def test_more_shards_than_open_files(tmp_path):
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-# ---- what fits together --------------------------------------------------------------------------
-
-
 def test_validation_token_outside_the_vocabulary_is_refused(tmp_path):
     write_split(tmp_path, "train", [1, 2, 3])
     write_split(tmp_path, "val", [1, 2, 1024])
@@ -147,14 +144,6 @@ def test_bytes_of_a_stream_are_those_of_its_documents(texts, end):
     stream = torch.tensor([BOS] + [i for ids in documents for i in (*ids, end)])
     counted = int(t.count_bytes(TABLE, stream[:-1], stream[1:]).sum())
     assert counted == sum(len(SP.decode(ids).encode()) for ids in documents)
-
-
-def test_both_counts_of_the_sample_agree_unless_spaces_are_counted_twice():
-    [shard] = t.open_shards(SAMPLE, "val")
-    by_table, by_text = t.decoded_bytes(SP, TABLE, shard[:])
-    assert by_table == by_text > 300_000
-    doubled = TABLE._replace(base=TABLE.base + TABLE.spaced.long())
-    assert t.decoded_bytes(SP, doubled, shard[:])[0] > 1.1 * by_text
 
 
 @given(st.lists(TEXTS, min_size=1, max_size=4), st.integers(0, 9), st.integers(0, 9))

@@ -13,7 +13,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import caseops
+import download
 import numpy as np
+import prepare
 import pytest
 import sentencepiece as spm
 import zstandard
@@ -23,10 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
-
-import caseops  # isort: skip
-import download  # isort: skip
-import prepare  # isort: skip
 
 DOCUMENTS = [f"Document {i}: a brown fox, {i * i} times.\nA second line.\n" for i in range(60)]
 
@@ -138,10 +137,6 @@ def test_one_plain_text_is_split_into_documents(tmp_path):
     assert [text for _, text in label(two, val_fraction=0.2)] == [book, "another"]
 
 
-def zstd(raw):  # in two frames: tools that compress in parallel write many
-    return zstandard.compress(raw[:999]) + zstandard.compress(raw[999:])
-
-
 def test_parquet_that_cannot_be_read_is_one_clear_error(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 text")
@@ -164,7 +159,9 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
         table = pyarrow.table({"id": [*range(60)], "body": DOCUMENTS})
         pytest.importorskip("pyarrow.parquet").write_table(table, path)
     assert list(prepare.read_documents([path], "body")) == DOCUMENTS
-    compressors = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+    zstd = zstandard.compress  # in two frames: tools that compress in parallel write many
+    compressors = {".gz": gzip.compress, ".xz": lzma.compress}
+    compressors[".zst"] = lambda raw: zstd(raw[:999]) + zstd(raw[999:])
     for suffix, compress in compressors.items() if name != "a.parquet" else ():
         packed = tmp_path / (name + suffix)
         packed.write_bytes(compress(path.read_bytes()))
@@ -340,7 +337,6 @@ class Hub:
             (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
             (local_dir / name).write_bytes(published[name])
             self.fetched.append(name.removeprefix("datasets/"))
-        return str(local_dir)
 
 
 @pytest.fixture

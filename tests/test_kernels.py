@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fixed_data, tiny_config, tiny_model
-from test_model import assert_all_close, dense_attention, normal, results_and_gradients
+from conftest import assert_same, fixed_data, tiny_config, tiny_model
+from test_model import dense_attention, normal, random_ids, results_and_gradients
 from test_training import with_wrong
 
 import train_gpt as t
@@ -152,7 +152,7 @@ def stand_in(request, monkeypatch):
 def test_operator_hands_every_gradient_to_its_input(stand_in, used, spare):
     x = gdn_inputs(70, 2, 8, spare=spare)
     got, want = [gdn_results(kernel, x, used) for kernel in (stand_in, None)]
-    assert_all_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_same(got, want, rtol=1e-5, atol=1e-5)
     with torch.no_grad():  # outside of training no states are kept
         assert t._gdn_forward(*x.values(), stand_in, False)[-1].numel() == 0
 
@@ -376,22 +376,18 @@ def gpu_model(kernel="auto", **settings):
     return model.cuda()
 
 
-def gpu_ids(B, T):
-    return torch.randint(2, 64, (B, T), generator=torch.Generator().manual_seed(0)).int().cuda()
-
-
 @gpu
 @pytest.mark.parametrize("kernel", GDN_KERNELS)
 def test_cuda_model_is_causal_bit_for_bit_and_its_loss_the_same_if_compiled(kernel):
     model = gpu_model(kernel)
-    ids = gpu_ids(2, 257)
+    ids = random_ids(2, 257, low=2).int().cuda()
     losses = []
     for enabled in (False, True):
         with t.compiling(enabled):
             nats, _ = model.nll(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
         losses.append(float(nats.mean()))
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
-    ids = gpu_ids(2, 256)
+    ids = random_ids(2, 256, low=2).int().cuda()
     with torch.no_grad():
         before, _ = model(ids)
         for at in (1, 64, 100, 255):

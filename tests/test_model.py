@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import assert_same, tiny_config, tiny_model
 
 import train_gpt as t
 
@@ -22,7 +22,7 @@ def random_ids(B, T, low=0, seed=0):
 
 
 def results_and_gradients(call, inputs):
-    """{name: tensor} of what call(**inputs) returns, and of the inputs' gradients."""
+    """{name: float64} of what call(**inputs) returns, and of the inputs' gradients."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     outputs = call(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -30,15 +30,8 @@ def results_and_gradients(call, inputs):
                for i, y in enumerate(outputs))
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True,
                                 materialize_grads=True)
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | {"gradient of " + name: grad for name, grad in zip(leaves, grads)}
-
-
-def assert_all_close(got, want, rtol, atol):
-    assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, check_dtype=False,
-                                   msg=lambda text, name=name: f"{name}: {text}")
+    found = {f"output {i}": y.detach().double() for i, y in enumerate(outputs)}
+    return found | {"gradient of " + name: grad.double() for name, grad in zip(leaves, grads)}
 
 
 def delta_inputs(T, B=2, H=2, K=8, V=5, strongest=2.0, top_beta=1.0):
@@ -67,7 +60,7 @@ def recurrence(q, k, v, g, beta, state):
                                   dict(T=130, strongest=20.0), dict(T=130, top_beta=2.0)], ids=str)
 def test_delta_rule_equals_the_token_by_token_recurrence(case):
     x = delta_inputs(**case)
-    assert_all_close(results_and_gradients(t.delta_rule, x), results_and_gradients(recurrence, x),
+    assert_same(results_and_gradients(t.delta_rule, x), results_and_gradients(recurrence, x),
                      rtol=1e-7, atol=1e-8)
 
 
@@ -83,7 +76,7 @@ def test_conv_heads_equals_conv1d_silu_and_l2_norm(T):
     x = dict(x=normal(2, T, 30), weight=normal(30, 4, seed=1), tail=normal(2, 3, 30, seed=2))
     got, want = [results_and_gradients(lambda f=f, **a: f(**a, heads=2), x)
                  for f in (t.conv_heads, conv_by_torch)]
-    assert_all_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_same(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_gated_norm_is_a_normalized_output_times_weight_and_silu_of_the_gate():
@@ -123,7 +116,7 @@ def test_attention_equals_a_dense_masked_softmax(shape):
     x = dict(q=normal(2, T, 4, 8), k=normal(2, S, 2, 8, seed=1), v=normal(2, S, 2, 8, seed=2))
     got, want = [results_and_gradients(lambda f=f, **a: f(**a, window=window), x)
                  for f in (t.attention, dense_attention)]
-    assert_all_close(got, want, rtol=1e-8, atol=1e-9)
+    assert_same(got, want, rtol=1e-8, atol=1e-9)
 
 
 def test_rotary_equals_complex_multiplication():
@@ -135,8 +128,6 @@ def test_rotary_equals_complex_multiplication():
     torch.testing.assert_close(t.rotary(x, table), torch.cat([z.real, z.imag], -1),
                                rtol=1e-5, atol=1e-5)
 
-
-# ---- causality and carried state
 
 FEATURES = {
     "gdn": dict(stack="gdn*2"), "swa": dict(stack="swa*2"), "attn": dict(stack="attn*2"),
@@ -187,9 +178,6 @@ def test_text_in_parts_with_carried_state_equals_one_pass(preset, cuts):
 def test_returned_state_is_detached():
     _, state = tiny_model(tiny_config(stack="gdn swa"))(random_ids(1, 10))
     assert not any(x.requires_grad for pair in state for x in pair)
-
-
-# ---- embedding, head, loss
 
 
 def embed(model, ids):

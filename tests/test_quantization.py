@@ -220,9 +220,6 @@ def test_options_choose_bits_by_matrix_and_row(calibrated):
     assert set(top.nonzero().flatten().tolist()) == set(calibration.counts.topk(5).indices.tolist())
 
 
-# ---- the search that fills the cap
-
-
 @pytest.fixture(scope="module")
 def larger():
     """A model of some 200,000 weights, and its Calibration by two batches."""

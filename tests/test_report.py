@@ -9,12 +9,11 @@ import statistics
 import subprocess
 import sys
 
+import figures
+import page as dark
 import pytest
+import report
 from conftest import ROOT
-
-import figures  # isort: skip
-import page as dark  # isort: skip
-import report  # isort: skip
 
 TOOLS = ROOT / "logs" / "tools"
 

