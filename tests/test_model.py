@@ -272,13 +272,6 @@ def test_preset_has_its_published_number_of_weights(preset, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-@pytest.fixture(scope="module")
-def fresh():
-    """A model at its initial values, with enough of each kind to measure its distribution."""
-    cfg = t.Config(stack="gdn*4 swa:a swa:a", gdn_heads=64, gdn_head_dim=8, ngram_buckets=3072)
-    return t.init_weights(t.LM(cfg), 1)
-
-
 def every(model, kind):
     """All values of the parameters whose name ends in `kind`, as one vector."""
     return torch.cat([p.detach().flatten() for name, p in model.named_parameters()
@@ -294,7 +287,10 @@ UNIFORM = dict(q_proj=512, k_proj=512, g_proj=512, a_proj=512, up_proj=512, ngra
                q_conv=4)
 
 
-def test_weights_start_at_their_values_or_in_their_distributions(fresh):
+def test_weights_start_at_their_values_or_in_their_distributions():
+    """The model has enough of each kind to measure its distribution."""
+    cfg = t.Config(stack="gdn*4 swa:a swa:a", gdn_heads=64, gdn_head_dim=8, ngram_buckets=3072)
+    fresh = t.init_weights(t.LM(cfg), 1)
     for kind, value in CONSTANTS.items():
         assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(value)])), kind
     assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))

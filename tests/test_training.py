@@ -8,6 +8,7 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,39 +19,31 @@ import train_gpt as t
 GOLDEN = Path(__file__).with_name("golden_loss.txt")
 
 
-class ThreadRun(t.Run):
-    """One rank of several in one process: its collectives meet those of the other threads."""
-
-    def __init__(self, rank, barrier, box):
-        super().__init__(rank, len(box))
-        self.barrier = barrier
-        self.box = box
-
-    def gather(self, value):
-        self.box[self.rank] = pickle.dumps(value)
-        self.barrier.wait(60)
-        everyone = [pickle.loads(one) for one in self.box]
-        self.barrier.wait(60)
-        return everyone
-
-    def all_sum(self, tensor):
-        return tensor.copy_(sum(self.gather(tensor)))
-
-    def broadcast(self, value):
-        return self.gather(value)[0]
-
-    def all_gather_rows(self, tensor):
-        return torch.cat(self.gather(tensor))
-
-
 def on_threads(count, work):
-    """[work(run) of each of `count` ranks]."""
+    """[work(run) of each of `count` ranks], each a thread of this process."""
     barrier = threading.Barrier(count)
     box = [None] * count
 
+    class ThreadRun(t.Run):
+        def gather(self, value):
+            box[self.rank] = pickle.dumps(value)
+            barrier.wait(60)
+            everyone = [pickle.loads(one) for one in box]
+            barrier.wait(60)
+            return everyone
+
+        def all_sum(self, tensor):
+            return tensor.copy_(sum(self.gather(tensor)))
+
+        def broadcast(self, value):
+            return self.gather(value)[0]
+
+        def all_gather_rows(self, tensor):
+            return torch.cat(self.gather(tensor))
+
     def rank(number):
         try:
-            return work(ThreadRun(number, barrier, box))
+            return work(ThreadRun(number, count))
         except BaseException:
             barrier.abort()
             raise
@@ -97,33 +90,30 @@ def test_parameters_of_any_size_begin_at_multiples_of_16_bytes():
         assert not any(view.data_ptr() % 16 for view in optimizer.views(flat))
 
 
-class WrittenMuon:
+def written_muon(p, equal_rows):
     """Muon for one matrix as published: Nesterov momentum, five Newton-Schulz steps.
 
     equal_rows: MuonEq-R, which divides each row of the momentum by its norm first.
     """
+    buffer = torch.zeros_like(p.data)
+    group = {}  # gets the rate
 
-    def __init__(self, p, equal_rows):
-        self.p, self.equal_rows = p, equal_rows
-        self.buffer = torch.zeros_like(p.data)
-        self.param_groups = [{"lr": 0.1}]
-
-    def step(self):
-        self.buffer = 0.9 * self.buffer + 0.1 * self.p.grad
-        X = 0.1 * self.p.grad + 0.9 * self.buffer
-        if self.equal_rows:
+    def step():
+        buffer.copy_(0.9 * buffer + 0.1 * p.grad)
+        X = 0.1 * p.grad + 0.9 * buffer
+        if equal_rows:
             X = X / X.norm(dim=1, keepdim=True)
         X = X / X.norm()
         for _ in range(5):
             A = X @ X.T
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        rate = self.param_groups[0]["lr"]
         scale = max(1, len(X) / X.shape[1]) ** 0.5
-        self.p.data = self.p.data * (1 - rate * 0.3) - rate * scale * X
+        p.data = p.data * (1 - group["lr"] * 0.3) - group["lr"] * scale * X
+    return SimpleNamespace(param_groups=[group], step=step)
 
 
 RULES = {"sgd": lambda p, _: torch.optim.SGD([p], momentum=0.9),
-         "muon": lambda p, equal_rows: WrittenMuon(p, equal_rows),
+         "muon": written_muon,
          "adamw": lambda p, _: torch.optim.AdamW([p], betas=(0.8, 0.9), weight_decay=0.3,
                                                  eps=1e-10)}
 
