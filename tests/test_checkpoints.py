@@ -80,8 +80,7 @@ def change_facts(path, **changes):
     dict(train_batch_tokens=1024, micro_batch_tokens=512, ema_decay=0.0),
 ], ids=lambda overrides: "-".join(overrides) or "ema")
 def test_resumed_training_is_bit_equal_to_an_undisturbed_one(tmp_path, overrides):
-    whole, (_, first) = train(job_config(tmp_path / "a", checkpoint_every_seconds=0.0,
-                                         **overrides))
+    whole, (_, first) = train(job_config(tmp_path / "a", checkpoint_every_seconds=0.0, **overrides))
     cfg = job_config(tmp_path / "b", **overrides)
     for number in (6, 2):  # the second time one step after it went on
         with pytest.raises(Halt):
@@ -203,8 +202,6 @@ def test_deterministic_runs_have_equal_losses_and_artifacts(run):
     one, two = [(runs[0].folder / f"d{i}.artifact").read_bytes() for i in range(2)]
     assert one == two
 
-
-# ---- whose checkpoint it is ----------------------------------------------------------------------
 
 SHORT = dict(ITERATIONS="1", FINAL_SCORE="roundtrip")
 SCORED = dict(ITERATIONS="1", EVAL_DIAGNOSTICS="1", RUN_ID="a", RESUME="auto")
@@ -333,9 +330,6 @@ def test_missing_or_reshaped_tensor_is_named(dead, prefix, fault):
         tensors[name] = removed[None, None]
     with pytest.raises(t.GolfError, match=f"tensor {re.escape(name)} is "):
         t.Training(t.LM(cfg), fixed_data(cfg), cfg, t.Run(), (tensors, facts))
-
-
-# ---- disks that are full or cannot be written ----------------------------------------------------
 
 
 def full_disk(monkeypatch, pattern, after=0):

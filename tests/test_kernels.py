@@ -57,9 +57,6 @@ def assert_near(got, want, most=TOLERANCE):
     assert max(errors.values()) < most, errors
 
 
-# ---- the operator around the kernels of Gated DeltaNet, on the CPU
-
-
 def gradients(function, inputs, grads):
     """Gradients of function(*inputs), also inside an operator, where autograd is off."""
     leaves = [x.detach().requires_grad_() for x in inputs]
@@ -206,15 +203,12 @@ def test_the_mlp_is_fused_where_its_kernel_runs(pick, settings, capability, fuse
     assert (ops.mlp is t.fast_mlp) == fused
 
 
-# ---- kernels on a GPU
-
 gpu = pytest.mark.gpu
 HAS_GPU = torch.cuda.is_available()
 HOPPER = pytest.mark.skipif(not HAS_GPU or torch.cuda.get_device_capability()[0] != 9,
                             reason="the fused MLP is for GPUs of compute capability 9")
-PACKAGES = {"fla": "fla", "flashqla": "flash_qla"}
 # Without a GPU all are listed, and skipped.
-GDN_KERNELS = [k for k, package in PACKAGES.items()
+GDN_KERNELS = [k for k, package in {"fla": "fla", "flashqla": "flash_qla"}.items()
                if not HAS_GPU or importlib.util.find_spec(package)]
 GDN_CASES = [(kernel, H, K) for kernel in GDN_KERNELS for H, K in ((4, 128), (8, 64), (3, 32))
              if kernel == "fla" or K == 128]

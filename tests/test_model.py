@@ -272,12 +272,6 @@ def test_preset_has_its_published_number_of_weights(preset, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def every(model, kind):
-    """All values of the parameters whose name ends in `kind`, as one vector."""
-    return torch.cat([p.detach().flatten() for name, p in model.named_parameters()
-                      if name.rsplit(".", 1)[-1] == kind])
-
-
 SPREAD = {"weight": (lambda x: x / 0.005, 0.0, 1.0),  # how to straighten it, mean, deviation
           "A_log": (torch.exp, 8.0, 16 / 12**0.5),
           "dt_bias": (lambda x: F.softplus(x).log(), math.log(0.01), math.log(100) / 12**0.5)}
@@ -291,14 +285,19 @@ def test_weights_start_at_their_values_or_in_their_distributions():
     """The model has enough of each kind to measure its distribution."""
     cfg = t.Config(stack="gdn*4 swa:a swa:a", gdn_heads=64, gdn_head_dim=8, ngram_buckets=3072)
     fresh = t.init_weights(t.LM(cfg), 1)
+
+    def every(kind):
+        """All values of the parameters whose name ends in `kind`, as one vector."""
+        return torch.cat([p.detach().flatten() for name, p in fresh.named_parameters()
+                          if name.rsplit(".", 1)[-1] == kind])
     for kind, value in CONSTANTS.items():
-        assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(value)])), kind
+        assert torch.equal(every(kind).unique(), torch.tensor([float(value)])), kind
     assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))
     for kind, columns in UNIFORM.items():
-        values = every(fresh, kind) * columns**0.5
+        values = every(kind) * columns**0.5
         assert float(values.std()) == pytest.approx(3**-0.5, rel=0.03), kind
         assert 0.99 < float(values.abs().max()) <= 1.0001, kind
     for kind, (straighten, mean, deviation) in SPREAD.items():
-        values = straighten(every(fresh, kind))
+        values = straighten(every(kind))
         assert float(values.mean()) == pytest.approx(mean, abs=0.15 * deviation), kind
         assert float(values.std()) == pytest.approx(deviation, rel=0.1), kind

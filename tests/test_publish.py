@@ -29,7 +29,6 @@ def log(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(log):
-    """The folder made of it."""
     out = log.parent / "hub"
     assert publish.main([str(log), "--out", str(out)]) == 0
     return out

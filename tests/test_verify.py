@@ -145,8 +145,7 @@ class Leaky(t.Embedding):
 def test_model_that_is_not_causal_is_found():
     leaky = tiny_model(MODEL.cfg)
     leaky.embed.__class__ = Leaky
-    assert faults_of(verify.check_causality, leaky, 320) == [
-        "later tokens change no earlier logit"]
+    assert faults_of(verify.check_causality, leaky, 320) == ["later tokens change no earlier logit"]
 
 
 def test_state_that_is_not_carried_is_found():
