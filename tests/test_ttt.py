@@ -8,13 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, tiny_config, tiny_model, weights_of
+from conftest import ONE_BYTE, assert_same, tiny_config, tiny_model, weights_of
 from test_training import on_threads
 
 import train_gpt as t
 
-NONE = torch.zeros(64, dtype=torch.bool)
-TABLE = t.ByteTable(torch.ones(64, dtype=torch.int64), NONE, NONE)
 EXACT = dict(ttt_scoring="exact")
 OPTIONS = {
     "sliding": {}, "exact": EXACT, "odd chunks": EXACT | dict(ttt_chunk_tokens=150),
@@ -50,7 +48,7 @@ def adapted(cfg, tokens, run=None, model=None, probing=False):
     model = model or tiny_model(cfg)
     run = run or t.Run()
     adapter = t.Adapter(model, len(tokens) - 1, run)
-    return t.evaluate(model, tokens, TABLE, cfg.ttt_scoring, adapter, run, probing), adapter
+    return t.evaluate(model, tokens, ONE_BYTE, cfg.ttt_scoring, adapter, run, probing), adapter
 
 
 def scores(cfg, tokens):
@@ -138,14 +136,14 @@ def test_a_faulty_tilt_fails_its_probe(fault, found, monkeypatch):
 def test_training_on_scored_text_helps_with_what_follows(option):
     cfg = ttt_config(option, **({} if option == "tilt" else dict(ttt_epochs=4)))
     tokens = text(700)
-    idle = t.evaluate(tiny_model(cfg), tokens, TABLE, cfg.ttt_scoring, lambda seen: None)
+    idle = t.evaluate(tiny_model(cfg), tokens, ONE_BYTE, cfg.ttt_scoring, lambda seen: None)
     assert adapted(cfg, tokens)[0].bpb < idle.bpb - 0.02
 
 
 @every_option
 def test_rate_zero_gives_the_plain_score(option):
     cfg = ttt_config(option, ttt_lr=0.0, ttt_hash_lr=0.0, ttt_tilt=0.0, eval_spans=1)
-    plain = t.evaluate(tiny_model(cfg), text(), TABLE, cfg.ttt_scoring)
+    plain = t.evaluate(tiny_model(cfg), text(), ONE_BYTE, cfg.ttt_scoring)
     assert adapted(cfg, text())[0].val_loss == pytest.approx(plain.val_loss, rel=1e-6)
 
 
