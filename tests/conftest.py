@@ -27,7 +27,7 @@ import torch
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "logs" / "tools"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT / part) for part in ("", "logs/tools", "data", "tests/cheats")]
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes: for tiny shapes more are slower
 
@@ -72,9 +72,21 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
+def assert_same(got, want, rtol=0.0, atol=0.0):
+    """The same names, whose tensors are equal or this close."""
+    assert got.keys() == want.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol,
+                                   msg=lambda text, name=name: f"{name}: {text}")
+
+
 def weight_of(q):
     """The float32 matrix that a Quantized stands for."""
     return q.Q * t.full_step(q.rows, q.columns)
+
+
+NONE = torch.zeros(64, dtype=torch.bool)
+ONE_BYTE = t.ByteTable(torch.ones(64, dtype=torch.int64), NONE, NONE)  # each token has one
 
 
 class TextShard(SimpleNamespace):
@@ -136,9 +148,6 @@ def opened(blob):
     return json.loads(zlib.decompress(body[:packed])), body[packed:]
 
 
-# ---- ranks ---------------------------------------------------------------------------------------
-
-
 def run_rank(work, rank, count, port, arguments):
     """In its own process: work(run, *arguments) as one of `count` ranks joined by gloo."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -160,8 +169,6 @@ def on_ranks(count, work, *arguments):
         ranks = [pool.submit(run_rank, work, i, count, port, arguments) for i in range(count)]
         return [rank.result(timeout=300) for rank in ranks]
 
-
-# ---- runs from the command line ------------------------------------------------------------------
 
 NUM_VAL, NUM_TRAIN = 2501, 40_000
 EVALUATION = dict(FINAL_SCORE="exact", EVAL_STRIDE="32", EVAL_SPANS="4", EVAL_WARMUP_TOKENS="128",
@@ -245,9 +252,6 @@ def values(text, event):
 def files_in(folder):
     """Names of all files below a folder."""
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-# ---- GPUs ----------------------------------------------------------------------------------------
 
 
 def pytest_collection_modifyitems(items):

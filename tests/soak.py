@@ -12,11 +12,9 @@ import resource
 import sys
 
 import numpy as np
-import torch
-from conftest import tiny_config, tiny_model
+from conftest import ONE_BYTE, tiny_config, tiny_model
 
 import train_gpt as t
-
 
 MEMORY = []
 
@@ -52,12 +50,10 @@ def long_text(length):
                       eval_batch_tokens=1 << 17, ttt_scoring="exact", ttt_epochs=1,
                       ttt_chunk_tokens=length // 20, ttt_freeze_blocks=0, ttt_tilt=0.1)
     tokens = np.random.default_rng(0).integers(2, 64, length, dtype=np.uint16)
-    none = torch.zeros(64, dtype=torch.bool)
     model = tiny_model(cfg)
     run = t.Run()
     run.log = report  # once a chunk
-    table = t.ByteTable(torch.ones(64, dtype=torch.int64), none, none)
-    t.evaluate(model, tokens, table, "exact", t.Adapter(model, length - 1, run), run)
+    t.evaluate(model, tokens, ONE_BYTE, "exact", t.Adapter(model, length - 1, run), run)
 
 
 if __name__ == "__main__":

@@ -2,39 +2,30 @@
 comparison with another script.
 """
 
-from dataclasses import replace
-
 import bench
 import pytest
 import torch
-from conftest import SCRIPT, TINY, tiny_config, weights_of
+from conftest import SCRIPT, TINY, assert_same, tiny_config, weights_of
 
 import train_gpt as t
-
-DEFAULT = replace(t.Config(vocab_size=1024), train_batch_tokens=131_072)
 
 
 @pytest.mark.parametrize("byte_s, published", [
     (3.0e12, (352, 409, 623)), (4.3e12, (352, 372, 527))], ids=["H100", "H200"])
 def test_floors_of_the_model_with_1024_pieces_are_the_published_ones(byte_s, published):
     """FLOPs alone, ideal fusion, today's boundaries, as computed on paper."""
-    found = bench.floors(bench.model_cost(DEFAULT), 790e12, byte_s)
-    assert tuple(map(round, found)) == published
+    cost = bench.model_cost(t.Config(vocab_size=1024, train_batch_tokens=131_072))
+    assert tuple(map(round, bench.floors(cost, 790e12, byte_s))) == published
 
 
 @pytest.mark.parametrize("overrides", [{}, dict(stack="attn swa gdn*2"), dict(ngram_buckets=0)])
-def test_products_are_those_of_a_forward(overrides):
+def test_products_are_those_of_a_forward(overrides, monkeypatch):
     """6 FLOPs per weight that enters a product, counted by watching a forward."""
     cfg = tiny_config(**overrides)
     seen = []
-
-    def watch(x, weights):
-        seen.extend(w.numel() for w in weights)
-    t.OBSERVERS.append(watch)
-    try:
-        t.LM(cfg)(torch.zeros(1, 64, dtype=torch.long))
-    finally:
-        t.OBSERVERS.remove(watch)
+    monkeypatch.setattr(t, "OBSERVERS", [lambda x, weights: seen.extend(
+        w.numel() for w in weights)])
+    t.LM(cfg)(torch.zeros(1, 64, dtype=torch.long))
     ops = bench.model_cost(cfg)
     assert sum(op.flops for op in ops if op.group == bench.GEMM) == 6 * sum(seen)
 
@@ -59,8 +50,7 @@ def test_gradients_and_update_are_a_training_step():
         subject.gradients()
         subject.update()
         t.train_step(want, optimizer, subject.batch, subject.micro_rows, 1.0, 1)
-    got = weights_of(subject.model)
-    assert all(torch.equal(got[name], p) for name, p in weights_of(want).items())
+    assert_same(weights_of(subject.model), weights_of(want))
 
 
 def test_a_run_prints_components_that_add_up_to_the_step(capsys):

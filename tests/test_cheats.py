@@ -4,14 +4,9 @@ python tests/cheats/run.py runs all of them and writes logs/checks/cheats.md.
 """
 
 import re
-import sys
 
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "tests" / "cheats"))
-
-import run as cheats  # noqa: E402
+import run as cheats
 
 CHEATS = {cheat.name: cheat for cheat in cheats.read_cheats()}
 QUICK = ["scores lowered by a constant", "scores that know the target", "probing switched off",

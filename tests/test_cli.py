@@ -24,30 +24,21 @@ VERBATIM = re.compile(r"stopping_early: wallclock_cap train_time:\d+ms step:\d+/
                       r"(?:Serialized model|Total submission size) int\d\+\w+: \d+ bytes")
 
 
-def finish(process):
-    """(code, out, err) of a process at its end."""
-    out, err = process.communicate(timeout=300)
-    return process.returncode, out, err
-
-
 @pytest.fixture(scope="module")
 def whole(tiny, tmp_path_factory):
     """A run to its end in a process of its own, scored by every method: code, out, err, folder."""
     folder = tmp_path_factory.mktemp("whole")
     env = tiny | dict(OUT_DIR=str(folder), RUN_ID="night/run", VAL_LOSS_EVERY="2",
                       EVAL_DIAGNOSTICS="1", TTT_CHUNK_TOKENS="1024", STACK="(gdn\n\tswa:a  )*2")
-    code, out, err = finish(launch(env))
-    return SimpleNamespace(code=code, out=out, err=err, folder=folder, env=env)
-
-
-# ---- a whole run ---------------------------------------------------------------------------------
+    process = launch(env)
+    out, err = process.communicate(timeout=300)
+    return SimpleNamespace(code=process.returncode, out=out, err=err, folder=folder, env=env)
 
 
 def test_whole_run_ends_well_in_silence_and_its_log_is_what_it_printed(whole):
     """A RUN_ID with a slash is a folder of the run's files."""
     assert (whole.code, whole.err) == (0, "")
-    assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt",
-                                      "night/run.txt"]
+    assert files_in(whole.folder) == ["night/run.artifact", "night/run.ckpt", "night/run.txt"]
     assert whole.out.split("\n\n")[0] + "\n" == (whole.folder / "night" / "run.txt").read_text()
     steps = [pairs for event, pairs in parse(whole.out) if not event]
     assert [pairs["step"] for pairs in steps if "val_bpb" in pairs] == ["0/3", "2/3", "3/3"]
@@ -145,13 +136,11 @@ def test_fresh_process_gives_the_artifact_the_same_scores(whole, tmp_path):
     kept = {*EVALUATION, "PRESET", "DEVICE", "DATA_PATH", "TTT_CHUNK_TOKENS"}
     env = {name: value for name, value in whole.env.items() if name in kept} | dict(
         ARTIFACT=f"{whole.folder}/night/run.artifact", OUT_DIR=str(tmp_path), RUN_ID="again")
-    code, out, err = finish(launch(env))
-    assert (code, err, files_in(tmp_path)) == (0, "", ["again.txt"])
+    process = launch(env)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err, files_in(tmp_path)) == (0, "", ["again.txt"])
     for event in (*t.FINAL_EVENTS.values(), "final"):
         assert values(out, event)["val_bpb"] == values(whole.out, event)["val_bpb"], event
-
-
-# ---- variants of a run ---------------------------------------------------------------------------
 
 
 def test_settings_of_the_model_come_from_the_artifact(whole, run):
@@ -239,9 +228,6 @@ def test_training_never_outlasts_its_clock(monkeypatch, on_cuda, saving, logging
         assert job.save.call_count == saving
 
 
-# ---- faults: one line, exit code 2 ---------------------------------------------------------------
-
-
 def assert_one_line(result, *parts):
     """It ended with exit code 2 and one line on stderr that contains these parts."""
     assert (result.code, result.out) == (2, "")
@@ -251,18 +237,15 @@ def assert_one_line(result, *parts):
 
 @pytest.mark.parametrize("changes, parts", [
     ("DATA_PATH=/nowhere", ["DATA_PATH=/nowhere", "data/download.py", "PRESET=sample"]),
-    ("VOCAB_SIZE=2048", ["VOCAB_SIZE=2048", "1024 pieces"]),
     ("DEVICE=cuda", ["DEVICE=cuda", "PRESET=sample"]),
     ("PRESET= DEVICE=auto", ["PRESET=sample", "DEVICE=cpu"]),
     ("KERNEL=fla", ["KERNEL=fla", "CPU"]), ("ARTIFACT=/not/here", ["/not/here", "o such file"]),
     (f"ARTIFACT={SCRIPT}", [str(SCRIPT), "not an artifact of this script"]),
-    ("HOLDOUT_TOKENS=1000000", ["HOLDOUT_TOKENS=1000000", "40000 tokens"]),
     ("RESUME=/nowhere/a", ["/nowhere/a", "not a whole checkpoint", "No such file"]),
     (f"OUT_DIR={SCRIPT}", [str(SCRIPT), "File exists"]),
     (f"OUT_DIR={SCRIPT}/logs", [f"{SCRIPT}/logs", "Not a directory"]),
     ("CAP_BYTES=1000", ["CAP_BYTES=1000", "script's", "too few for"]),
     ("ARTIFACT=/dev/zero", ["ARTIFACT=/dev/zero", "No such file"]),
-    ("RUN_ID=..", ["RUN_ID=..", "letters"]),
     ("RUN_ID=" + 300 * "a", [f"={80 * 'a'}: must be up to"]),
 ], ids=lambda text: text[:25] if isinstance(text, str) else "")
 def test_fault_of_the_user_is_one_line(run, monkeypatch, changes, parts):
@@ -270,15 +253,11 @@ def test_fault_of_the_user_is_one_line(run, monkeypatch, changes, parts):
     assert_one_line(run(**dict(pair.split("=") for pair in changes.split())), *parts)
 
 
-@pytest.mark.parametrize("size", [0, 1 << 40], ids=["pipe", "sparse"])
-def test_artifact_that_is_no_file_or_too_large_is_not_read(run, tmp_path, size):
-    path = tmp_path / "a"
-    if size:
-        path.touch()
-        os.truncate(path, size)
-    else:
-        os.mkfifo(path)
-    assert_one_line(run(ARTIFACT=str(path)), f"ARTIFACT={path}", "No such file, or more than")
+@pytest.mark.parametrize("make", [
+    os.mkfifo, lambda path: path.touch() or os.truncate(path, 1 << 40)], ids=["pipe", "sparse"])
+def test_artifact_that_is_no_file_or_too_large_is_not_read(run, tmp_path, make):
+    make(tmp_path / "a")
+    assert_one_line(run(ARTIFACT=f"{tmp_path}/a"), f"ARTIFACT={tmp_path}/a: No such file, or more")
 
 
 @pytest.mark.parametrize("name, module", [

@@ -12,14 +12,12 @@ import train_gpt as t
 
 FIELDS = {f.name.upper(): f for f in fields(t.Config)}
 
+
 def fault(**env):
     """The message of the GolfError that these variables raise."""
     with pytest.raises(t.GolfError) as caught:
         t.Config.from_env(env)
     return str(caught.value)
-
-
-# ---- values --------------------------------------------------------------------------------------
 
 
 def values_outside(name):
@@ -53,21 +51,18 @@ def test_every_number_has_a_limit_and_may_be_it():
     t.Config.from_env(dict(pair.split("=") for pair in text.split()))
 
 
-def names_of(kind):
-    """Settings whose value is of this type."""
-    return [name for name, f in FIELDS.items() if type(f.default) is kind]
+NO_NUMBERS = {int: ["", "1.5", "0x10"], float: ["", "1,5", "nan", "-inf"]}
 
 
 def test_number_setting_refuses_other_text_and_what_is_not_finite():
-    for kind, others in ((int, ["", "1.5", "0x10"]), (float, ["", "1,5", "nan", "-inf"])):
-        for name in names_of(kind):
-            for text in others:
-                assert re.match(f"{name}='?{text}'?: must be ", fault(**{name: text}))
+    for name, f in FIELDS.items():
+        for text in NO_NUMBERS.get(type(f.default), ()):
+            assert re.match(f"{name}='?{text}'?: must be ", fault(**{name: text}))
 
 
 def test_boolean_setting_is_0_or_1_alone():
     needed = {"MAX_WALLCLOCK_SECONDS": "0"}  # by DETERMINISTIC=1
-    for name in names_of(bool):
+    for name in [name for name, f in FIELDS.items() if type(f.default) is bool]:
         for text in ("true", "yes", "", "2", " 1", "-1"):
             assert fault(**{name: text}) == f"{name}={text!r}: must be 0 or 1"
         for text in ("0", "1"):
@@ -119,9 +114,6 @@ def test_stack_lists_layers_in_order_with_what_they_share(stack, layers):
             for layer in found] == layers
 
 
-# ---- names ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, meant", [
     ("MODEL_DIMM", "did you mean MODEL_DIM?"), ("MODELDIM", "did you mean MODEL_DIM?"),
     ("MAX_WALLCLOCK_SECS", "did you mean MAX_WALLCLOCK_SECONDS?"), ("SEEDS", "mean SEED?"),
@@ -149,9 +141,6 @@ def test_variables_of_other_programs_are_ignored():
     assert t.Config.from_env(dict.fromkeys(FOREIGN.split(), "1")) == t.Config()
 
 
-# ---- presets and --help --------------------------------------------------------------------------
-
-
 def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
     monkeypatch.setitem(t.PRESETS, "one", dict(model_dim=256, num_heads=4, seed=1))
     monkeypatch.setitem(t.PRESETS, "two", dict(model_dim=128, seed=2))
@@ -159,9 +148,6 @@ def test_presets_apply_from_left_to_right_and_the_user_wins(monkeypatch):
     assert (both.model_dim, both.num_heads, both.seed) == (128, 4, 3)
     assert (both.matrix_lr, both.smear) == (0.002, False)
     assert t.Config.from_env({}) == t.Config.from_env(dict(PRESET="record")) == t.Config()
-
-
-def test_unknown_preset_is_refused_with_the_list():
     assert re.match("PRESET=nothing: .*" + ", ".join(t.PRESETS), fault(PRESET="sample,nothing"))
 
 

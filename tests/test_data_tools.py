@@ -13,7 +13,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import caseops
+import download
 import numpy as np
+import prepare
 import pytest
 import sentencepiece as spm
 import zstandard
@@ -23,10 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_gpt
-
-import caseops  # isort: skip
-import download  # isort: skip
-import prepare  # isort: skip
 
 DOCUMENTS = [f"Document {i}: a brown fox, {i * i} times.\nA second line.\n" for i in range(60)]
 
@@ -138,10 +137,6 @@ def test_one_plain_text_is_split_into_documents(tmp_path):
     assert [text for _, text in label(two, val_fraction=0.2)] == [book, "another"]
 
 
-def zstd(raw):  # in two frames: tools that compress in parallel write many
-    return zstandard.compress(raw[:999]) + zstandard.compress(raw[999:])
-
-
 def test_parquet_that_cannot_be_read_is_one_clear_error(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 text")
@@ -164,7 +159,9 @@ def test_every_format_gives_the_same_documents(tmp_path, name):
         table = pyarrow.table({"id": [*range(60)], "body": DOCUMENTS})
         pytest.importorskip("pyarrow.parquet").write_table(table, path)
     assert list(prepare.read_documents([path], "body")) == DOCUMENTS
-    compressors = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}
+    zstd = zstandard.compress  # in two frames: tools that compress in parallel write many
+    compressors = {".gz": gzip.compress, ".xz": lzma.compress}
+    compressors[".zst"] = lambda raw: zstd(raw[:999]) + zstd(raw[999:])
     for suffix, compress in compressors.items() if name != "a.parquet" else ():
         packed = tmp_path / (name + suffix)
         packed.write_bytes(compress(path.read_bytes()))
@@ -242,19 +239,16 @@ def cased(tmp_path):
     return tmp_path / "out"
 
 
-def test_sidecar_has_the_original_bytes_of_every_document(cased):
-    sp = spm.SentencePieceProcessor(model_file=str(cased / "fineweb_330_bpe_caseops.model"))
+def test_sidecar_and_score_are_of_the_original_bytes_of_every_document(cased):
+    model = str(cased / "fineweb_330_bpe_caseops.model")
+    sp = spm.SentencePieceProcessor(model_file=model)
     shards, sidecars = read_shards(cased, "val"), read_shards(cased, "val_bytes")
     assert len(shards) > 2 and list(map(len, shards)) == list(map(len, sidecars))
     starts = np.flatnonzero(np.concatenate(shards) == sp.bos_id())
     found = [int(part.sum()) for part in np.split(np.concatenate(sidecars), starts[1:])]
     documents = [sp.normalize(d).replace("\u2581", " ") for d in DOCUMENTS[50:] + CASED]
     assert found == [len(text.encode()) for text in documents] + [0]
-
-
-def test_score_and_run_check_are_by_the_sidecars_bytes(cased):
-    model = cased / "fineweb_330_bpe_caseops.model"
-    cfg = tiny_config(data_path=str(cased), tokenizer_path=str(model), vocab_size=330)
+    cfg = tiny_config(data_path=str(cased), tokenizer_path=model, vocab_size=330)
     data = train_gpt.open_data(cfg)
     ledger = train_gpt.evaluate(tiny_model(cfg), data.val, data.table, "roundtrip")
     manifest = json.loads((cased / "manifest.json").read_text())
@@ -288,6 +282,9 @@ def test_bad_input_is_named_and_leaves_nothing_behind(tmp_path, corpus):
     assert not files_below(tmp_path / "out")
     assert "absent.txt" in refusal(run_prepare, tmp_path, "--input", "absent.txt", "--val-first", 1)
     assert "--val-fraction" in refusal(run_prepare, tmp_path, "--input", corpus[1])
+    short = write(tmp_path / "short.txt", ["One short text."])
+    message = refusal(run_prepare, tmp_path, "--input", short, "--val-fraction", 0.5)
+    assert "gets none of 1 documents" in message
 
 
 @pytest.mark.parametrize("tool", ["prepare", "download"])
@@ -296,27 +293,18 @@ def test_tools_also_run_as_modules(tool):
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
 
 
-def test_too_little_text_is_refused(tmp_path, corpus):
-    path = write(tmp_path / "tiny.txt", ["One short text."])
-    settings = ["--input", path, "--val-fraction", 0.5, "--train-tokenizer", 300]
-    assert "gets none of 1 documents" in refusal(run_prepare, tmp_path / "out", *settings)
-    message = refusal(run_prepare, tmp_path / "out", *corpus, "--train-tokenizer", 1024)
-    assert re.search(r"--train-tokenizer 1024: \d+ bytes of text give only \d+ pieces", message)
-
-
 def test_unusable_tokenizers_are_refused(tmp_path, monkeypatch, corpus, cased):
     (tmp_path / "fake.model").write_bytes(b"not a model")
     for expected, *options in [
         ("not a SentencePiece model", "--tokenizer", tmp_path / "fake.model"),
         ("--case-ops goes with", "--case-ops"),
         ("--case-ops goes with", "--tokenizer", cased / "fineweb_330_bpe_caseops.model"),
+        (r"tokenizer 1024: \d+ bytes of text give only \d+ pieces", "--train-tokenizer", 1024),
     ]:
-        assert expected in refusal(run_prepare, tmp_path / "new", *corpus, *options)
+        assert re.search(expected, refusal(run_prepare, tmp_path / "new", *corpus, *options))
     monkeypatch.setattr(prepare, "MAX_VOCAB", 1023)  # as if the model had too many pieces
     assert "1024 pieces" in refusal(run_prepare, tmp_path / "new", *corpus)
 
-
-# ---- download.py ---------------------------------------------------------------------------------
 
 FOLDER = "datasets/fineweb10B_sp1024"
 TRAIN_0, TRAIN_1 = (f"{FOLDER}/fineweb_train_{index:06d}.bin" for index in range(2))
@@ -349,7 +337,6 @@ class Hub:
             (local_dir / name).parent.mkdir(parents=True, exist_ok=True)
             (local_dir / name).write_bytes(published[name])
             self.fetched.append(name.removeprefix("datasets/"))
-        return str(local_dir)
 
 
 @pytest.fixture

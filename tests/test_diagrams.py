@@ -3,13 +3,12 @@
 import html
 import re
 
+import diagrams
 import pytest
 import torch
-from test_report import ROOT  # and this puts the tools on sys.path
+from conftest import ROOT
 
 import train_gpt as t
-
-import diagrams  # isort: skip
 
 FIGURES = ROOT / "logs" / "figures"
 

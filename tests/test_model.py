@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config, tiny_model
+from conftest import assert_same, tiny_config, tiny_model
 
 import train_gpt as t
 
@@ -22,7 +22,7 @@ def random_ids(B, T, low=0, seed=0):
 
 
 def results_and_gradients(call, inputs):
-    """{name: tensor} of what call(**inputs) returns, and of the inputs' gradients."""
+    """{name: float64} of what call(**inputs) returns, and of the inputs' gradients."""
     leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
     outputs = call(**leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -30,18 +30,8 @@ def results_and_gradients(call, inputs):
                for i, y in enumerate(outputs))
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True,
                                 materialize_grads=True)
-    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    return found | {"gradient of " + name: grad for name, grad in zip(leaves, grads)}
-
-
-def assert_all_close(got, want, rtol, atol):
-    assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol, check_dtype=False,
-                                   msg=lambda text, name=name: f"{name}: {text}")
-
-
-# ---- the operations
+    found = {f"output {i}": y.detach().double() for i, y in enumerate(outputs)}
+    return found | {"gradient of " + name: grad.double() for name, grad in zip(leaves, grads)}
 
 
 def delta_inputs(T, B=2, H=2, K=8, V=5, strongest=2.0, top_beta=1.0):
@@ -70,7 +60,7 @@ def recurrence(q, k, v, g, beta, state):
                                   dict(T=130, strongest=20.0), dict(T=130, top_beta=2.0)], ids=str)
 def test_delta_rule_equals_the_token_by_token_recurrence(case):
     x = delta_inputs(**case)
-    assert_all_close(results_and_gradients(t.delta_rule, x), results_and_gradients(recurrence, x),
+    assert_same(results_and_gradients(t.delta_rule, x), results_and_gradients(recurrence, x),
                      rtol=1e-7, atol=1e-8)
 
 
@@ -86,7 +76,7 @@ def test_conv_heads_equals_conv1d_silu_and_l2_norm(T):
     x = dict(x=normal(2, T, 30), weight=normal(30, 4, seed=1), tail=normal(2, 3, 30, seed=2))
     got, want = [results_and_gradients(lambda f=f, **a: f(**a, heads=2), x)
                  for f in (t.conv_heads, conv_by_torch)]
-    assert_all_close(got, want, rtol=1e-5, atol=1e-5)
+    assert_same(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_gated_norm_is_a_normalized_output_times_weight_and_silu_of_the_gate():
@@ -126,7 +116,7 @@ def test_attention_equals_a_dense_masked_softmax(shape):
     x = dict(q=normal(2, T, 4, 8), k=normal(2, S, 2, 8, seed=1), v=normal(2, S, 2, 8, seed=2))
     got, want = [results_and_gradients(lambda f=f, **a: f(**a, window=window), x)
                  for f in (t.attention, dense_attention)]
-    assert_all_close(got, want, rtol=1e-8, atol=1e-9)
+    assert_same(got, want, rtol=1e-8, atol=1e-9)
 
 
 def test_rotary_equals_complex_multiplication():
@@ -138,8 +128,6 @@ def test_rotary_equals_complex_multiplication():
     torch.testing.assert_close(t.rotary(x, table), torch.cat([z.real, z.imag], -1),
                                rtol=1e-5, atol=1e-5)
 
-
-# ---- causality and carried state
 
 FEATURES = {
     "gdn": dict(stack="gdn*2"), "swa": dict(stack="swa*2"), "attn": dict(stack="attn*2"),
@@ -170,8 +158,6 @@ def test_logits_before_a_changed_token_stay_bit_equal(feature):
 SMALL = dict(DEVICE="cpu", VOCAB_SIZE="64", MODEL_DIM="32", NUM_HEADS="4", NUM_KV_HEADS="2",
              SWA_WINDOW="16", GDN_HEADS="2", GDN_HEAD_DIM="8", NGRAM_BUCKETS="64", NGRAM_DIM="8",
              TRAIN_SEQ_LEN="64", TRAIN_BATCH_TOKENS="512", EVAL_STRIDE="16")
-
-
 CUTS = [(preset, [1, 2, 63, 64, 20]) for preset in t.PRESETS]
 CUTS += [("record", [cut, 70]) for cut in (1, 2, 3, 15, 16, 17, 65)]
 
@@ -192,9 +178,6 @@ def test_text_in_parts_with_carried_state_equals_one_pass(preset, cuts):
 def test_returned_state_is_detached():
     _, state = tiny_model(tiny_config(stack="gdn swa"))(random_ids(1, 10))
     assert not any(x.requires_grad for pair in state for x in pair)
-
-
-# ---- embedding, head, loss
 
 
 def embed(model, ids):
@@ -238,9 +221,6 @@ def test_nll_is_the_cross_entropy_with_the_hinted_logit_raised(bonus):
     nats, _ = model.nll(ids, targets.int(), bonus=bonus)
     torch.testing.assert_close(nats.double(), F.cross_entropy(logits.mT, targets, reduction="none"),
                                rtol=1e-5, atol=1e-5)
-
-
-# ---- what layers share
 
 
 def test_a_single_colon_shares_the_mixer_a_double_one_the_mlp_too_and_none_a_vector():
@@ -292,22 +272,6 @@ def test_preset_has_its_published_number_of_weights(preset, parameters):
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-# ---- initial values
-
-
-@pytest.fixture(scope="module")
-def fresh():
-    """A model at its initial values, with enough of each kind to measure its distribution."""
-    cfg = t.Config(stack="gdn*4 swa:a swa:a", gdn_heads=64, gdn_head_dim=8, ngram_buckets=3072)
-    return t.init_weights(t.LM(cfg), 1)
-
-
-def every(model, kind):
-    """All values of the parameters whose name ends in `kind`, as one vector."""
-    return torch.cat([p.detach().flatten() for name, p in model.named_parameters()
-                      if name.rsplit(".", 1)[-1] == kind])
-
-
 SPREAD = {"weight": (lambda x: x / 0.005, 0.0, 1.0),  # how to straighten it, mean, deviation
           "A_log": (torch.exp, 8.0, 16 / 12**0.5),
           "dt_bias": (lambda x: F.softplus(x).log(), math.log(0.01), math.log(100) / 12**0.5)}
@@ -317,15 +281,23 @@ UNIFORM = dict(q_proj=512, k_proj=512, g_proj=512, a_proj=512, up_proj=512, ngra
                q_conv=4)
 
 
-def test_weights_start_at_their_values_or_in_their_distributions(fresh):
+def test_weights_start_at_their_values_or_in_their_distributions():
+    """The model has enough of each kind to measure its distribution."""
+    cfg = t.Config(stack="gdn*4 swa:a swa:a", gdn_heads=64, gdn_head_dim=8, ngram_buckets=3072)
+    fresh = t.init_weights(t.LM(cfg), 1)
+
+    def every(kind):
+        """All values of the parameters whose name ends in `kind`, as one vector."""
+        return torch.cat([p.detach().flatten() for name, p in fresh.named_parameters()
+                          if name.rsplit(".", 1)[-1] == kind])
     for kind, value in CONSTANTS.items():
-        assert torch.equal(every(fresh, kind).unique(), torch.tensor([float(value)])), kind
+        assert torch.equal(every(kind).unique(), torch.tensor([float(value)])), kind
     assert torch.equal(fresh.blocks[3].resid_mix, torch.tensor([[1.0], [0.0]]).expand(2, 512))
     for kind, columns in UNIFORM.items():
-        values = every(fresh, kind) * columns**0.5
+        values = every(kind) * columns**0.5
         assert float(values.std()) == pytest.approx(3**-0.5, rel=0.03), kind
         assert 0.99 < float(values.abs().max()) <= 1.0001, kind
     for kind, (straighten, mean, deviation) in SPREAD.items():
-        values = straighten(every(fresh, kind))
+        values = straighten(every(kind))
         assert float(values.mean()) == pytest.approx(mean, abs=0.15 * deviation), kind
         assert float(values.std()) == pytest.approx(deviation, rel=0.1), kind

@@ -3,14 +3,13 @@
 import re
 import shutil
 
+import generate
+import plan
 import pytest
 import torch
-from test_report import TOOLS  # puts the tools on sys.path
+from conftest import ROOT
 
 import train_gpt as t
-
-import generate  # isort: skip
-import plan  # isort: skip
 
 
 def numbers(lines, label):
@@ -84,7 +83,7 @@ def test_generate(tmp_path, capsys, monkeypatch):
     for token in generate.generate(model, ids, 3, 0.0, None):  # as by one pass over the whole text
         assert int(model(ids)[0][0, -1].argmax()) == token
         ids = torch.cat([ids, torch.tensor([[token]])], 1)
-    assert generate.main([str(TOOLS), "x"]) == 2 and str(TOOLS) in capsys.readouterr().err
+    assert generate.main([str(ROOT), "x"]) == 2 and str(ROOT) in capsys.readouterr().err
     monkeypatch.setenv("TOKENIZER_PATH", "none.model")
     assert generate.main(options) == 2 and "TOKENIZER_PATH=none" in capsys.readouterr().err
     monkeypatch.delenv("TOKENIZER_PATH")

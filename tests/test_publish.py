@@ -9,14 +9,12 @@ from types import SimpleNamespace
 from unittest import mock
 
 import huggingface_hub
+import publish
 import pytest
 from conftest import ROOT, TOKENIZER, enter, files_in, values
 from huggingface_hub.errors import HfHubHTTPError
 
-import publish  # isort: skip
-
 pytestmark = pytest.mark.slow
-TOOLS = ROOT / "logs" / "tools"
 FILES = ["README.md", "generate.py", "model.artifact", "requirements.txt", "tokenizer.model",
          "train.log", "train_gpt.py"]
 
@@ -31,7 +29,6 @@ def log(tiny, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(log):
-    """The folder made of it."""
     out = log.parent / "hub"
     assert publish.main([str(log), "--out", str(out)]) == 0
     return out
@@ -65,11 +62,11 @@ def test_the_printed_command_gives_the_printed_text(folder):
 
 
 @pytest.mark.parametrize("change, message", [
-    (["--artifact", str(TOOLS / "report.py")], "bytes, but the log says"),
-    (["--script", str(TOOLS / "report.py")], "not the script of the run; get it with `git show"),
+    (["--artifact", str(ROOT / "README.md")], "bytes, but the log says"),
+    (["--script", str(ROOT / "README.md")], "not the script of the run; get it with `git show"),
     (["--tokenizer", "none.model"], "none.model: no such file; give --tokenizer FILE"),
     (["--upload", "nobody"], "expected USER/NAME"), (["--prompt", "$(id)"], "would break"),
-    (["--out", str(TOOLS)], "is not empty; give another --out")])
+    (["--out", str(ROOT)], "is not empty; give another --out")])
 def test_refused_in_one_line(log, tmp_path, change, message, capsys):
     assert publish.main([str(log), "--out", str(tmp_path / "new"), *change]) == 2
     error = capsys.readouterr().err

@@ -4,6 +4,7 @@ written out by hand.
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,15 +26,6 @@ def nearest(W, step, qmax):
     return (W / step).round().clamp(-qmax, qmax).to(torch.int8)
 
 
-def output_error(W, Q, step, H):
-    """Squared error of the layer's outputs over the calibration tokens."""
-    dW = W - Q.float() * step
-    return float(((dW @ H) * dW).sum())
-
-
-# ---- gptq
-
-
 @pytest.mark.parametrize("qmax", [1, 7, 31, 127])
 def test_gptq_rounds_to_nearest_where_no_error_can_be_corrected(qmax):
     """With an identity as Hessian, and a column without inputs with any."""
@@ -50,8 +42,9 @@ def test_gptq_rounds_to_nearest_where_no_error_can_be_corrected(qmax):
 def test_gptq_error_is_below_that_of_rounding_on_correlated_inputs(seed, qmax, clip):
     W, H = correlated(seed)
     step = clip * W.std(1, keepdim=True) / qmax
-    assert output_error(W, t.gptq(W, step, H, qmax), step, H) < output_error(
-        W, nearest(W, step, qmax), step, H)
+    wrong = [W - Q.float() * step for Q in (t.gptq(W, step, H, qmax), nearest(W, step, qmax))]
+    ours, plain = [float(((dW @ H) * dW).sum()) for dW in wrong]  # of the layer's outputs
+    assert ours < plain
 
 
 def test_matrices_of_one_shape_are_rounded_as_each_alone_in_blocks_of_any_size():
@@ -80,9 +73,6 @@ def test_damping_rises_until_the_hessian_is_positive_definite():
         t.error_factor(torch.full((40, 40), float("nan")))
 
 
-# ---- calibration
-
-
 @pytest.fixture(scope="module")
 def calibrated():
     """A tiny model, three batches, and its Calibration by them."""
@@ -98,17 +88,16 @@ def calibrated():
 def test_hessian_sums_x_xt_over_all_uses_of_a_shared_matrix(calibrated, settings, name, mixers):
     batches = calibrated[1]
     model = tiny_model(tiny_config(**settings))
+    H = t.collect_hessians(model, batches, t.Run()).H[name]
     seen = []
-    handles = [model.blocks[i].mixer.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].flatten(0, 1))) for i in mixers]
+    for i in mixers:
+        model.blocks[i].mixer.register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].flatten(0, 1)))
     with torch.no_grad():
         for ids in batches:
             model(ids[:, :-1])
-    for handle in handles:
-        handle.remove()
     x = torch.cat(seen)
     assert len(x) == 2 * 3 * 2 * 48  # two layers
-    H = t.collect_hessians(model, batches, t.Run()).H[name]
     torch.testing.assert_close(H, x.mT @ x, rtol=1e-4, atol=1e-3)
 
 
@@ -141,20 +130,15 @@ def test_calibration_ends_inside_the_clock(calibrated):
     cfg = replace(model.cfg, max_wallclock_seconds=10.0, gptq_calibration_batches=20)
     seen = []
 
-    class Ticking:
-        def elapsed(self):
-            return 8.8 + 0.1 * len(seen)
+    clock = SimpleNamespace(elapsed=lambda: 8.8 + 0.1 * len(seen))
 
     def loader():
         while True:
             seen.append(batches[0].repeat(4, 1))
             yield seen[-1]
-    calibration = t.calibrate(model, loader(), cfg, t.Run(), Ticking())
+    calibration = t.calibrate(model, loader(), cfg, t.Run(), clock)
     assert 2 < len(seen) < 10
     assert int(calibration.counts.sum()) == 48 * 8 * (len(seen) - 1)
-
-
-# ---- the two grids
 
 
 def matrices_of(model, calibration, run=None, **settings):
@@ -234,9 +218,6 @@ def test_options_choose_bits_by_matrix_and_row(calibrated):
     assert bits["embed.weight"] == [4, 8]
     top = options["embed.weight"].bits == 8
     assert set(top.nonzero().flatten().tolist()) == set(calibration.counts.topk(5).indices.tolist())
-
-
-# ---- the search that fills the cap
 
 
 @pytest.fixture(scope="module")

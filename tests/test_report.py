@@ -9,12 +9,11 @@ import statistics
 import subprocess
 import sys
 
+import figures
+import page as dark
 import pytest
+import report
 from conftest import ROOT
-
-import figures  # isort: skip
-import page as dark  # isort: skip
-import report  # isort: skip
 
 TOOLS = ROOT / "logs" / "tools"
 
@@ -324,7 +323,6 @@ def test_log_of_the_script_tells_where_the_artifacts_bytes_are(run):
     folder = run(RUN_ID="a", ITERATIONS="1", FINAL_SCORE="roundtrip", COMPRESSOR="brotli").folder
     log = report.parse_log(folder / "a.txt")
     found = {kind: bits for kind, _, _, bits in figures.roles(log)}
-    assert found.keys() >= {"mlp", "mixer", "embed"}
     assert all(1 < found[kind] <= 8 for kind in ("mlp", "mixer", "embed"))
 
 

@@ -99,9 +99,6 @@ def nats(ledger):
     return ledger.val_loss * ledger.tokens
 
 
-# ---- windows and Ledger
-
-
 @given(st.integers(1, 400), st.integers(1, 80), st.data())
 def test_windows_follow_the_challenges_rule(total, seq_len, data):
     stride = data.draw(st.integers(1, seq_len))
@@ -138,13 +135,9 @@ def test_an_impossible_score_ends_the_evaluation(bad):
         t.evaluate(model, random_text(500), TABLE, "roundtrip")
 
 
-# ---- evaluate against plain loops
-
-SIZES = [2, 3, SEQ_LEN, SEQ_LEN + 1, SEQ_LEN + 2, SEQ_LEN + STRIDE + 1, 2 * SEQ_LEN, 300, 517]
-
-
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("n", [2, 3, SEQ_LEN, SEQ_LEN + 1, SEQ_LEN + 2, SEQ_LEN + STRIDE + 1,
+                               2 * SEQ_LEN, 300, 517])
 def test_score_is_that_of_a_plain_loop(method, n):
     tokens = random_text(n, seed=n)
     model = model_with(eval_batch_tokens=(4096, 64, 192)[n % 3])
@@ -187,9 +180,6 @@ def test_a_rank_that_does_not_score_its_own_part_is_noticed(scored):
     run.all_sum = lambda tensor: tensor * (1 if scored == "nothing" else 2)
     with pytest.raises(t.GolfError, match="target of 0 .. 498 was not scored exactly once"):
         t.evaluate(Lookup(), random_text(500), TABLE, "sliding", run=run)
-
-
-# ---- score before update
 
 
 @pytest.mark.parametrize("chunk", [1, 50, 64, 130, 299, 1000])
@@ -250,12 +240,9 @@ def test_a_text_that_is_cut_wrongly_is_not_scored(method, cutter, fault, monkeyp
         t.evaluate(Lookup(), random_text(500), TABLE, method)
 
 
-# ---- probes
-
-
 def probed(model, n=1500, method="exact"):
     """The Ledger of a text whose scoring was probed."""
-    return t.evaluate(model, random_text(n), TABLE, method, probing=True)
+    return t.evaluate(model, random_text(n), TABLE, method, run=t.Run(), probing=True)
 
 
 @pytest.mark.parametrize("n", [2, 3, 30, SEQ_LEN + 1, 1500])
@@ -271,19 +258,13 @@ def test_batches_1_4_16_and_64_are_probed_at_8_places_each():
     assert probed(Lookup(), 17 * 256 + 1, "roundtrip").probes == 3 * 8
 
 
-class Altered(nn.Module):
+def altered(change, **settings):
     """The tiny model with change(nats, ids, targets) as its scores."""
-
-    def __init__(self, change):
-        super().__init__()
-        self.model = MODEL
-        self.cfg = MODEL.cfg
-        self.change = change
-        self.embed, self.features = MODEL.embed, MODEL.features
-
-    def nll(self, ids, targets, state=None, bonus=None):
-        nll, after = self.model.nll(ids, targets, state, bonus)
-        return self.change(nll, ids, targets), after
+    def nll(ids, targets, state=None, bonus=None):
+        nats, after = MODEL.nll(ids, targets, state, bonus)
+        return change(nats, ids, targets), after
+    return SimpleNamespace(cfg=replace(MODEL.cfg, **settings), embed=MODEL.embed,
+                           features=MODEL.features, nll=nll)
 
 
 @pytest.mark.parametrize("ahead, method", [(1, "roundtrip"), (1, "exact"), (1, "sliding"),
@@ -291,7 +272,7 @@ class Altered(nn.Module):
 def test_causality_probe_finds_a_look_ahead(ahead, method):
     def change(nll, ids, targets):
         return nll + 0.01 * (F.pad(ids[:, ahead:], (0, ahead)) % 2 == 0)
-    assert probed(Altered(change), method=method).causal > 1e-3
+    assert probed(altered(change), method=method).causal > 1e-3
 
 
 LEAKS = {
@@ -320,46 +301,35 @@ def behind(nll, reads, where):
     lambda nll, ids, y: behind(nll, y, 1)],
     ids=["end of the row", "end of a chunk", "row above", "row below", "later target"])
 def test_causality_probe_finds_a_leak_at_few_places(change):
-    model = Altered(change)
-    model.cfg = replace(MODEL.cfg, eval_batch_tokens=4096, eval_spans=8)
-    assert probed(model, 6000).causal > 1e-3
-
-
-class Counting(Altered):
-    """Counts segments in its state, and leaks from the fifth on; `tokens` of each call."""
-
-    def __init__(self):
-        super().__init__(None)
-        self.cfg = replace(MODEL.cfg, eval_batch_tokens=512, eval_spans=8)  # rows of 13 segments
-        self.features = self.count
-        self.tokens = []
-
-    def count(self, ids, state):
-        self.tokens.append(ids.numel())
-        return MODEL.features(ids, state and state[1])
-
-    def nll(self, ids, targets, state=None, bonus=None):
-        self.tokens.append(ids.numel())
-        segment, inner = state or (0, None)
-        nll, after = MODEL.nll(ids, targets, inner, bonus)
-        return behind(nll, ids, float(segment >= 4)), (segment + 1, after)
+    assert probed(altered(change, eval_batch_tokens=4096, eval_spans=8), 6000).causal > 1e-3
 
 
 def test_causality_probe_finds_a_leak_late_in_a_row_at_the_cost_of_six_segments():
-    """Two and two for the leaks, two for the normalization; the row itself has 13."""
-    model = Counting()
+    """Two and two for the leaks, two for the normalization; the row itself has 13.
+
+    The model counts segments in its state, and leaks from the fifth on.
+    """
+    tokens = []  # of each call
+
+    def features(ids, state):
+        tokens.append(ids.numel())
+        return MODEL.features(ids, state and state[1])
+
+    def nll(ids, targets, state=None, bonus=None):
+        tokens.append(ids.numel())
+        segment, inner = state or (0, None)
+        nll, after = MODEL.nll(ids, targets, inner, bonus)
+        return behind(nll, ids, float(segment >= 4)), (segment + 1, after)
+    cfg = replace(MODEL.cfg, eval_batch_tokens=512, eval_spans=8)
+    model = SimpleNamespace(cfg=cfg, embed=MODEL.embed, features=features, nll=nll)
     assert probed(model, 6000).causal > 1e-3
-    assert model.tokens == [8 * 64] * (13 + 6)
+    assert tokens == [8 * 64] * (13 + 6)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_causality_probe_follows_the_carried_state(method):
     """A model that has seen the whole row at its first segment."""
-    class Knows(Altered):
-        def nll(self, ids, targets, state=None, bonus=None):
-            nll, after = self.model.nll(ids, targets, state, bonus)
-            return nll + 0.01 * (self.last % 2 == 0), after
-    model = Knows(None)
+    model = altered(lambda nll, ids, targets: nll + 0.01 * (model.last % 2 == 0))
     nats = t.Scorer.nats
 
     def peeking(scorer, ids, *rest):
@@ -379,12 +349,9 @@ def test_normalization_probe_takes_the_hints_of_the_adapter_into_account():
 
 
 def test_probe_takes_scores_that_are_no_numbers_as_a_fault():
-    calls = []
-
-    def change(nll, ids, targets):
-        calls.append(1)
-        return nll * math.nan if len(calls) == 2 else nll
-    assert probed(Altered(change), 100, "roundtrip").causal == math.inf
+    factors = iter([1.0, math.nan, *9 * [1.0]])  # of each call
+    model = altered(lambda nll, ids, targets: nll * next(factors))
+    assert probed(model, 100, "roundtrip").causal == math.inf
 
 
 UNNORMALIZED = {
@@ -397,24 +364,21 @@ UNNORMALIZED = {
 
 @pytest.mark.parametrize("fault", UNNORMALIZED)
 def test_normalization_probe_finds_scores_that_do_not_sum_to_one(fault):
-    assert probed(Altered(UNNORMALIZED[fault]), 1000).normalized > 1e-3
+    assert probed(altered(UNNORMALIZED[fault]), 1000).normalized > 1e-3
 
 
-def reported(capsys, settings=None, **changes):
-    """Whether report() holds, and what it prints, of a run of 100 tokens with these changes."""
-    found = dict(tokens=99, extra_bytes=0, causal=0.0, normalized=0.0, in_order=True, eval_s=1.0,
-                 artifact_bytes=1000, train_s=599.0, fetched=[0.0, 599.0]) | changes
+def reported(capsys, settings=None, tokens=99, extra_bytes=0, causal=0.0, normalized=0.0,
+             in_order=True, eval_s=1.0, artifact_bytes=1000, train_s=599.0, fetched=(0.0, 599.0)):
+    """Whether report() holds, and what it prints, of a run of 100 tokens with these numbers."""
     text = random_text(100)
     ledger = t.Ledger()
-    ledger.add(0, *entry(found["tokens"], num_bytes=0))
-    ledger.sums[1] += all_bytes(text) + found["extra_bytes"]
-    ledger.causal = found["causal"]
-    ledger.normalized = found["normalized"]
+    ledger.add(0, *entry(tokens, num_bytes=0))
+    ledger.sums[1] += all_bytes(text) + extra_bytes
+    ledger.causal, ledger.normalized = causal, normalized
     model = model_with(**dict(max_wallclock_seconds=600.0) | (settings or {}))
     run = t.Run()
-    run.fetched = found["fetched"]
-    outcome = model, ledger, found["eval_s"], found["in_order"]
-    held = t.report(outcome, found["artifact_bytes"], found["train_s"], "file",
+    run.fetched = [*fetched]
+    held = t.report((model, ledger, eval_s, in_order), artifact_bytes, train_s, "file",
                     t.Data([], text, TABLE), run)
     return held, capsys.readouterr().out
 

@@ -4,9 +4,8 @@ import json
 import sys
 
 import pytest
-from test_report import report  # puts the tools on sys.path
-
-import sweep  # isort: skip
+import report
+import sweep
 
 QUICK = '''
 import os, sys, time

@@ -8,61 +8,47 @@ import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import fixed_data, tiny_config, tiny_model, weight_of, weights_of
+from conftest import assert_same, fixed_data, tiny_config, tiny_model, weight_of, weights_of
 
 import train_gpt as t
 
 GOLDEN = Path(__file__).with_name("golden_loss.txt")
 
 
-class ThreadRun(t.Run):
-    """One rank of several in one process: its collectives meet those of the other threads."""
-
-    def __init__(self, rank, barrier, box):
-        super().__init__(rank, len(box))
-        self.barrier = barrier
-        self.box = box
-
-    def gather(self, value):
-        self.box[self.rank] = pickle.dumps(value)
-        self.barrier.wait(60)
-        everyone = [pickle.loads(one) for one in self.box]
-        self.barrier.wait(60)
-        return everyone
-
-    def all_sum(self, tensor):
-        return tensor.copy_(sum(self.gather(tensor)))
-
-    def broadcast(self, value):
-        return self.gather(value)[0]
-
-    def all_gather_rows(self, tensor):
-        return torch.cat(self.gather(tensor))
-
-
 def on_threads(count, work):
-    """[work(run) of each of `count` ranks]."""
+    """[work(run) of each of `count` ranks], each a thread of this process."""
     barrier = threading.Barrier(count)
     box = [None] * count
 
+    class ThreadRun(t.Run):
+        def gather(self, value):
+            box[self.rank] = pickle.dumps(value)
+            barrier.wait(60)
+            everyone = [pickle.loads(one) for one in box]
+            barrier.wait(60)
+            return everyone
+
+        def all_sum(self, tensor):
+            return tensor.copy_(sum(self.gather(tensor)))
+
+        def broadcast(self, value):
+            return self.gather(value)[0]
+
+        def all_gather_rows(self, tensor):
+            return torch.cat(self.gather(tensor))
+
     def rank(number):
         try:
-            return work(ThreadRun(number, barrier, box))
+            return work(ThreadRun(number, count))
         except BaseException:
             barrier.abort()
             raise
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(rank, range(count)))
-
-
-def assert_same_weights(got, want, rtol=0.0, atol=0.0):
-    assert got.keys() == want.keys()
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=rtol, atol=atol,
-                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 def gradients(model, seed=0):
@@ -76,8 +62,6 @@ def fill(optimizer, grads):
     for name, place in zip(optimizer.names, optimizer.grads):
         place.copy_(grads[name])
 
-
-# ---- the optimizer
 
 ROLES = {"embed.weight": "embed", "embed.ngram_table": "embed", "embed.ngram_proj": "mixer",
          "blocks.0.mixer.a_proj": "gate", "blocks.0.mixer.q_proj": "mixer",
@@ -106,34 +90,30 @@ def test_parameters_of_any_size_begin_at_multiples_of_16_bytes():
         assert not any(view.data_ptr() % 16 for view in optimizer.views(flat))
 
 
-class WrittenMuon:
+def written_muon(p, equal_rows):
     """Muon for one matrix as published: Nesterov momentum, five Newton-Schulz steps.
 
     equal_rows: MuonEq-R, which divides each row of the momentum by its norm first.
     """
+    buffer = torch.zeros_like(p.data)
+    group = {}  # gets the rate
 
-    def __init__(self, p, decay, equal_rows):
-        self.p, self.equal_rows = p, equal_rows
-        self.decay = decay
-        self.buffer = torch.zeros_like(p.data)
-        self.param_groups = [{"lr": 0.1}]
-
-    def step(self):
-        self.buffer = 0.9 * self.buffer + 0.1 * self.p.grad
-        X = 0.1 * self.p.grad + 0.9 * self.buffer
-        if self.equal_rows:
+    def step():
+        buffer.copy_(0.9 * buffer + 0.1 * p.grad)
+        X = 0.1 * p.grad + 0.9 * buffer
+        if equal_rows:
             X = X / X.norm(dim=1, keepdim=True)
         X = X / X.norm()
         for _ in range(5):
             A = X @ X.T
             X = 3.4445 * X + (-4.7750 * A + 2.0315 * A @ A) @ X
-        rate = self.param_groups[0]["lr"]
         scale = max(1, len(X) / X.shape[1]) ** 0.5
-        self.p.data = self.p.data * (1 - rate * self.decay) - rate * scale * X
+        p.data = p.data * (1 - group["lr"] * 0.3) - group["lr"] * scale * X
+    return SimpleNamespace(param_groups=[group], step=step)
 
 
 RULES = {"sgd": lambda p, _: torch.optim.SGD([p], momentum=0.9),
-         "muon": lambda p, equal_rows: WrittenMuon(p, 0.3, equal_rows),
+         "muon": written_muon,
          "adamw": lambda p, _: torch.optim.AdamW([p], betas=(0.8, 0.9), weight_decay=0.3,
                                                  eps=1e-10)}
 
@@ -167,7 +147,7 @@ def test_gradients_are_clipped_to_a_global_norm(clip, share):
     fill(optimizer, grads)
     optimizer.step(1.0)
     want = {name: before[name] - 0.1 * share * grads[name] for name in before}
-    assert_same_weights(weights_of(model), want, rtol=1e-5, atol=1e-5)
+    assert_same(weights_of(model), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -185,7 +165,7 @@ def test_a_step_that_is_not_finite_is_as_if_it_had_never_been(rule, bad):
                 optimizer.step(1.0)
         weights.append(weights_of(model))
         assert int(optimizer.bad_steps) == with_bad_step
-    assert_same_weights(*weights)
+    assert_same(*weights)
 
 
 def steps_of(run, rule, seeds, weights=None, state=None):
@@ -213,9 +193,9 @@ def test_ranks_take_the_steps_of_one_rank_and_any_number_goes_on(rule, before, a
     last, _ = steps_of(t.Run(), rule, (0, 1, 2))
     for found in ranks:
         for got, want in zip(found, wanted):  # weights, state
-            assert_same_weights(got, want, rtol=1e-4, atol=1e-5)
+            assert_same(got, want, rtol=1e-4, atol=1e-5)
     for weights, _ in on_threads(after, lambda run: steps_of(run, rule, (2,), *ranks[0])):
-        assert_same_weights(weights, last, rtol=1e-4, atol=1e-5)
+        assert_same(weights, last, rtol=1e-4, atol=1e-5)
 
 
 # settings, the rate of each step, the share of the weights after each step, the first included
@@ -241,10 +221,7 @@ def test_average_is_this_mix_of_the_weights(case):
     job.optimizer.weights.copy_(job.mean)
     want = {name: sum(share * weights[name] for share, weights in zip(shares, path))
             for name in path[0]}
-    assert_same_weights(weights_of(model), want, rtol=1e-5, atol=1e-5)
-
-
-# ---- steps
+    assert_same(weights_of(model), want, rtol=1e-5, atol=1e-5)
 
 
 def fixed_batch(cfg, seed=0):
@@ -295,11 +272,8 @@ def test_warm_up_leaves_no_trace():
     before = weights_of(model)
     random_state = torch.get_rng_state()
     t.warm_up(model, model.cfg, t.Run(), 4)
-    assert_same_weights(weights_of(model), before)
+    assert_same(weights_of(model), before)
     assert torch.equal(torch.get_rng_state(), random_state)
-
-
-# ---- late QAT and the check of the fast path
 
 
 def test_qat_rounds_to_the_exports_grid_and_puts_the_weights_back():
@@ -310,8 +284,8 @@ def test_qat_rounds_to_the_exports_grid_and_puts_the_weights_back():
         inside = weights_of(model)
     matrices = t.prepare_matrices(model, cfg, t.UNCALIBRATED, t.Run())
     stored = {name: weight_of(q) for name, q in t.quantize(matrices, 9.0 / 31).items()}
-    assert_same_weights(inside, before | stored)
-    assert_same_weights(weights_of(model), before)
+    assert_same(inside, before | stored)
+    assert_same(weights_of(model), before)
 
 
 def test_qat_moves_the_weights_by_the_gradient_of_the_rounded_ones():
@@ -325,7 +299,7 @@ def test_qat_moves_the_weights_by_the_gradient_of_the_rounded_ones():
         before = weights_of(model)
         t.train_step(model, optimizer_of(model, "sgd"), fixed_batch(model.cfg), 8, 1.0, 0, qat)
         moves.append({name: before[name] - p for name, p in weights_of(model).items()})
-    assert_same_weights(*moves, rtol=1e-3, atol=1e-5)
+    assert_same(*moves, rtol=1e-3, atol=1e-5)
 
 
 def with_wrong(ops, operation):
@@ -347,9 +321,6 @@ def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, cap
         t.check_fast_path(fast, t.Run(), 2)
     t.check_fast_path(model, t.Run(), 2)
     assert "fast_path loss_error:0.000" in capsys.readouterr().out
-
-
-# ---- the loop
 
 
 @pytest.fixture
@@ -393,7 +364,7 @@ def test_training_ends_with_the_averaged_weights(loop):
     first = weights_of(tiny_model(model.cfg))
     mean = {name: 2 / 11 * first[name] + 9 / 11 * one[name] for name in first}
     mean = {name: 3 / 12 * mean[name] + 9 / 12 * two[name] for name in first}
-    assert_same_weights(weights_of(model), mean, atol=1e-5)
+    assert_same(weights_of(model), mean, atol=1e-5)
 
 
 def test_ranks_whose_clocks_differ_stop_at_one_step(loop, monkeypatch):
@@ -402,7 +373,7 @@ def test_ranks_whose_clocks_differ_stop_at_one_step(loop, monkeypatch):
     ranks = on_threads(2, lambda run: loop(run, iterations=100_000, max_wallclock_seconds=0.5))
     (one, history), (other, _) = ranks
     assert len(history) > 1
-    assert_same_weights(weights_of(one), weights_of(other))
+    assert_same(weights_of(one), weights_of(other))
 
 
 def test_training_stops_after_too_many_bad_steps(loop):

@@ -5,18 +5,17 @@ import shutil
 from types import SimpleNamespace
 
 import pytest
+import report
 import sentencepiece
 import torch
+import verify
 from conftest import SCRIPT, TOKENIZER, enter, tiny_config, tiny_model, write_split
+from test_check import edit
 from test_report import CODE, log_text
 
 import train_gpt as t
 
-import report  # isort: skip
-import verify  # isort: skip
-
 DOCUMENTS = ["The mayor spoke for an hour.", "Ünïcode 漢字 and 😀 are text, too.\nSo is this."] * 12
-MODEL = TOKENIZER.read_bytes()
 SP = sentencepiece.SentencePieceProcessor(model_file=str(TOKENIZER))
 TOKENS = [i for text in DOCUMENTS for i in (SP.bos_id(), *SP.encode(text))]
 
@@ -42,23 +41,13 @@ def folder(finished, tmp_path):
     return shutil.copytree(finished, tmp_path / "run")
 
 
-def found(folder, *options):
+def differing(folder, *options):
     """The claims that differ."""
     log, args = verify.parse([
         str(folder / "run.txt"), "--cpu", "--places", "16", "--data", str(folder / "shards"),
-        "--script", str(folder / "train_gpt.py"), *options])
+        "--script", str(folder / "train_gpt.py"), "--artifact", str(folder / "run.artifact"),
+        *options])
     return verify.differing(verify.verify(log, args))
-
-
-def whole(folder, *options):
-    return found(folder, "--artifact", str(folder / "run.artifact"), *options)
-
-
-def edit(folder, old, new):
-    """Change the log by a regular expression, which must match."""
-    text, count = re.subn(old, new, (folder / "run.txt").read_text(), flags=re.MULTILINE)
-    assert count, old
-    (folder / "run.txt").write_text(text)
 
 
 def test_right_log_holds_and_is_a_table(folder, capsys):
@@ -97,19 +86,19 @@ def test_altered_log_is_found(folder, monkeypatch, alterations):
     for check in ("check_causality", "check_carried_state", "check_normalization"):
         monkeypatch.setattr(verify, check, lambda *arguments: None)
     for old, new, *_ in alterations:
-        edit(folder, old, new)
-    differing = whole(folder)
+        edit("run.txt", old, new)(folder)
+    found = differing(folder)
     assert [claim for _, _, *claims in alterations for claim in claims
-            if not any(name.startswith(claim) for name in differing)] == []
+            if not any(name.startswith(claim) for name in found)] == []
 
 
 def test_missing_shard_and_missing_tail_are_found(folder):
     write_split(folder / "shards", "val", TOKENS[:-100])
-    assert "validation shards are whole" in whole(folder, "--sample", "64")
+    assert "validation shards are whole" in differing(folder, "--sample", "64")
     shard = folder / "shards" / "fineweb_val_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-200])
     with pytest.raises(report.ReportError, match="fineweb_val_000000.bin: header"):
-        whole(folder)
+        differing(folder)
 
 
 @pytest.mark.parametrize("code, file", [
@@ -123,12 +112,12 @@ def test_code_outside_the_script_is_shipped(tmp_path, code, file):
     assert (tmp_path / file).resolve() in verify.shipped_files(tmp_path / "train_gpt.py")
 
 
-@pytest.mark.parametrize("content, counted", [
-    (MODEL, 0), (MODEL + b"weights", len(MODEL) + 7)], ids=["the run's", "padded"])
-def test_tokenizer_that_the_script_names_is_no_code(folder, content, counted):
-    script = folder / "train_gpt.py"
+@pytest.mark.parametrize("padding", [b"", b"weights"], ids=["the run's", "padded"])
+def test_tokenizer_that_the_script_names_is_no_code(folder, padding):
+    script, model = folder / "train_gpt.py", folder / "a.model"
     script.write_text(script.read_text() + "PATH = 'a.model'\n")
-    (folder / "a.model").write_bytes(content)
+    model.write_bytes(TOKENIZER.read_bytes() + padding)
+    counted = model.stat().st_size if padding else 0
     rows = verify.audit(report.parse_log(folder / "run.txt"), script, TOKENIZER)
     shipped = next(row[1] for row in rows if row[0] == "code bytes of all that is shipped")
     assert shipped.startswith(f"{script.stat().st_size + counted:,}: a.model")
@@ -154,15 +143,12 @@ class Leaky(t.Embedding):
 
 
 def test_model_that_is_not_causal_is_found():
-    assert faults_of(verify.check_causality, MODEL, 64) == []
     leaky = tiny_model(MODEL.cfg)
     leaky.embed.__class__ = Leaky
-    assert faults_of(verify.check_causality, leaky, 320) == [
-        "later tokens change no earlier logit"]
+    assert faults_of(verify.check_causality, leaky, 320) == ["later tokens change no earlier logit"]
 
 
 def test_state_that_is_not_carried_is_found():
-    assert faults_of(verify.check_carried_state, MODEL) == []
     forgets = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops,
                               forward=lambda ids, state: MODEL.forward(ids, None))
     assert faults_of(verify.check_carried_state, forgets) == ["carried state = one pass"]
@@ -170,7 +156,6 @@ def test_state_that_is_not_carried_is_found():
 
 @pytest.mark.parametrize("change", [lambda nats: nats.clamp_max(4.0), lambda nats: 0.99 * nats])
 def test_scores_that_are_no_probabilities_are_found(change):
-    assert faults_of(verify.check_normalization, MODEL, 39) == []
     cheap = SimpleNamespace(cfg=MODEL.cfg, ops=MODEL.ops, nll=lambda ids, targets: (
         change(MODEL.nll(ids, targets)[0]), None))
     assert faults_of(verify.check_normalization, cheap, 39) == ["probabilities sum to 1"]
@@ -183,12 +168,12 @@ def test_sample_is_compared_at_the_lines_of_test_time_training(folder, capsys):
     assert verify.main(options) == 0
     out = capsys.readouterr().out
     assert re.search(r"^ttt: running_bpb of 256 targets .* ok$", out, re.MULTILINE)
-    edit(folder, r"(scored_tokens:256 running_bpb:)\d", r"\g<1>9")
-    assert whole(folder, "--sample", "300") == ["ttt: running_bpb of 256 targets"]
+    edit("run.txt", r"(scored_tokens:256 running_bpb:)\d", r"\g<1>9")(folder)
+    assert differing(folder, "--sample", "300") == ["ttt: running_bpb of 256 targets"]
 
 
 def test_unfinished_log_is_bad_input(folder, capsys):
-    edit(folder, "^compliance .*", "")
+    edit("run.txt", "^compliance .*", "")(folder)
     assert verify.main([str(folder / "run.txt")]) == 2
     assert "no final, size or compliance line" in capsys.readouterr().err
 
