@@ -93,7 +93,7 @@ class Config:
     data_path: str = knob("./data/datasets/fineweb10B_sp{}", "shards; {}: VOCAB_SIZE", group="data")
     tokenizer_path: str = knob("./data/tokenizers/fineweb_{}_bpe.model", "SentencePiece; {} too")
     vocab_size: int = knob(8192, "vocabulary of tokenizer and model", 2, 65536)
-    holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 0)
+    holdout_tokens: int = knob(0, "score the last N training tokens, held out, instead of val", 2)
 
     stack: str = knob("gdn*5 swa:a gdn*5 swa:a", "gdn, swa (SWA_WINDOW) or attn (TRAIN_SEQ_LEN); "
                       "*n repeats a layer or a (group); kind:tag shares the mixer of that tag, "
@@ -204,7 +204,8 @@ class Config:
             if isinstance(low, str):
                 must(f.name, value in low.split(), f"be one of {', '.join(low.split())}")
             elif not isinstance(value, str) and value != f.default:  # NaN is refused too
-                must(f.name, low <= value <= high, f"be between {low} and {high} or {f.default}")
+                apart = "" if low <= f.default <= high else f" or {f.default}"
+                must(f.name, low <= value <= high, f"be between {low} and {high}{apart}")
         T = self.train_seq_len
         clock = self.max_wallclock_seconds
         attends = any(layer.kind != "gdn" for layer in parse_stack(self.stack))
@@ -759,8 +760,8 @@ def decoded_bytes(sp, table, tokens):
     """
     is_byte = np.array(sp.is_byte(list(range(sp.vocab_size()))))
     whole = np.flatnonzero(~is_byte[tokens])  # an end may split a character of several byte pieces
-    tokens = tokens[whole[0]:whole[-1] + 1] if len(whole) else tokens
-    counted = table.base[int(tokens[0])] + target_bytes(table, tokens).sum()
+    tokens = tokens[whole[0]:whole[-1] + 1] if len(whole) else tokens[:0]
+    counted = table.base[tokens[:1].astype(np.int64)].sum() + target_bytes(table, tokens).sum()
     runs = text_runs(table, tokens)
     texts = [text.replace("\u2581", " ") for text in sp.decode(runs)]  # a space in byte pieces
     firsts = sp.decode([run[:1] for run in runs])  # some tokenizers drop a text's first space
@@ -833,9 +834,8 @@ class Loader:
 # computes, run on the CPU, and are what the fast versions of section 10 are checked against.  Then
 # the modules and one LM with one forward for training, evaluation and calibration.
 #
-# A forward may start from the state that an earlier one returned, and then computes what one pass
-# over both texts would: the state holds each layer's GDN state, convolution inputs or attention
-# window, and the last ids.  Weights are float32; activations are bfloat16 with the fast kernels.
+# A forward from the state that an earlier one returned computes what one pass over both texts
+# would.  Weights are float32; activations bfloat16 with fast kernels.
 
 GDN_CHUNK = 64  # tokens that the delta rule solves at once
 
@@ -1522,7 +1522,8 @@ class Scorer:
             filled = not one_stream or batch[-1][1] == total
             ids, targets = rows_of(self.text, self.text.new_tensor(starts),
                                    -(-length // T) * T if filled else length)
-            keep = T * int(torch.randint(max(1, ids.shape[1] // T - 1), (), generator=self.rng))
+            last = (ids.shape[1] - 1) // T
+            keep = T * min(last, int(torch.randint(1, max(2, last), (), generator=self.rng)))
             nats, kept, after = self.nats(ids, targets, T, self.state, keep)
             self.batches += 1
             if self.probing and self.batches in (4 ** n for n in range(16)):
@@ -1788,8 +1789,7 @@ def fingerprint(model):
 # --------------------------------------------------------------------------------------------------
 # One table says how every parameter is trained and stored.  One Optimizer serves training and
 # test-time training: groups over one flat gradient buffer, so one reduction and one norm.  Muon's
-# matrices are grouped by shape and shared out over ranks.  One rank and N agree up to the order of
-# sums.
+# matrices are shared out over ranks.  One rank and N agree up to the order of sums.
 
 class Route(NamedTuple):
     """How parameters whose name matches `pattern` are trained and stored.
@@ -2016,15 +2016,16 @@ class Optimizer:
 # 8. Training
 # --------------------------------------------------------------------------------------------------
 # The clock runs from the first step through calibration and stands still only in validations;
-# compiling and throw-away steps on synthetic tokens come before it and leave no trace in weights,
-# optimizer or data order.  A run can be stopped at any step and goes on from its checkpoint, one
-# file that is replaced whole; a resumed run repeats all that follows training.
+# compiling and throw-away steps on synthetic tokens come before it and leave no trace.  A run can
+# be stopped at any step and goes on from its checkpoint, replaced whole; a resumed run
+# repeats all that follows training.
 
 def settle_batch(cfg, run):
     """cfg with TRAIN_BATCH_TOKENS=0 replaced by whole rows for the run's ranks."""
     if cfg.train_batch_tokens:
         return cfg
     rows = max(1, 65536 // cfg.train_seq_len)
+    rows -= rows % 8 if rows > 8 else 0  # so that micro-batches divide them
     return replace(cfg, train_batch_tokens=rows * cfg.train_seq_len * run.world_size)
 
 def micro_batch_rows(cfg, run, ops=REFERENCE):
@@ -3381,10 +3382,10 @@ def _gdn_gradients(proj, taps, A_log, dt_bias, norm, tail, state, *_):
     """
     B, T, _ = proj.shape
     H = len(A_log)
-    return (torch.empty_like(proj), taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps)),
+    return (proj.new_empty(proj.shape), taps.new_empty(B * -(-T // CONV_ROWS), 4, len(taps)),
             A_log.new_empty(-(-B * T // GATE_ROWS), 2, H),
             norm.new_empty(-(-B * T * H // (NORM_ROWS * NORM_TILES)), len(norm)),
-            torch.empty_like(state))
+            state.new_empty(state.shape))
 
 @operator("gdn_backward", _gdn_gradients)
 def _gdn_backward(proj: Tensor, taps: Tensor, A_log: Tensor, dt_bias: Tensor, norm: Tensor,
@@ -3495,7 +3496,7 @@ def _mlp_product(x: Tensor, w: Tensor, r2: Tensor | None) -> Tensor:
     return out
 
 @operator("mlp_forward", lambda x, up, down: (
-    torch.empty_like(x), x.new_empty(len(x), len(up))))
+    x.new_empty(x.shape), x.new_empty(len(x), len(up))))
 def _mlp_forward(x: Tensor, up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """r2 down^T (M, D), and r2 = relu(x up^T)^2: all that is kept, since its root is the relu."""
     r2 = _mlp_product(x, up, None)
@@ -3668,7 +3669,7 @@ def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
 def warm_up_evaluation(model, method, num_targets, table, run):
     """Compile and tune what `method` will run, on synthetic text in the shapes to come."""
     cfg = model.cfg
-    # TTT records a graph at its second training; windows come in batches of one shape.
+    # TTT trains twice, to record a graph; windows come in batches of one shape.
     sizes = {"ttt": (1 + 2 * cfg.ttt_phase_chunks) * cfg.ttt_chunk_tokens, "exact": num_targets}
     size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)

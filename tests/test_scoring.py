@@ -362,6 +362,19 @@ UNNORMALIZED = {
     "better where the target is known": lambda nll, ids, targets: nll - 0.01 * (targets > 31)}
 
 
+@pytest.mark.parametrize("spans", [1, 4])
+@pytest.mark.parametrize("segments", [2, 3, 4, 6])
+def test_probes_reach_a_segment_after_the_first(segments, spans):
+    """Every score behind a carried state is a tenth too low."""
+    model = altered(lambda nll, ids, targets: nll, eval_warmup_tokens=0, eval_spans=spans)
+    honest = model.nll
+    model.nll = lambda ids, targets, state, bonus: (
+        honest(ids, targets, state)[0] * (1 if state is None else 0.9),
+        honest(ids, targets, state)[1])
+    length = 256 // spans  # of a segment of each span: EVAL_BATCH_TOKENS is 256
+    assert probed(model, segments * length * spans + 1).normalized > 0.01
+
+
 @pytest.mark.parametrize("fault", UNNORMALIZED)
 def test_normalization_probe_finds_scores_that_do_not_sum_to_one(fault):
     assert probed(altered(UNNORMALIZED[fault]), 1000).normalized > 1e-3
