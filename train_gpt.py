@@ -3417,7 +3417,7 @@ def _gdn_grad(ctx, dy, dstate, *_):
     if dy is None:
         dy = torch.zeros_like(ctx.saved_tensors[10]).flatten(2)
     dproj, dtaps, sums, dnorm, dstate = _gdn_backward(*ctx.saved_tensors, dy, dstate, ctx.kernel)
-    dA_log, ddt_bias = sums.sum(0)  # sums here, not in the operator, are compiled and faster
+    dA_log, ddt_bias = sums.sum(0)  # here, not in the operator: compiled
     return dproj, dtaps.sum(0).mT, dA_log, ddt_bias, dnorm.sum(0), None, dstate, None, None
 
 _gdn_forward.register_autograd(_gdn_grad, setup_context=_gdn_save)
