@@ -124,8 +124,8 @@ class Config:
     train_batch_tokens: int = knob(0, "tokens of a step; 0 = 65536 a rank", 0)
     iterations: int = knob(20000, "most training steps", 0)
     max_wallclock_seconds: float = knob(600.0, "training clock; 0 = no limit [s]", 0)
-    warmdown_frac: float = knob(0.6, "last part of the run, in which the learning rate falls", 0, 1)
-    min_lr: float = knob(0.1, "final learning rate as a fraction of the peak", 0, 1)
+    warmdown_frac: float = knob(0.8, "last part of the run, in which the learning rate falls", 0, 1)
+    min_lr: float = knob(0.02, "final learning rate as a fraction of the peak", 0, 1)
     matrix_lr: float = knob(0.018, "Muon learning rate", 0)
     tied_embed_lr: float = knob(0.035, "AdamW learning rate of embedding and n-gram tables", 0)
     scalar_lr: float = knob(0.025, "AdamW learning rate of vectors", 0)
@@ -138,7 +138,7 @@ class Config:
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0, 0.99999)
     grad_clip_norm: float = knob(0.3, "global gradient norm is clipped to this; 0 = off", 0)
-    ema_decay: float = knob(0.997, "of the weights' average, less at first; 0 = off", 0, 0.99999)
+    ema_decay: float = knob(0.995, "of the weights' average, less at first; 0 = off", 0, 0.99999)
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
     qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
 
@@ -303,6 +303,9 @@ def parse_stack(text):
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
 _ANCESTOR = dict(vocab_size=1024, mlp_mult=3.0, ngram_buckets=3072, muon_row_norm=False,
+                 min_lr=0.1,
+                 warmdown_frac=0.6,
+                 ema_decay=0.997,
                  matrix_lr=0.025, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
                  muon_weight_decay=0.04, grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd",
                  ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
