@@ -303,12 +303,10 @@ def parse_stack(text):
 
 SAMPLE_FOLDER = Path(__file__).resolve().parent / "data" / "sample"
 _ANCESTOR = dict(vocab_size=1024, mlp_mult=3.0, ngram_buckets=3072, muon_row_norm=False,
-                 min_lr=0.1,
-                 warmdown_frac=0.6,
-                 ema_decay=0.997,
-                 matrix_lr=0.025, muon_momentum=0.97, muon_momentum_warmup_start=0.92,
-                 muon_weight_decay=0.04, grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd",
-                 ttt_lr=0.005, ttt_schedule="cosine", ttt_epochs=3)
+                 warmdown_frac=0.6, min_lr=0.1, matrix_lr=0.025, muon_momentum=0.97,
+                 muon_momentum_warmup_start=0.92, muon_weight_decay=0.04, ema_decay=0.997,
+                 grid="sdclip", ttt_scoring="sliding", ttt_optimizer="sgd", ttt_lr=0.005,
+                 ttt_schedule="cosine", ttt_epochs=3)
 _INT6 = _ANCESTOR | dict(average_every=50, qat_frac=0.15, gptq_enabled=False, compressor="zstd")
 PRESETS = {
     "record": {},
@@ -328,7 +326,7 @@ PRESETS = {
         stack="gdn*2 swa:a gdn swa:a", model_dim=128, num_heads=4, num_kv_heads=2, swa_window=128,
         gdn_heads=4, gdn_head_dim=32, mlp_mult=3.0, ngram_buckets=1024, ngram_dim=32,
         vocab_size=1024, train_seq_len=256, train_batch_tokens=4096, iterations=250, warmup_steps=1,
-        gptq_calibration_batches=16, muon_momentum_warmup_steps=100,
+        gptq_calibration_batches=16, muon_momentum_warmup_steps=100, warmdown_frac=0.6, min_lr=0.1,
         val_loss_every=0, train_log_every=20, checkpoint_every_seconds=30.0, eval_stride=128,
         eval_spans=8, eval_warmup_tokens=1024, eval_batch_tokens=16384, eval_diagnostics=True,
         ttt_chunk_tokens=4096, ttt_epochs=1)}
@@ -1832,12 +1830,12 @@ def newton_schulz(X):
     3.4445 s - 4.775 s^3 + 2.0315 s^5.
     """
     tall = X.shape[-2] > X.shape[-1]
-    X = X.mT if tall else X
     for _ in range(NS_STEPS):
-        A = X @ X.mT
+        A = X.mT @ X if tall else X @ X.mT
         B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-        X = torch.baddbmm(X, B, X, beta=3.4445)
-    return X.mT if tall else X
+        left, right = (X, B) if tall else (B, X)
+        X = torch.baddbmm(X, left, right, beta=3.4445)
+    return X
 
 @region
 def nesterov(grad, m, scale, momentum, taken):
@@ -1968,9 +1966,7 @@ class Optimizer:
         taken = norm.isfinite().float()
         self.bad_steps += 1 - taken
         self.count += taken
-        scale = torch.full_like(norm, 1 / ranks)
-        if self.clip:
-            scale *= (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        scale = ((self.clip or math.inf) / (norm + 1e-6)).clamp(max=1.0) / ranks
         with compiling(self.compiled):
             for group in self.groups:
                 update = self.muon if group.rule == "muon" else self.elementwise
@@ -1985,17 +1981,18 @@ class Optimizer:
         Each rank orthogonalizes its share of whole matrices.  A learning rate is the spectral norm
         of a step; a tall matrix's is sqrt(R / C) times larger.
         """
-        grad, m = self.grad[group.part], self.m[group.part]
-        direction = nesterov(grad, m, scale, momentum, taken)
+        direction = nesterov(self.grad[group.part], self.m[group.part], scale, momentum, taken)
         updates = []
         parts = direction.split([math.prod(shape) for shape in group.shapes])
         for X, (n, R, C) in zip(parts, group.shapes):
             X = X.view(n, R, C)
             share = -(-n // self.run.world_size)
             X = X[self.run.rank * share:(self.run.rank + 1) * share]
-            X = F.normalize(X, dim=-1, eps=1e-7) if self.cfg.muon_row_norm else X
-            X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-            X = newton_schulz(X) * max(1.0, R / C) ** 0.5
+            if self.cfg.muon_row_norm:
+                norm = R ** 0.5 * X.norm(dim=-1, keepdim=True)
+            else:
+                norm = X.norm(dim=(-2, -1), keepdim=True)
+            X = newton_schulz(X / norm.clamp_min(1e-7)) * max(1.0, R / C) ** 0.5
             if self.run.world_size > 1:
                 X = F.pad(X, (0, 0, 0, 0, 0, share - len(X))).contiguous()
                 X = self.run.all_gather_rows(X)[:n]

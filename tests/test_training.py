@@ -237,7 +237,7 @@ def golden_losses():
     At the default learning rates rounding alone would move the last loss by 1e-3.
     """
     cfg = tiny_config(matrix_lr=0.008, tied_embed_lr=0.012, scalar_lr=0.008,
-                      muon_weight_decay=0.04, muon_row_norm=False)
+                      muon_weight_decay=0.04, muon_row_norm=False, warmdown_frac=0.6, min_lr=0.1)
     model = t.init_weights(t.LM(cfg), cfg.seed)
     optimizer = t.training_optimizer(model, cfg, t.Run())
     return [float(t.train_step(model, optimizer, fixed_batch(cfg, step % 2), 4,
