@@ -1031,6 +1031,11 @@ def ngram_rows(table, ids, prev1, prev2=None):
         x = x + F.embedding((h ^ (h >> 15)) % len(table), table)
     return x
 
+def declare(module, **shapes):
+    """Give `module` a parameter of each name and shape, in this order; init_weights fills them."""
+    for name, shape in shapes.items():
+        setattr(module, name, nn.Parameter(torch.empty(shape)))
+
 class Embedding(nn.Module):
     """Token embedding plus hashed n-grams, normalized, then SmearGate; also the tied head.
 
@@ -1042,13 +1047,13 @@ class Embedding(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.weight = nn.Parameter(torch.empty(cfg.vocab_size, cfg.model_dim))
+        D = cfg.model_dim
+        declare(self, weight=(cfg.vocab_size, D))
         if cfg.ngram_buckets:
-            self.ngram_table = nn.Parameter(torch.empty(cfg.ngram_buckets, cfg.ngram_dim))
-            self.ngram_proj = nn.Parameter(torch.empty(cfg.model_dim, cfg.ngram_dim))
-            self.ngram_scale = nn.Parameter(torch.empty(1))
+            declare(self, ngram_table=(cfg.ngram_buckets, cfg.ngram_dim),
+                    ngram_proj=(D, cfg.ngram_dim), ngram_scale=1)
         if cfg.smear:
-            self.smear_gate = nn.Parameter(torch.empty(cfg.model_dim))
+            declare(self, smear_gate=D)
         self.register_parameter("hash_table", None)
 
     @region
@@ -1109,20 +1114,11 @@ class GatedDeltaNet(nn.Module):
         D = cfg.model_dim
         H = cfg.gdn_heads
         width = H * cfg.gdn_head_dim
+        conv = width, self.TAPS
         self.kv = nn.Module()  # what KV_SHARE shares
-        self.kv.k_proj = nn.Parameter(torch.empty(width, D))
-        self.kv.v_proj = nn.Parameter(torch.empty(width, D))
-        self.kv.k_conv = nn.Parameter(torch.empty(width, self.TAPS))
-        self.kv.v_conv = nn.Parameter(torch.empty(width, self.TAPS))
-        self.q_proj = nn.Parameter(torch.empty(width, D))
-        self.g_proj = nn.Parameter(torch.empty(width, D))
-        self.a_proj = nn.Parameter(torch.empty(H, D))
-        self.b_proj = nn.Parameter(torch.empty(H, D))
-        self.o_proj = nn.Parameter(torch.empty(D, width))
-        self.q_conv = nn.Parameter(torch.empty(width, self.TAPS))
-        self.A_log = nn.Parameter(torch.empty(H))
-        self.dt_bias = nn.Parameter(torch.empty(H))
-        self.o_norm = nn.Parameter(torch.empty(cfg.gdn_head_dim))
+        declare(self.kv, k_proj=(width, D), v_proj=(width, D), k_conv=conv, v_conv=conv)
+        declare(self, q_proj=(width, D), g_proj=(width, D), a_proj=(H, D), b_proj=(H, D),
+                o_proj=(D, width), q_conv=conv, A_log=H, dt_bias=H, o_norm=cfg.gdn_head_dim)
 
     def forward(self, x, scale, gain, state, xsa):
         """x (B, T, D), scale (D,) of the output -> (B, T, D), state; gain and xsa: Attention's."""
@@ -1174,10 +1170,8 @@ class Attention(nn.Module):
         D = cfg.model_dim
         kv_rows = D // cfg.num_heads * cfg.num_kv_heads
         self.kv = nn.Module()  # what KV_SHARE shares
-        self.kv.k_proj = nn.Parameter(torch.empty(kv_rows, D))
-        self.kv.v_proj = nn.Parameter(torch.empty(kv_rows, D))
-        self.q_proj = nn.Parameter(torch.empty(D, D))
-        self.o_proj = nn.Parameter(torch.empty(D, D))
+        declare(self.kv, k_proj=(kv_rows, D), v_proj=(kv_rows, D))
+        declare(self, q_proj=(D, D), o_proj=(D, D))
         self.num_gains = cfg.num_heads
 
     def forward(self, x, scale, gain, state, xsa):
@@ -1219,9 +1213,9 @@ class MLP(nn.Module):
         super().__init__()
         self.ops = ops
         self.slope = 0.5 if cfg.mlp_act == "leaky_relu2" else 0.0
-        width = int(cfg.mlp_mult * cfg.model_dim)
-        self.up_proj = nn.Parameter(torch.empty(width, cfg.model_dim))
-        self.down_proj = nn.Parameter(torch.empty(cfg.model_dim, width))
+        D = cfg.model_dim
+        width = int(cfg.mlp_mult * D)
+        declare(self, up_proj=(width, D), down_proj=(D, width))
 
     def forward(self, x, scale):
         """x (B, T, D), scale (D,) of the output -> (B, T, D)."""
@@ -1237,9 +1231,8 @@ class Block(nn.Module):
         super().__init__()
         self.mixer, self.mlp = mixer, mlp
         self.xsa = xsa
-        self.resid_mix = nn.Parameter(torch.empty(2, cfg.model_dim))
-        self.mixer_scale = nn.Parameter(torch.empty(cfg.model_dim))
-        self.mlp_scale = nn.Parameter(torch.empty(cfg.model_dim))
+        D = cfg.model_dim
+        declare(self, resid_mix=(2, D), mixer_scale=D, mlp_scale=D)
         self.qk_gain = nn.Parameter(torch.empty(mixer.num_gains)) if mixer.num_gains else None
 
     @region
