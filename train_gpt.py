@@ -463,8 +463,8 @@ class Run:
         return out
 
     def share(self, n):
-        """This rank's contiguous part [first, last) of n items."""
-        return n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size
+        """This rank's contiguous part of n items, a slice."""
+        return slice(n * self.rank // self.world_size, n * (self.rank + 1) // self.world_size)
 
     def synchronize(self):
         """Wait for the device."""
@@ -796,7 +796,7 @@ class Loader:
             torch.cuda.set_device(self.run.device)
         seq_len = self.cfg.train_seq_len
         count = self.cfg.train_batch_tokens // seq_len
-        first, last = self.run.share(count)
+        part = self.run.share(count)
         lengths = np.array([len(shard) for shard in self.shards])
         rows = []  # (shard, first token) of the global batch
         while True:
@@ -812,7 +812,7 @@ class Loader:
                 start = phase[shard] + (take - offsets[shard]) * seq_len
                 rows += zip(shard.tolist(), start.tolist())
                 if len(rows) == count:
-                    own = rows[first:last]
+                    own = rows[part]
                     batch = np.stack([self.shards[s][i:i + seq_len + 1] for s, i in own])
                     for (s, _), tokens in zip(own, batch):
                         check_vocabulary(self.shards[s].path, tokens, self.cfg.vocab_size)
@@ -1560,8 +1560,7 @@ def evaluate(model, tokens, table, method="exact", adapter=None, run=None, probi
     chunks = -(-total // size)
     for number, chunk in groupby(parts, lambda part: part[2] // size):
         chunk = list(chunk)
-        a, b = ranks.share(len(chunk))
-        scorer.score(chunk[a:b], carry=method == "exact")
+        scorer.score(chunk[ranks.share(len(chunk))], carry=method == "exact")
         first, last = chunk[0][2], chunk[-1][1]
         nats, times = ranks.all_sum(scorer.scores[first:last]).unbind(1)
         if (times != 1).any():
@@ -1730,11 +1729,11 @@ class Adapter:
         """This rank's batches of targets first .. last - 1: (ids, targets, wanted), one shape."""
         T = self.cfg.train_seq_len
         starts = np.arange(first, last, T)
-        a, b = self.run.share(len(starts))
+        mine = starts[self.run.share(len(starts))]
         # A backward pass keeps its activations, so it gets a quarter of EVAL_BATCH_TOKENS.
         most = self.cfg.eval_batch_tokens // 4 // T
         size = max(1, min(most, -(-len(starts) // self.run.world_size)))
-        mine = np.pad(starts[a:b], (0, (a - b) % size), constant_values=last)  # empty rows
+        mine = np.pad(mine, (0, -len(mine) % size), constant_values=last)  # empty rows
         mine = torch.from_numpy(mine).to(self.run.device)
         text = torch.from_numpy(tokens[first:].astype(np.int32)).to(self.run.device)
         out = []
