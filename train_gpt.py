@@ -2086,11 +2086,12 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
 # Relative to float32: bfloat16 rounds each product to 0.4 %, wrong code is off by much more.
 TOLERANCE = dict(loss=0.005, gradient=0.15)
 
-def check_fast_path(model, run, micro_rows):
+def check_fast_path(model, run, batch):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
-    Both get two rows of synthetic tokens (one if the micro-batch is odd); the fast model gets them
-    repeated to the shape of training.   Kernels do fail silently.   Raises GolfError.
+    batch: (rows, T + 1), a micro-batch.   Both get its first two rows, or of an odd number the
+    first; the fast model gets them repeated to the whole shape.   Kernels do fail silently.
+    Raises GolfError.
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -2099,12 +2100,11 @@ def check_fast_path(model, run, micro_rows):
             p.add_(0.02 * torch.randn(p.shape, generator=rng).to(p.device))
     reference = LM(replace(cfg, compile="0"), REFERENCE).to(run.device)
     copy_all(list(reference.parameters()), list(model.parameters()))
-    rows = torch.randint(cfg.vocab_size, (2 - micro_rows % 2, cfg.train_seq_len + 1),
-                         generator=rng, dtype=torch.int32).to(run.device)
+    rows = batch[:2 - len(batch) % 2]
     found = []
-    for lm, batch in ((model, rows.repeat(micro_rows // len(rows), 1)), (reference, rows)):
+    for lm, part in ((model, rows.repeat(len(batch) // len(rows), 1)), (reference, rows)):
         optimizer = training_optimizer(lm, cfg, run)
-        ids, targets = batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        ids, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
         wanted = torch.ones(1, 1, device=run.device)
         optimizer.add_gradient(ids, targets, wanted, 1 / ids.numel())
         found.append([optimizer.loss, *optimizer.grads])
@@ -2129,7 +2129,7 @@ def warm_up(model, cfg, run, micro_rows):
                           dtype=torch.int32).to(run.device)
     run.log("warm_up", compile=int(compiles(model)), steps=cfg.warmup_steps)
     if compiles(model) or model.ops is not REFERENCE:
-        check_fast_path(model, run, micro_rows)
+        check_fast_path(model, run, batch[:micro_rows])
     optimizer = training_optimizer(model, cfg, run)
     for step in range(cfg.warmup_steps):
         train_step(model, optimizer, batch, micro_rows, 1.0, step)

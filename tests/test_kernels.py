@@ -396,7 +396,8 @@ def test_cuda_preset_passes_the_check_of_the_fast_path(env):
     cfg = t.Config.from_env(env)
     run = t.Run(device="cuda:0")
     model = t.init_weights(t.LM(cfg, t.fast_ops(cfg, run)), cfg.seed).cuda()
-    t.check_fast_path(model, run, 2)
+    ids = torch.randint(cfg.vocab_size, (2, cfg.train_seq_len + 1), dtype=torch.int32)
+    t.check_fast_path(model, run, ids.cuda())
 
 
 @gpu
@@ -405,8 +406,9 @@ def test_cuda_wrong_kernel_fails_the_check_of_the_fast_path(operation):
     model = gpu_model(compile="0")
     wrong_model = t.LM(model.cfg, with_wrong(model.ops, operation)).cuda()
     wrong_model.load_state_dict(model.state_dict())
+    ids = random_ids(2, model.cfg.train_seq_len + 1).int().cuda()
     with pytest.raises(t.GolfError, match="the fast path's loss differs"):
-        t.check_fast_path(wrong_model, t.Run(device="cuda:0"), 2)
+        t.check_fast_path(wrong_model, t.Run(device="cuda:0"), ids)
 
 
 @gpu

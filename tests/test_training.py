@@ -318,8 +318,8 @@ def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, cap
     fast = t.LM(model.cfg, with_wrong(t.REFERENCE, operation))
     fast.load_state_dict(model.state_dict())
     with pytest.raises(t.GolfError, match="KERNEL=reference COMPILE=0: the fast path's loss"):
-        t.check_fast_path(fast, t.Run(), 2)
-    t.check_fast_path(model, t.Run(), 2)
+        t.check_fast_path(fast, t.Run(), fixed_batch(model.cfg)[:2])
+    t.check_fast_path(model, t.Run(), fixed_batch(model.cfg)[:2])
     assert "fast_path loss_error:0.000" in capsys.readouterr().out
 
 
