@@ -3055,12 +3055,16 @@ def operator(name, fake):
         return made
     return wrap
 
-def _triton():
-    """Triton; its language becomes the global `tl`, since it looks for names among the module's."""
+@cache
+def triton_kernel(function, **options):
+    """`function` as a Triton kernel, whose names, `tl` too, Triton looks up in this module.
+
+    Until then `tl` does not exist, so the kernels' annotations are text.
+    """
     global tl
     import triton
     import triton.language as tl
-    return triton
+    return triton.jit(function, **options)
 
 # ---- the delta rule: FlashQLA or flash-linear-attention
 
@@ -3107,8 +3111,9 @@ CONV_ROWS = 128  # tokens that one program takes
 SIGMOID = ("{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # -log2(e)
            "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }")
 
-@cache
-def _conv_kernel():
+def conv_heads_kernel(x, weight, tail, q, k, v, dx, dw, T, STRIDE: "tl.constexpr",
+                      HEADS: "tl.constexpr", K: "tl.constexpr", BLOCK: "tl.constexpr",
+                      ROWS: "tl.constexpr", BACKWARD: "tl.constexpr", SIGMOID: "tl.constexpr"):
     """Triton's `conv_heads`, and its gradient (BACKWARD): a program takes rows of one head.
 
     It goes down the rows with the last four in registers, so that each is read once, and loads two
@@ -3116,87 +3121,80 @@ def _conv_kernel():
     computes the forward again and ends three rows late, since a row's gradient comes from its own
     output and the three after it.  One launch for q, k and v: its programs hide each other's waits.
     """
-    triton = _triton()
-
-    @triton.jit
-    def conv_heads_kernel(x, weight, tail, q, k, v, dx, dw, T, STRIDE: tl.constexpr,
-                          HEADS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
-                          ROWS: tl.constexpr, BACKWARD: tl.constexpr, SIGMOID: tl.constexpr):
-        C: tl.constexpr = 3 * HEADS * K
-        b = tl.program_id(1).to(tl.int64)
-        role = tl.program_id(2) // HEADS  # q, k or v
-        h = tl.program_id(2) % HEADS
-        first = tl.program_id(0) * ROWS
-        left = T - first  # rows from here to the end of the text
-        rows = left.to(tl.uint32)  # as unsigned numbers, i < rows is 0 <= i < left
-        c = tl.arange(0, BLOCK)
-        real = c < K
-        at = tl.program_id(2) * K
-        taps = weight + 4 * (at + c)
-        w0, w1 = tl.load(taps, real, 0.0), tl.load(taps + 1, real, 0.0)
-        w2, w3 = tl.load(taps + 2, real, 0.0), tl.load(taps + 3, real, 0.0)
-        x += (b * T + first) * STRIDE + at
-        tail += (b * 3 + 3) * C + at  # row i < 0 of the text is 3 + i of the tail
-        y = q  # the result, or with BACKWARD its gradient
-        if role == 1:
-            y = k
-        if role == 2:
-            y = v
-        y += ((b * T + first) * HEADS + h) * K
-        # Zeros of their own: names that begin as one value stay one value in Triton's loops.
-        x1, x2 = tl.zeros_like(w0), tl.zeros_like(w0)
-        x3 = tl.zeros_like(w0)
-        ahead = tl.zeros([BLOCK], x.dtype.element_ty)
-        beyond = tl.zeros([BLOCK], x.dtype.element_ty)
+    C: tl.constexpr = 3 * HEADS * K
+    b = tl.program_id(1).to(tl.int64)
+    role = tl.program_id(2) // HEADS  # q, k or v
+    h = tl.program_id(2) % HEADS
+    first = tl.program_id(0) * ROWS
+    left = T - first  # rows from here to the end of the text
+    rows = left.to(tl.uint32)  # as unsigned numbers, i < rows is 0 <= i < left
+    c = tl.arange(0, BLOCK)
+    real = c < K
+    at = tl.program_id(2) * K
+    taps = weight + 4 * (at + c)
+    w0, w1 = tl.load(taps, real, 0.0), tl.load(taps + 1, real, 0.0)
+    w2, w3 = tl.load(taps + 2, real, 0.0), tl.load(taps + 3, real, 0.0)
+    x += (b * T + first) * STRIDE + at
+    tail += (b * 3 + 3) * C + at  # row i < 0 of the text is 3 + i of the tail
+    y = q  # the result, or with BACKWARD its gradient
+    if role == 1:
+        y = k
+    if role == 2:
+        y = v
+    y += ((b * T + first) * HEADS + h) * K
+    # Zeros of their own: names that begin as one value stay one value in Triton's loops.
+    x1, x2 = tl.zeros_like(w0), tl.zeros_like(w0)
+    x3 = tl.zeros_like(w0)
+    ahead = tl.zeros([BLOCK], x.dtype.element_ty)
+    beyond = tl.zeros([BLOCK], x.dtype.element_ty)
+    if BACKWARD:
+        dx += (b * T + first) * STRIDE + at
+        dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
+        # d: gradients before the SiLU, of the rows before; s: sums, gradients of the weight
+        d1, d2 = tl.zeros_like(w0), tl.zeros_like(w0)
+        d3, s0 = tl.zeros_like(w0), tl.zeros_like(w0)
+        s1, s2 = tl.zeros_like(w0), tl.zeros_like(w0)
+        s3 = tl.zeros_like(w0)
+        dy1 = tl.zeros([BLOCK], y.dtype.element_ty)
+        dy2 = tl.zeros([BLOCK], y.dtype.element_ty)
+    # The first two iterations only read ahead.
+    for i in tl.range(-5, ROWS + 3 * BACKWARD, loop_unroll_factor=5):
+        x0, ahead = ahead.to(tl.float32), beyond
+        n = i + 2
+        row = x + tl.minimum(n, left - 1) * STRIDE  # beyond the end: read, never used
+        if (n < 0) & (first == 0):
+            row = tail + n * C
+        beyond = tl.load(row + c, real, 0.0)
+        u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
+        gate = tl.inline_asm_elementwise(SIGMOID, "=f,f", [u], tl.float32, True, 1)
+        z = u * gate
+        square = tl.sum(z * z, 0)
+        unit = tl.where(role == 2, 1.0, tl.rsqrt(tl.maximum(square, 1e-12)))
+        z *= unit
         if BACKWARD:
-            dx += (b * T + first) * STRIDE + at
-            dw += (b * tl.num_programs(0) + tl.program_id(0)) * 4 * C + at
-            # d: gradients before the SiLU, of the rows before; s: sums, gradients of the weight
-            d1, d2 = tl.zeros_like(w0), tl.zeros_like(w0)
-            d3, s0 = tl.zeros_like(w0), tl.zeros_like(w0)
-            s1, s2 = tl.zeros_like(w0), tl.zeros_like(w0)
-            s3 = tl.zeros_like(w0)
-            dy1 = tl.zeros([BLOCK], y.dtype.element_ty)
-            dy2 = tl.zeros([BLOCK], y.dtype.element_ty)
-        # The first two iterations only read ahead.
-        for i in tl.range(-5, ROWS + 3 * BACKWARD, loop_unroll_factor=5):
-            x0, ahead = ahead.to(tl.float32), beyond
-            n = i + 2
-            row = x + tl.minimum(n, left - 1) * STRIDE  # beyond the end: read, never used
-            if (n < 0) & (first == 0):
-                row = tail + n * C
-            beyond = tl.load(row + c, real, 0.0)
-            u = w0 * x3 + w1 * x2 + w2 * x1 + w3 * x0
-            gate = tl.inline_asm_elementwise(SIGMOID, "=f,f", [u], tl.float32, True, 1)
-            z = u * gate
-            square = tl.sum(z * z, 0)
-            unit = tl.where(role == 2, 1.0, tl.rsqrt(tl.maximum(square, 1e-12)))
-            z *= unit
-            if BACKWARD:
-                d, dy1 = dy1.to(tl.float32), dy2
-                dy2 = tl.load(y + n * HEADS * K + c, real & (n.to(tl.uint32) < rows), 0.0)
-                along = tl.where((role < 2) & (square > 1e-12), tl.sum(d * z, 0), 0.0)
-                d = (d - along * z) * unit
-                d *= gate * (1.0 + u * (1.0 - gate))
-                dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
-                tl.store(dx + (i - 3) * STRIDE + c, dx_row.to(dx.dtype.element_ty),
-                         real & ((i - 3).to(tl.uint32) < rows))
-                own = tl.where(i < ROWS, d, 0.0)
-                s0, s1 = s0 + own * x3, s1 + own * x2
-                s2, s3 = s2 + own * x1, s3 + own * x0
-                d3, d2 = d2, d1
-                d1 = d
-            else:
-                tl.store(y + i * HEADS * K + c, z.to(y.dtype.element_ty),
-                         real & (i.to(tl.uint32) < rows))
-            x3, x2 = x2, x1
-            x1 = x0
-        if BACKWARD:
-            tl.store(dw + c, s0, real)
-            tl.store(dw + C + c, s1, real)
-            tl.store(dw + 2 * C + c, s2, real)
-            tl.store(dw + 3 * C + c, s3, real)
-    return conv_heads_kernel
+            d, dy1 = dy1.to(tl.float32), dy2
+            dy2 = tl.load(y + n * HEADS * K + c, real & (n.to(tl.uint32) < rows), 0.0)
+            along = tl.where((role < 2) & (square > 1e-12), tl.sum(d * z, 0), 0.0)
+            d = (d - along * z) * unit
+            d *= gate * (1.0 + u * (1.0 - gate))
+            dx_row = w0 * d + w1 * d1 + w2 * d2 + w3 * d3
+            tl.store(dx + (i - 3) * STRIDE + c, dx_row.to(dx.dtype.element_ty),
+                     real & ((i - 3).to(tl.uint32) < rows))
+            own = tl.where(i < ROWS, d, 0.0)
+            s0, s1 = s0 + own * x3, s1 + own * x2
+            s2, s3 = s2 + own * x1, s3 + own * x0
+            d3, d2 = d2, d1
+            d1 = d
+        else:
+            tl.store(y + i * HEADS * K + c, z.to(y.dtype.element_ty),
+                     real & (i.to(tl.uint32) < rows))
+        x3, x2 = x2, x1
+        x1 = x0
+    if BACKWARD:
+        tl.store(dw + c, s0, real)
+        tl.store(dw + C + c, s1, real)
+        tl.store(dw + 2 * C + c, s2, real)
+        tl.store(dw + 3 * C + c, s3, real)
 
 def _launch_conv(proj, taps, tail, heads, dproj=None, dtaps=None):
     """q, k and v into `heads`; or, from their gradients there, those of proj and of the taps.
@@ -3205,7 +3203,7 @@ def _launch_conv(proj, taps, tail, heads, dproj=None, dtaps=None):
     """
     B, T, stride = proj.shape
     H, K = heads[0].shape[2:]
-    _conv_kernel()[-(-T // CONV_ROWS), B, 3 * H](
+    triton_kernel(conv_heads_kernel)[-(-T // CONV_ROWS), B, 3 * H](
         proj, taps, tail, *heads, dproj, dtaps, T, STRIDE=stride, HEADS=H, K=K,
         BLOCK=1 << (K - 1).bit_length(), ROWS=CONV_ROWS, BACKWARD=dproj is not None,
         SIGMOID=SIGMOID, num_warps=1)
@@ -3215,43 +3213,37 @@ def _launch_conv(proj, taps, tail, heads, dproj=None, dtaps=None):
 NORM_ROWS = 8  # heads of tokens that one program takes at once
 NORM_TILES = 8  # how often: each program adds one row to the weight's gradient
 
-@cache
-def _norm_kernel():
+def gated_norm_kernel(o, gate, weight, y, do, dgate, dweight, M, STRIDE: "tl.constexpr",
+                      HEADS: "tl.constexpr", V: "tl.constexpr", BLOCK: "tl.constexpr",
+                      ROWS: "tl.constexpr", TILES: "tl.constexpr", BACKWARD: "tl.constexpr"):
     """Triton's `gated_norm`, or with BACKWARD its gradients, the weight's as a row a program."""
-    triton = _triton()
-
-    @triton.jit
-    def gated_norm_kernel(o, gate, weight, y, do, dgate, dweight, M, STRIDE: tl.constexpr,
-                          HEADS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
-                          ROWS: tl.constexpr, TILES: tl.constexpr, BACKWARD: tl.constexpr):
-        c = tl.arange(0, BLOCK)
-        w = tl.load(weight + c, c < V, 0.0)
-        dw = tl.zeros([BLOCK], tl.float32)
-        for tile in range(TILES):
-            first = (tl.program_id(0) * TILES + tile) * ROWS
-            row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-            real = (row < M) & (c < V)
-            at = row * V + c
-            x = tl.load(o + at, real, 0.0).to(tl.float32)
-            gate_at = row // HEADS * STRIDE + row % HEADS * V + c
-            g = tl.load(gate + gate_at, real, 0.0).to(tl.float32)
-            r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / V + 1e-6)[:, None]
-            x *= r
-            sigma = tl.sigmoid(g)
-            if BACKWARD:
-                d = tl.load(y + at, real, 0.0).to(tl.float32)
-                dg = d * x * w * sigma * (1.0 + g * (1.0 - sigma))
-                tl.store(dgate + gate_at, dg.to(dgate.dtype.element_ty), real)
-                d *= g * sigma
-                dw += tl.sum(d * x, 0)
-                d *= w
-                d = r * (d - x * (tl.sum(d * x, 1) / V)[:, None])
-                tl.store(do + at, d.to(do.dtype.element_ty), real)
-            else:
-                tl.store(y + at, (x * w * g * sigma).to(y.dtype.element_ty), real)
+    c = tl.arange(0, BLOCK)
+    w = tl.load(weight + c, c < V, 0.0)
+    dw = tl.zeros([BLOCK], tl.float32)
+    for tile in range(TILES):
+        first = (tl.program_id(0) * TILES + tile) * ROWS
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+        real = (row < M) & (c < V)
+        at = row * V + c
+        x = tl.load(o + at, real, 0.0).to(tl.float32)
+        gate_at = row // HEADS * STRIDE + row % HEADS * V + c
+        g = tl.load(gate + gate_at, real, 0.0).to(tl.float32)
+        r = 1.0 / tl.sqrt(tl.sum(x * x, 1) / V + 1e-6)[:, None]
+        x *= r
+        sigma = tl.sigmoid(g)
         if BACKWARD:
-            tl.store(dweight + tl.program_id(0) * V + c, dw, c < V)
-    return gated_norm_kernel
+            d = tl.load(y + at, real, 0.0).to(tl.float32)
+            dg = d * x * w * sigma * (1.0 + g * (1.0 - sigma))
+            tl.store(dgate + gate_at, dg.to(dgate.dtype.element_ty), real)
+            d *= g * sigma
+            dw += tl.sum(d * x, 0)
+            d *= w
+            d = r * (d - x * (tl.sum(d * x, 1) / V)[:, None])
+            tl.store(do + at, d.to(do.dtype.element_ty), real)
+        else:
+            tl.store(y + at, (x * w * g * sigma).to(y.dtype.element_ty), real)
+    if BACKWARD:
+        tl.store(dweight + tl.program_id(0) * V + c, dw, c < V)
 
 def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
     """The result into y; or, from its gradient there, those of o, of proj's gate and of the norm.
@@ -3261,7 +3253,7 @@ def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
     H, V = o.shape[2:]
     M = o.shape[:3].numel()
     gate, dgate = [x if x is None else x[..., 3 * H * V:] for x in (proj, dproj)]
-    _norm_kernel()[-(-M // (NORM_ROWS * NORM_TILES)),](
+    triton_kernel(gated_norm_kernel)[-(-M // (NORM_ROWS * NORM_TILES)),](
         o, gate, norm, y, do, dgate, dnorm, M, STRIDE=proj.shape[-1], HEADS=H, V=V,
         BLOCK=1 << (V - 1).bit_length(), ROWS=NORM_ROWS, TILES=NORM_TILES,
         BACKWARD=do is not None, num_warps=1)
@@ -3270,42 +3262,36 @@ def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
 
 GATE_ROWS = 64  # tokens that one program takes
 
-@cache
-def _gates_kernel():
+def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, STRIDE: "tl.constexpr",
+                 H: "tl.constexpr", WIDTH: "tl.constexpr", BLOCK: "tl.constexpr",
+                 ROWS: "tl.constexpr", BACKWARD: "tl.constexpr"):
     """Triton's g and beta of `gdn`, or with BACKWARD the gradients of what they come from.
 
     Columns are those of proj from the logits on: a, b, and zeros up to WIDTH.
     """
-    triton = _triton()
-
-    @triton.jit
-    def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, STRIDE: tl.constexpr,
-                     H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                     ROWS: tl.constexpr, BACKWARD: tl.constexpr):
-        c = tl.arange(0, BLOCK)
-        row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
-        real = (row < M) & (c < WIDTH)
-        is_a = c < H
-        is_b = (c >= H) & (c < 2 * H)
-        x = tl.load(logits + row * STRIDE + c, real, 0.0).to(tl.float32)
-        a = x + tl.load(dt_bias + c, is_a, 0.0)
-        rate = -tl.exp(tl.load(A_log + c, is_a, 0.0))
-        soft = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))  # softplus
-        b = tl.sigmoid(x)
-        g += row * H + c
-        beta += row * H + c - H
-        if BACKWARD:
-            dg = rate * tl.load(g, real & is_a, 0.0)
-            da = dg * tl.sigmoid(a)
-            db = tl.load(beta, real & is_b, 0.0) * b * (1.0 - b)
-            tl.store(dlogits + row * STRIDE + c, (da + db).to(dlogits.dtype.element_ty), real)
-            sums += tl.program_id(0) * 2 * H + c
-            tl.store(sums, tl.sum(dg * soft, 0), is_a)
-            tl.store(sums + H, tl.sum(da, 0), is_a)
-        else:
-            tl.store(g, rate * soft, real & is_a)
-            tl.store(beta, b, real & is_b)
-    return gates_kernel
+    c = tl.arange(0, BLOCK)
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    real = (row < M) & (c < WIDTH)
+    is_a = c < H
+    is_b = (c >= H) & (c < 2 * H)
+    x = tl.load(logits + row * STRIDE + c, real, 0.0).to(tl.float32)
+    a = x + tl.load(dt_bias + c, is_a, 0.0)
+    rate = -tl.exp(tl.load(A_log + c, is_a, 0.0))
+    soft = tl.maximum(a, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(a)))  # softplus
+    b = tl.sigmoid(x)
+    g += row * H + c
+    beta += row * H + c - H
+    if BACKWARD:
+        dg = rate * tl.load(g, real & is_a, 0.0)
+        da = dg * tl.sigmoid(a)
+        db = tl.load(beta, real & is_b, 0.0) * b * (1.0 - b)
+        tl.store(dlogits + row * STRIDE + c, (da + db).to(dlogits.dtype.element_ty), real)
+        sums += tl.program_id(0) * 2 * H + c
+        tl.store(sums, tl.sum(dg * soft, 0), is_a)
+        tl.store(sums + H, tl.sum(da, 0), is_a)
+    else:
+        tl.store(g, rate * soft, real & is_a)
+        tl.store(beta, b, real & is_b)
 
 def _launch_gates(proj, first, A_log, dt_bias, g, beta, dproj=None, sums=None):
     """g and beta; or, from their gradients, those of proj from column `first` and of the vectors.
@@ -3314,7 +3300,7 @@ def _launch_gates(proj, first, A_log, dt_bias, g, beta, dproj=None, sums=None):
     """
     B, T, H = g.shape
     logits, dlogits = [x if x is None else x[..., first:] for x in (proj, dproj)]
-    _gates_kernel()[-(-B * T // GATE_ROWS),](
+    triton_kernel(gates_kernel)[-(-B * T // GATE_ROWS),](
         logits, A_log, dt_bias, g, beta, dlogits, sums, B * T, STRIDE=proj.shape[-1], H=H,
         WIDTH=logits.shape[-1], BLOCK=1 << (logits.shape[-1] - 1).bit_length(), ROWS=GATE_ROWS,
         BACKWARD=sums is not None)
@@ -3431,40 +3417,34 @@ def fuses_mlp(cfg):
     return (cfg.mlp_act == "relu2" and torch.cuda.get_device_capability()[0] == 9
             and cfg.model_dim > MLP_UP[2] and cfg.model_dim % 8 == 0 and width % 8 == 0)
 
-@cache
-def _mlp_kernel():
+def mlp_product(x, w, r2, out, M, N: "tl.constexpr", K: "tl.constexpr", ROWS: "tl.constexpr",
+                COLUMNS: "tl.constexpr", DEPTH: "tl.constexpr", UP: "tl.constexpr",
+                GROUP: "tl.constexpr", MANY: "tl.constexpr"):
     """Triton's matrix product with the squared relu (UP) or its gradient before the result.
 
     Tiles that run at one time lie in few rows of tiles: x is read from memory once, and the weight
     stays in the L2 cache.  The result is stored in two halves, which need fewer registers.
     """
-    triton = _triton()
-
-    @triton.jit(do_not_specialize=["M"])  # one kernel for every number of tokens
-    def mlp_product(x, w, r2, out, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-                    COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UP: tl.constexpr,
-                    GROUP: tl.constexpr, MANY: tl.constexpr):
-        across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-        half: tl.constexpr = COLUMNS // 2
-        tiles = tl.cdiv(M, ROWS * GROUP) * GROUP * across
-        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=MANY):
-            m = (tile // (GROUP * across) * GROUP + tile % GROUP) * ROWS
-            n = tile // GROUP % across * COLUMNS
-            y = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for k in range(0, K, DEPTH):  # beyond the edges descriptors read zeros, write nothing
-                y = tl.dot(x.load([m, k]), w.load([n, k]).T if UP else w.load([k, n]), y)
-            a, b = tl.split(tl.permute(tl.reshape(y, [ROWS, 2, half]), [0, 2, 1]))
-            if UP:
-                a = tl.maximum(a, 0.0)
-                out.store([m, n], (a * a).to(out.dtype))
-                b = tl.maximum(b, 0.0)
-                out.store([m, n + half], (b * b).to(out.dtype))
-            else:
-                a *= 2.0 * tl.sqrt(r2.load([m, n]).to(tl.float32))
-                out.store([m, n], a.to(out.dtype))
-                b *= 2.0 * tl.sqrt(r2.load([m, n + half]).to(tl.float32))
-                out.store([m, n + half], b.to(out.dtype))
-    return mlp_product
+    across: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    half: tl.constexpr = COLUMNS // 2
+    tiles = tl.cdiv(M, ROWS * GROUP) * GROUP * across
+    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=MANY):
+        m = (tile // (GROUP * across) * GROUP + tile % GROUP) * ROWS
+        n = tile // GROUP % across * COLUMNS
+        y = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, K, DEPTH):  # beyond the edges descriptors read zeros, write nothing
+            y = tl.dot(x.load([m, k]), w.load([n, k]).T if UP else w.load([k, n]), y)
+        a, b = tl.split(tl.permute(tl.reshape(y, [ROWS, 2, half]), [0, 2, 1]))
+        if UP:
+            a = tl.maximum(a, 0.0)
+            out.store([m, n], (a * a).to(out.dtype))
+            b = tl.maximum(b, 0.0)
+            out.store([m, n + half], (b * b).to(out.dtype))
+        else:
+            a *= 2.0 * tl.sqrt(r2.load([m, n]).to(tl.float32))
+            out.store([m, n], a.to(out.dtype))
+            b *= 2.0 * tl.sqrt(r2.load([m, n + half]).to(tl.float32))
+            out.store([m, n + half], b.to(out.dtype))
 
 @operator("mlp_product", lambda x, w, r2: x.new_empty(len(x), w.shape[0 if r2 is None else 1]))
 def _mlp_product(x: Tensor, w: Tensor, r2: Tensor | None) -> Tensor:
@@ -3481,7 +3461,8 @@ def _mlp_product(x: Tensor, w: Tensor, r2: Tensor | None) -> Tensor:
     if many:
         programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
     half = [rows, columns // 2]
-    _mlp_kernel()[programs,](
+    # one kernel for every number of tokens
+    triton_kernel(mlp_product, do_not_specialize=("M",))[programs,](
         tiled(x, [rows, depth]), tiled(w, [columns, depth] if up else [depth, columns]),
         tiled(out if up else r2.contiguous(), half), tiled(out, half), M, N, K, rows, columns,
         depth, up, group, many, num_warps=warps, num_stages=stages)
