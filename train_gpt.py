@@ -1900,24 +1900,22 @@ class Optimizer:
         # Groups, and in them equal shapes, follow each other.
         self.names = sorted(treatment, key=lambda n: (treatment[n], tuple(named[n].shape)))
         self.params = [named[name] for name in self.names]
-
-        def padded(shape):  # to 16 bytes: compiled code takes aligned parameters for granted
-            return -(-math.prod(shape) // 4) * 4
-
-        self.sizes = [padded(p.shape) for p in self.params]
-        self.weights = torch.cat([F.pad(p.detach().flatten(), (0, size - p.numel()))
-                                  for p, size in zip(self.params, self.sizes)])
+        # padded to 16 bytes: compiled code takes aligned parameters for granted
+        sizes = {name: -(-named[name].numel() // 4) * 4 for name in self.names}
+        self.sizes = list(sizes.values())
+        self.weights = self.params[0].new_zeros(sum(self.sizes))
         self.grad, self.m = torch.zeros_like(self.weights), torch.zeros_like(self.weights)
         self.v = torch.zeros_like(self.weights)
         self.grads = self.views(self.grad)
         for p, view in zip(self.params, self.views(self.weights)):
-            p.data = view
+            p.data = view.copy_(p.detach())
         self.groups = []
         start = 0
         for how, members in groupby(self.names, treatment.get):
+            members = list(members)
             shapes = [(len(list(equal)), *shape)
                       for shape, equal in groupby(members, lambda name: named[name].shape)]
-            stop = start + sum(n * padded(shape) for n, *shape in shapes)
+            stop = start + sum(sizes[name] for name in members)
             self.groups.append(Group(*how, slice(start, stop), shapes))
             start = stop
         self.count = torch.zeros((), device=run.device)  # steps taken
