@@ -1076,7 +1076,7 @@ class Embedding(nn.Module):
         x = rms_norm(x)
         after = text[:, -2:], x[:, -1:].detach()
         if cfg.smear:
-            before = torch.cat([state[1].to(dtype), x], 1)[:, :-1]
+            before = torch.cat([state[1], x], 1)[:, :-1]
             gate = torch.sigmoid(self.smear_gate).to(dtype) * (prev1 >= 0).to(dtype).unsqueeze(-1)
             x = x + gate * (before - x)
         return x, after
@@ -1129,7 +1129,6 @@ class GatedDeltaNet(nn.Module):
         taps = torch.cat([self.q_conv, kv.k_conv, kv.v_conv])
         past = self.TAPS - 1
         tail, S = state or (x.new_zeros(x.shape[0], past, len(taps)), None)
-        tail = tail.to(x.dtype)
         y, S = self.ops.gdn(proj, taps, self.A_log, self.dt_bias, self.o_norm, tail, S)
         y = linear(y, self.o_proj, scale=scale)
         # a small copy: a view of proj would keep all of it in memory
@@ -1188,7 +1187,7 @@ class Attention(nn.Module):
         q, k, v = [y.unflatten(-1, (-1, d)) for y in qkv.split([D, kv_rows, kv_rows], -1)]
         q, k = rms_norm(q), rms_norm(k)
         if state is not None:
-            k, v = [torch.cat([old.to(x.dtype), new], 1) for old, new in zip(state, (k, v))]
+            k, v = [torch.cat([old, new], 1) for old, new in zip(state, (k, v))]
         S = k.shape[1]
         table = rotary_table(S, self.cfg.rope_base, d, x.dtype, x.device)
         q = rotary(q, table[:, S - T:]) * gain.to(x.dtype)[:, None]
@@ -1658,7 +1657,6 @@ class Adapter:
         self.run = run
         self.chunks = -(-num_targets // cfg.ttt_chunk_tokens)
         self.hints = Hints(num_targets + 1, run.device) if cfg.ttt_tilt else None
-        model.requires_grad_()
         model.blocks[:cfg.ttt_freeze_blocks].requires_grad_(False)
         treatment = {}  # name: (rule, learning rate, decay)
         for name, p in model.named_parameters():
@@ -2028,7 +2026,7 @@ def micro_batch_rows(cfg, run, ops=REFERENCE):
     # 131,072 tokens of the default model take 35 GiB; 2,048 of the reference fit a CPU's caches.
     most = cfg.micro_batch_tokens or (2048 if ops is REFERENCE else 131072)
     rows //= run.world_size
-    fitting = min(rows, max(1, int(most // cfg.train_seq_len)))
+    fitting = min(rows, max(1, most // cfg.train_seq_len))
     return next(d for d in range(fitting, 0, -1) if rows % d == 0)
 
 def learning_rate(progress, cfg):
@@ -2930,7 +2928,7 @@ FILL_ROUNDS = 7
 def strengths(model, cfg):
     """The finest strength, the one at which Gaussian weights would fill the cap, the coarsest."""
     weights = sum(p.numel() for name, p in model.named_parameters() if route(name).bits)
-    bits = 8 * (cfg.cap_bytes - len(code_bytes())) / max(1, weights)
+    bits = 8 * (cfg.cap_bytes - len(code_bytes())) / weights
     step = math.sqrt(2 * math.pi * math.e) * 2 ** min(0.0, -bits)  # over std; has that entropy
     low, high = FINEST_STEP, COARSEST_STEP
     if cfg.grid == "rate":
@@ -2952,7 +2950,7 @@ def fill_cap(model, cfg, calibration, run):
     log_steps, counts = zip(*run.gather(mine))
     weights = sum(counts)
     # With GRID=rate the strength is the geometric mean of step / std(row) over the model.
-    unit = math.exp(sum(log_steps) / max(1, weights))
+    unit = math.exp(sum(log_steps) / weights)
     most = cfg.cap_bytes - len(code_bytes())
     low, strength, high = strengths(model, cfg)
     slope = -weights / 8  # bytes for an octave of strength
