@@ -43,7 +43,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial, wraps
 from itertools import accumulate, groupby
@@ -554,8 +554,7 @@ def load_tensors(path):
 @torch.no_grad()
 def copy_all(targets, values):
     """Copy values into targets, one for one."""
-    if targets:
-        torch._foreach_copy_(targets, values)
+    torch._foreach_copy_(targets, values)
 
 # --------------------------------------------------------------------------------------------------
 # 3. Data
@@ -2035,15 +2034,15 @@ def learning_rate(progress, cfg):
     return min(1.0, cfg.min_lr + (1.0 - cfg.min_lr) * left)
 
 @contextmanager
-def on_export_grid(model, enabled):
+def on_export_grid(model):
     """Inside, every stored matrix is rounded to the export's grid; afterwards it is as before.
 
     A gradient taken inside and applied afterwards is the straight-through estimate (late QAT).
     """
-    bits = stored_bits(model, model.cfg) if enabled else {}
+    bits = stored_bits(model, model.cfg)
     params = [model.get_parameter(name).detach() for name in bits]
     saved = [p.clone() for p in params]
-    usual = strengths(model, model.cfg)[1] if enabled else 0.0
+    usual = strengths(model, model.cfg)[1]
     for name, p in zip(bits, params):
         clip = getattr(model.cfg, route(name).clip) or usual * SDCLIP_QMAX
         step = sdclip_step(p, bits[name], clip).float().unsqueeze(-1)
@@ -2070,7 +2069,7 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     cfg = model.cfg
     optimizer.loss.zero_()
     wanted = torch.ones(1, 1, device=batch.device)  # every target
-    with on_export_grid(model, qat):
+    with on_export_grid(model) if qat else nullcontext():
         for part in batch.split(micro_rows):
             ids, targets = part[:, :-1].contiguous(), part[:, 1:].contiguous()
             optimizer.add_gradient(ids, targets, wanted, 1 / batch[:, 1:].numel())

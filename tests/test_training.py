@@ -280,7 +280,7 @@ def test_qat_rounds_to_the_exports_grid_and_puts_the_weights_back():
     cfg = tiny_config(matrix_clip_sigmas=9.0, mlp_bits=5, grid="sdclip")
     model = tiny_model(cfg)
     before = weights_of(model)
-    with t.on_export_grid(model, True):
+    with t.on_export_grid(model):
         inside = weights_of(model)
     matrices = t.prepare_matrices(model, cfg, t.UNCALIBRATED, t.Run())
     stored = {name: weight_of(q) for name, q in t.quantize(matrices, 9.0 / 31).items()}
@@ -293,7 +293,7 @@ def test_qat_moves_the_weights_by_the_gradient_of_the_rounded_ones():
     for qat in (True, False):
         model = tiny_model(tiny_config(matrix_bits=3, grid="sdclip"))
         if not qat:
-            with t.on_export_grid(model, True):
+            with t.on_export_grid(model):
                 rounded = list(weights_of(model).values())
             t.copy_all(list(model.parameters()), rounded)
         before = weights_of(model)
