@@ -48,6 +48,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial, wraps
 from itertools import accumulate, groupby
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable, NamedTuple
 
 import numpy as np
@@ -3050,12 +3051,11 @@ def operator(name, fake):
         return made
     return wrap
 
+tl = SimpleNamespace(constexpr="constexpr")  # for annotations; Triton's own once it is imported
+
 @cache
 def triton_kernel(function, **options):
-    """`function` as a Triton kernel, whose names, `tl` too, Triton looks up in this module.
-
-    Until then `tl` does not exist, so the kernels' annotations are text.
-    """
+    """`function` as a Triton kernel; Triton looks up its names, `tl` too, in this module."""
     global tl
     import triton
     import triton.language as tl
@@ -3106,9 +3106,9 @@ CONV_ROWS = 128  # tokens that one program takes
 SIGMOID = ("{ .reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; "  # -log2(e)
            "add.f32 e, e, 0f3F800000; rcp.approx.ftz.f32 $0, e; }")
 
-def conv_heads_kernel(x, weight, tail, q, k, v, dx, dw, T, STRIDE: "tl.constexpr",
-                      HEADS: "tl.constexpr", K: "tl.constexpr", BLOCK: "tl.constexpr",
-                      ROWS: "tl.constexpr", BACKWARD: "tl.constexpr", SIGMOID: "tl.constexpr"):
+def conv_heads_kernel(x, weight, tail, q, k, v, dx, dw, T, STRIDE: tl.constexpr,
+                      HEADS: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr,
+                      ROWS: tl.constexpr, BACKWARD: tl.constexpr, SIGMOID: tl.constexpr):
     """Triton's `conv_heads`, and its gradient (BACKWARD): a program takes rows of one head.
 
     It goes down the rows with the last four in registers, so that each is read once, and loads two
@@ -3208,9 +3208,9 @@ def _launch_conv(proj, taps, tail, heads, dproj=None, dtaps=None):
 NORM_ROWS = 8  # heads of tokens that one program takes at once
 NORM_TILES = 8  # how often: each program adds one row to the weight's gradient
 
-def gated_norm_kernel(o, gate, weight, y, do, dgate, dweight, M, STRIDE: "tl.constexpr",
-                      HEADS: "tl.constexpr", V: "tl.constexpr", BLOCK: "tl.constexpr",
-                      ROWS: "tl.constexpr", TILES: "tl.constexpr", BACKWARD: "tl.constexpr"):
+def gated_norm_kernel(o, gate, weight, y, do, dgate, dweight, M, STRIDE: tl.constexpr,
+                      HEADS: tl.constexpr, V: tl.constexpr, BLOCK: tl.constexpr,
+                      ROWS: tl.constexpr, TILES: tl.constexpr, BACKWARD: tl.constexpr):
     """Triton's `gated_norm`, or with BACKWARD its gradients, the weight's as a row a program."""
     c = tl.arange(0, BLOCK)
     w = tl.load(weight + c, c < V, 0.0)
@@ -3257,9 +3257,9 @@ def _launch_norm(o, proj, norm, y, do=None, dproj=None, dnorm=None):
 
 GATE_ROWS = 64  # tokens that one program takes
 
-def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, STRIDE: "tl.constexpr",
-                 H: "tl.constexpr", WIDTH: "tl.constexpr", BLOCK: "tl.constexpr",
-                 ROWS: "tl.constexpr", BACKWARD: "tl.constexpr"):
+def gates_kernel(logits, A_log, dt_bias, g, beta, dlogits, sums, M, STRIDE: tl.constexpr,
+                 H: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+                 ROWS: tl.constexpr, BACKWARD: tl.constexpr):
     """Triton's g and beta of `gdn`, or with BACKWARD the gradients of what they come from.
 
     Columns are those of proj from the logits on: a, b, and zeros up to WIDTH.
@@ -3412,9 +3412,9 @@ def fuses_mlp(cfg):
     return (cfg.mlp_act == "relu2" and torch.cuda.get_device_capability()[0] == 9
             and cfg.model_dim > MLP_UP[2] and cfg.model_dim % 8 == 0 and width % 8 == 0)
 
-def mlp_product(x, w, r2, out, M, N: "tl.constexpr", K: "tl.constexpr", ROWS: "tl.constexpr",
-                COLUMNS: "tl.constexpr", DEPTH: "tl.constexpr", UP: "tl.constexpr",
-                GROUP: "tl.constexpr", MANY: "tl.constexpr"):
+def mlp_product(x, w, r2, out, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
+                COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UP: tl.constexpr,
+                GROUP: tl.constexpr, MANY: tl.constexpr):
     """Triton's matrix product with the squared relu (UP) or its gradient before the result.
 
     Tiles that run at one time lie in few rows of tiles: x is read from memory once, and the weight
