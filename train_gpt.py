@@ -1657,6 +1657,7 @@ class Adapter:
         self.run = run
         self.chunks = -(-num_targets // cfg.ttt_chunk_tokens)
         self.hints = Hints(num_targets + 1, run.device) if cfg.ttt_tilt else None
+        model.requires_grad_()
         model.blocks[:cfg.ttt_freeze_blocks].requires_grad_(False)
         treatment = {}  # name: (rule, learning rate, decay)
         for name, p in model.named_parameters():
