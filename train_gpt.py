@@ -1978,7 +1978,7 @@ class Optimizer:
             share = -(-n // self.run.world_size)
             X = X[self.run.rank * share:(self.run.rank + 1) * share]
             if self.cfg.muon_row_norm:
-                norm = R ** 0.5 * X.norm(dim=-1, keepdim=True)
+                norm = R ** 0.5 * X.norm(dim=-1, keepdim=True)  # of R such rows
             else:
                 norm = X.norm(dim=(-2, -1), keepdim=True)
             X = newton_schulz(X / norm.clamp_min(1e-7)) * max(1.0, R / C) ** 0.5
@@ -2086,9 +2086,8 @@ TOLERANCE = dict(loss=0.005, gradient=0.15)
 def check_fast_path(model, run, batch):
     """Compare the model as it will train with the plain one: loss and every parameter's gradient.
 
-    batch: (rows, T + 1), a micro-batch.   Both get its first two rows, or of an odd number the
-    first; the fast model gets them repeated to the whole shape.   Kernels do fail silently.
-    Raises GolfError.
+    batch: (rows, T + 1), a micro-batch.   Both get its first two rows (one of an odd number), the
+    fast model repeated to the whole shape.   Kernels do fail silently.   Raises GolfError.
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)

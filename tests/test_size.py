@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPT
 import train_gpt as t
 
 # Of the script without section 10, whose kernels may grow.  Lower a number when it has fallen.
-NUMBERS = dict(lines=3252, bytes=168_702, definitions=217, settings=98)
+NUMBERS = dict(lines=3251, bytes=168_700, definitions=217, settings=98)
 
 LINES = SCRIPT.read_text(encoding="utf-8").splitlines()
 KERNELS = range(LINES.index("# 10. Kernels"), LINES.index("# 11. main"))
