@@ -2080,14 +2080,14 @@ def train_step(model, optimizer, batch, micro_rows, rate, step, qat=False):
     optimizer.step(rate)
     return optimizer.loss
 
-# Relative to float32: bfloat16 rounds each product to 0.4 %, wrong code is off by much more.
-TOLERANCE = dict(loss=0.005, gradient=0.15)
+# Relative to float32; bfloat16 alone had up to 0.17 in vectors, sums over all tokens.
+TOLERANCE = dict(loss=0.005, matrix=0.15, vector=0.4)
 
 def check_fast_path(model, run, batch):
-    """Compare the model as it will train with the plain one: loss and every parameter's gradient.
+    """Compare the model as it will train with the plain one: loss and every gradient.
 
     batch: (rows, T + 1), a micro-batch.   Both get its first two rows (one of an odd number), the
-    fast model repeated to the whole shape.   Kernels do fail silently.   Raises GolfError.
+    fast model repeated to the whole shape.   Raises GolfError.
     """
     cfg = model.cfg
     rng = torch.Generator().manual_seed(cfg.seed)
@@ -2106,15 +2106,15 @@ def check_fast_path(model, run, batch):
         found.append([optimizer.loss, *optimizer.grads])
     errors = [(x - y).norm() / y.norm().clamp_min(1e-12) for x, y in zip(*found)]
     loss_error, *errors = torch.stack(errors).nan_to_num(nan=math.inf).tolist()
-    errors = dict(zip(optimizer.names, errors))
-    worst = max(errors, key=errors.get)
-    run.log("fast_path", loss_error=f"{loss_error:.6f}", worst_gradient=f"{errors[worst]:.4f}",
+    most = [TOLERANCE["matrix" if p.dim() > 1 else "vector"] for p in optimizer.params]
+    excess, worst, error = max(zip(np.divide(errors, most), optimizer.names, errors))
+    run.log("fast_path", loss_error=f"{loss_error:.6f}", worst_gradient=f"{error:.4f}",
             parameter=worst)
-    if loss_error > TOLERANCE["loss"] or errors[worst] > TOLERANCE["gradient"]:
+    if loss_error > TOLERANCE["loss"] or excess > 1:
         raise GolfError(f"KERNEL={cfg.kernel} COMPILE={cfg.compile}: the fast path's loss differs "
-                        f"by {loss_error:.4f} and the gradient of {worst} by {errors[worst]:.4f} "
-                        f"from the reference (at most {TOLERANCE}); pytest -m gpu tells which "
-                        "kernel is wrong; set KERNEL or COMPILE=0, or another torch")
+                        f"by {loss_error:.4f} and the gradient of {worst} by {error:.4f} "
+                        f"from the reference (at most {TOLERANCE}); pytest -m gpu finds the "
+                        "wrong kernel; set KERNEL, COMPILE=0 or another torch")
 
 def warm_up(model, cfg, run, micro_rows):
     """Compile and tune all that training runs, on synthetic tokens; the weights are put back."""

@@ -7,6 +7,7 @@ After an intended change of the model or the optimizer: python tests/test_traini
 import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -321,6 +322,19 @@ def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, cap
         t.check_fast_path(fast, t.Run(), fixed_batch(model.cfg)[:2])
     t.check_fast_path(model, t.Run(), fixed_batch(model.cfg)[:2])
     assert "fast_path loss_error:0.000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument, factor, passes", [
+    ("conv", 1.1, True), ("conv", 1.2, False), ("A_log", 1.2, True), ("A_log", 1.5, False)])
+def test_check_of_the_fast_path_allows_vectors_more_rounding(argument, factor, passes):
+    def gdn(proj, taps, A_log, *rest):
+        def scaled(x, name):  # x, with `factor` times its gradient
+            return x * factor + (x - x * factor).detach() if name == argument else x
+        return t.gdn(proj, scaled(taps, "conv"), scaled(A_log, "A_log"), *rest)
+
+    model = t.LM(tiny_config(), t.REFERENCE._replace(gdn=gdn))
+    with nullcontext() if passes else pytest.raises(t.GolfError, match=argument):
+        t.check_fast_path(t.init_weights(model, 1), t.Run(), fixed_batch(model.cfg)[:2])
 
 
 @pytest.fixture
