@@ -71,8 +71,8 @@ class GolfError(ValueError):
 def knob(default, help, low=1 - 2**31, high=2**31 - 1, group=""):
     """A field of Config: default, help text (units in brackets), its limits, title of its group.
 
-    low, high: of a number, both included; for text, low may list the allowed words.  The default is
-    allowed besides.
+    low, high: inclusive limits of a number; for text, low may list the allowed words.  The default
+    is always allowed.
     """
     help += f" ({low})" if isinstance(low, str) else ""
     return field(default=default, metadata=dict(help=help, low=low, high=high, group=group))
@@ -111,7 +111,7 @@ class Config:
     mlp_mult: float = knob(4.0, "MLP width over D", 0.25, 64)
     mlp_act: str = knob("relu2", "the leaky one has slope 0.5 below zero", "relu2 leaky_relu2")
     unet: bool = knob(False, "1: U-Net skips from the first half of the layers to the second")
-    xsa_layers: int = knob(0, "last attention layers without the part along the own value", 0)
+    xsa_layers: int = knob(0, "last attention layers, whose output loses its part along v", 0)
     ngram_buckets: int = knob(0, "rows of the hashed n-gram embedding; 0 = none", 0, 1 << 24)
     ngram_dim: int = knob(112, "columns of that table", 1, 1 << 16)
     ngram_order: int = knob(3, "2: bigrams; 3: trigrams too, in the same table", 2, 3)
@@ -139,7 +139,7 @@ class Config:
     beta1: float = knob(0.9, "AdamW first-moment decay", 0, 0.9999)
     beta2: float = knob(0.95, "AdamW second-moment decay", 0, 0.99999)
     grad_clip_norm: float = knob(0.3, "global gradient norm is clipped to this; 0 = off", 0)
-    ema_decay: float = knob(0.995, "of the weights' average, less at first; 0 = off", 0, 0.99999)
+    ema_decay: float = knob(0.995, "decay of the weights' EMA, less at first; 0 = off", 0, 0.99999)
     average_every: int = knob(0, "in the warm-down, average every Nth step instead; 0 = EMA", 0)
     qat_frac: float = knob(0.0, "last part of the run, with weights rounded (late QAT)", 0, 1)
 
@@ -150,7 +150,7 @@ class Config:
 
     grid: str = knob("rate", "quantization steps: rate = by each weight's effect on the loss; "
                      "sdclip = by the row's standard deviation", "rate sdclip", group="export")
-    matrix_bits: int = knob(6, "bits of a matrix weight (bits, clips: for GRID=sdclip)", 2, 8)
+    matrix_bits: int = knob(6, "bits of a matrix weight, for GRID=sdclip", 2, 8)
     mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", 2, 8)
     embed_bits: int = knob(8, "bits of embedding, n-gram table and gate projections", 2, 8)
     sandwich_bits: int = knob(0, "least bits of the last block's matrices; 0 = as others", 2, 8)
@@ -158,7 +158,7 @@ class Config:
     float_matrices: int = knob(0, "N matrices of most relative error a weight stay float16", 0)
     control_bits: int = knob(0, "8: other tensors of over 64 values as int8; 0: float16", 8, 8)
     matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [std]; 0 = fit CAP_BYTES", 1)
-    embed_clip_sigmas: float = knob(20.0, "row clip of the tensors of EMBED_BITS", 1)
+    embed_clip_sigmas: float = knob(20.0, "row clip of the tensors of EMBED_BITS [std]", 1)
     gptq_enabled: bool = knob(True, "1: GPTQ by training text; 0: round to nearest, GRID=sdclip")
     gptq_calibration_batches: int = knob(64, "batches of 8 rows for the Hessians", 1)
     gptq_reserve_seconds: float = knob(4.0, "training clock kept for the Hessians [s]", 0)
@@ -229,7 +229,8 @@ class Config:
              "be 0 with DETERMINISTIC=1; use ITERATIONS")
         must("resume", self.resume != "auto" or self.run_id, "come with RUN_ID, the run's name")
         must("resume", not (self.resume and self.artifact), "be empty: ARTIFACT is only scored")
-        must("qat_frac", self.qat_frac == 0 or self.grid == "sdclip", "be 0 unless GRID=sdclip")
+        for name in "qat_frac", "mlp_bits", "sandwich_bits", "frequent_rows", "matrix_clip_sigmas":
+            must(name, not getattr(self, name) or self.grid == "sdclip", "be 0 unless GRID=sdclip")
         must("frequent_rows", self.frequent_rows == 0 or self.gptq_enabled,
              "be 0 unless GPTQ_ENABLED=1, whose calibration counts the tokens")
 
@@ -243,8 +244,8 @@ class Config:
             if near or any(f"_{word}_" in f"_{name}_" for word in OUR_WORDS):
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
-        if env.get("EVAL_ONLY", "0") == "1" and not env.get("ARTIFACT"):
-            raise GolfError("EVAL_ONLY=1: needs ARTIFACT, an artifact's path")
+        if env.get("EVAL_ONLY", "0") not in ("", "0") and not env.get("ARTIFACT"):
+            raise GolfError(f"EVAL_ONLY={env['EVAL_ONLY']}: needs ARTIFACT, an artifact's path")
         values = {}
         presets = env.get("PRESET", "").replace(" ", "")
         for preset in presets.split(",") if presets else ():
@@ -833,7 +834,7 @@ class Loader:
 # --------------------------------------------------------------------------------------------------
 # First the operations that take the time, in plain PyTorch: they define what the model
 # computes, run on the CPU, and are what the fast versions of section 10 are checked against.  Then
-# the modules and one LM with one forward for training, evaluation and calibration.
+# the modules and one LM, whose `features` training, evaluation and calibration share.
 #
 # A forward from the state that an earlier one returned computes what one pass over both texts
 # would.  Weights are float32; activations bfloat16 with fast kernels.
@@ -1180,16 +1181,14 @@ class Attention(nn.Module):
         stay exact.
         """
         T = x.shape[1]
-        D = self.cfg.model_dim
-        d = D // self.cfg.num_heads
+        H, Hk = self.cfg.num_heads, self.cfg.num_kv_heads
         qkv = linear(x, self.q_proj, self.kv.k_proj, self.kv.v_proj)
-        kv_rows = (qkv.shape[-1] - D) // 2
-        q, k, v = [y.unflatten(-1, (-1, d)) for y in qkv.split([D, kv_rows, kv_rows], -1)]
+        q, k, v = qkv.unflatten(-1, (H + 2 * Hk, -1)).split([H, Hk, Hk], 2)
         q, k = rms_norm(q), rms_norm(k)
         if state is not None:
             k, v = [torch.cat([old, new], 1) for old, new in zip(state, (k, v))]
         S = k.shape[1]
-        table = rotary_table(S, self.cfg.rope_base, d, x.dtype, x.device)
+        table = rotary_table(S, self.cfg.rope_base, q.shape[-1], x.dtype, x.device)
         q = rotary(q, table[:, S - T:]) * gain.to(x.dtype)[:, None]
         o = self.ops.attention(q, rotary(k, table), v, self.window)
         if xsa:
@@ -1307,7 +1306,7 @@ class LM(nn.Module):
         for i, block in enumerate(self.blocks):
             skip = ()
             if self.cfg.unet and i >= len(self.blocks) - half:  # the last block meets the first
-                skip = skips.pop(), self.skip_scale[half - len(skips) - 1]
+                skip = skips.pop(), self.skip_scale[i - len(self.blocks)]
             x, layer_state = block(x, x0, state[1 + i], *skip)
             after.append(layer_state)
             if self.cfg.unet and i < half:
@@ -1490,8 +1489,9 @@ class Scorer:
     def score(self, parts, carry):
         """Score consecutive parts (start, end, score_from) side by side, into `scores`.
 
-        carry: a part is run in segments that hand on the state; when adapting it is one chunk and
-        begins with the last chunk's.   Else a part is one pass.   Batches 1, 4, 16, ... are probed.
+        carry: a part is run in segments, each from the state of the one before; when adapting,
+        there is one part, the chunk, from the last chunk's state.   Else a part is one forward.
+        Batches 1, 4, 16, ... are probed.
         """
         cfg, total = self.model.cfg, len(self.text) - 1
         size = cfg.eval_batch_tokens // cfg.train_seq_len
@@ -1673,9 +1673,9 @@ class Adapter:
         # A chunk's gradient is already summed over ranks when it steps: one rank is enough.
         self.optimizer = Optimizer(model, treatment, Run(device=run.device), cfg.ttt_grad_clip,
                                    cfg.ttt_momentum, COMPILING[0])
-        self.weights = self.optimizer.weights  # flat, what scores
+        self.weights = self.optimizer.weights  # flat, used for scoring
         self.base = self.weights.clone()
-        self.raw = self.weights.clone() if cfg.ttt_ema else None  # newest, while the average scores
+        self.raw = self.weights.clone() if cfg.ttt_ema else None  # where training goes on
         self.pending = []  # scored chunks of a phase, not trained on yet
         self.seen = self.calls = 0  # targets handed over, by how many calls
         self.epochs, self.epochs_done = cfg.ttt_epochs, 0
@@ -2289,7 +2289,7 @@ def train(model, data, cfg, run, saved):
         raise KeyboardInterrupt(f"stopped by {stop} at step {job.step}; {how_to_go_on}")
     return train_s, calibration
 
-MAX_BAD_STEPS = 10  # skipped steps, of gradients that are not finite, that a run survives
+MAX_BAD_STEPS = 10  # a run survives so many steps skipped for a gradient that is not finite
 
 def train_loop(job, data, micro_rows):
     """Steps until the clock or ITERATIONS end them: the job is trained; or until a signal does."""
@@ -2369,7 +2369,7 @@ CALIBRATION_ROWS = 8  # rows of one calibration batch
 def calibrate(model, loader, cfg, run, clock):
     """The Calibration by the next training rows, inside the training clock.
 
-    Each rank takes its part of every batch, so that the rows depend on the number of ranks.
+    Each rank takes its part of every batch: which rows are used depends on the ranks.
     """
     if not cfg.gptq_enabled:
         return UNCALIBRATED
@@ -2711,15 +2711,14 @@ def rans_frequencies(counts):
     freq[np.arange(len(freq)), freq.argmax(1)] += np.where(counts.any(1), whole - freq.sum(1), 0)
     return freq.astype(np.uint16)
 
-def rans_encode(symbols, classes, freq):
-    """Code symbols uint8 (n,) of classes uint8 (n,) by freq (K, 256): the states, then words."""
-    lanes = max(1, min(RANS_LANES, len(symbols) >> 12))
+def rans_encode(keys, freq):
+    """Code symbols by freq (K, 256); keys: 256 * class + symbol (n,).  The states, then words."""
+    lanes = max(1, min(RANS_LANES, len(keys) >> 12))
     start = (np.cumsum(freq, 1, dtype=np.uint32) - freq).ravel().astype(np.uint64)
     freq = freq.ravel().astype(np.uint64)
-    keys = classes.astype(np.int32) << 8 | symbols
     states = np.full(lanes, RANS_LOW, np.uint64)
     words = []
-    for i in reversed(range(0, len(symbols), lanes)):
+    for i in reversed(range(0, len(keys), lanes)):
         key = keys[i:i + lanes]
         x = states[:len(key)]
         f = freq[key]
@@ -2818,7 +2817,7 @@ def rans_pack(integers):
     counts = np.bincount(keys, minlength=RANS_CLASSES << 8).reshape(RANS_CLASSES, 256)
     freq = rans_frequencies(counts)
     sides = b"".join(rows.tobytes() + columns.tobytes() for rows, columns in parts)
-    return sides, freq.astype("<u2").tobytes(), rans_encode(symbols, classes, freq)
+    return sides, freq.astype("<u2").tobytes(), rans_encode(keys, freq)
 
 def read_artifact(source, cfg=None):
     """Bytes, header (dict) and payload of an artifact, a file name or its bytes; or GolfError.
@@ -2898,7 +2897,7 @@ def load_artifact(path, ops=lambda cfg: REFERENCE, device="cpu", base=None):
     try:
         stored = {f.name: type(f.default)(header["config"][f.name]) for f in fields(Config)
                   if f.name in STORED_FIELDS}
-        cfg = replace(base, **stored, train_batch_tokens=0, micro_batch_tokens=0)
+        cfg = replace(base, **stored, train_batch_tokens=0)
         with torch.device("meta"):
             model = LM(cfg)
         count = sum(p.numel() for p in model.parameters())
@@ -3410,7 +3409,7 @@ def fuses_mlp(cfg):
     """
     width = int(cfg.mlp_mult * cfg.model_dim)
     return (cfg.mlp_act == "relu2" and torch.cuda.get_device_capability()[0] == 9
-            and cfg.model_dim > MLP_UP[2] and cfg.model_dim % 8 == 0 and width % 8 == 0)
+            and cfg.model_dim > MLP_UP[2] and width % 8 == 0)
 
 def mlp_product(x, w, r2, out, M, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
                 COLUMNS: tl.constexpr, DEPTH: tl.constexpr, UP: tl.constexpr,
@@ -3663,7 +3662,7 @@ def evaluate_artifact(blob, data, cfg, run):
     total = len(data.val) - 1
     results = {}
     in_order = True
-    # Forward passes of a target on one rank; of ttt, whose training ranks share, at most.
+    # Forward passes over the text on one rank; for ttt at most, since ranks share its training.
     passes = dict.fromkeys(methods, 1 / run.world_size)
     passes |= {"sliding": cfg.train_seq_len / cfg.eval_stride / run.world_size,
                "ttt": 1 + 3 * cfg.ttt_epochs}

@@ -78,8 +78,10 @@ def test_boolean_setting_is_0_or_1_alone():
     ("GPTQ_RESERVE_SECONDS=9 MAX_WALLCLOCK_SECONDS=9", "MAX_WALLCLOCK_SECONDS=9"),
     ("MAX_WALLCLOCK_SECONDS=600 DETERMINISTIC=1", "DETERMINISTIC=1"), ("RESUME=auto", "RUN_ID"),
     ("RESUME=x ARTIFACT=a", "ARTIFACT"), ("QAT_FRAC=0.1", "GRID=sdclip"),
-    ("FREQUENT_ROWS=9 GPTQ_ENABLED=0", "GPTQ_ENABLED=1"),
-    ("EVAL_ONLY=1", "ARTIFACT")])
+    ("MLP_BITS=5", "GRID=sdclip"), ("SANDWICH_BITS=8", "GRID=sdclip"),
+    ("MATRIX_CLIP_SIGMAS=12", "GRID=sdclip"), ("FREQUENT_ROWS=9", "GRID=sdclip"),
+    ("FREQUENT_ROWS=9 GPTQ_ENABLED=0 GRID=sdclip", "GPTQ_ENABLED=1"),
+    ("EVAL_ONLY=1", "ARTIFACT"), ("EVAL_ONLY=true", "ARTIFACT")])
 def test_contradicting_settings_are_refused(text, other):
     message = fault(**dict(pair.split("=") for pair in text.split()))
     assert message.startswith(text.split()[0] + ": ") and other in message
