@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, fixed_data, tiny_config, tiny_model
 from test_model import dense_attention, normal, random_ids, results_and_gradients
-from test_training import with_wrong
 
 import train_gpt as t
 
@@ -228,20 +227,6 @@ def test_cuda_gdn_equals_the_reference(kernel, H, K, T):
 
 @gpu
 @pytest.mark.parametrize("kernel, H, K", GDN_CASES)
-def test_cuda_gdn_in_parts_equals_one_pass(kernel, H, K):
-    x = gdn_inputs(301, H, K, "cuda", torch.bfloat16)
-    want = t.gdn(**in_double(x))
-    proj, tail, state = x.pop("proj"), x.pop("tail"), x.pop("state")
-    out = []
-    for part in proj.split([37, 64, 1, 199], 1):
-        y, state = t.fast_gdn(part, tail=tail, state=state, **x, kernel=kernel)
-        tail = torch.cat([tail, part[..., :tail.shape[-1]]], 1)[:, -3:]
-        out.append(y)
-    assert_near(dict(y=torch.cat(out, 1), state=state), dict(y=want[0], state=want[1]))
-
-
-@gpu
-@pytest.mark.parametrize("kernel, H, K", GDN_CASES)
 def test_cuda_gdn_repeats_bit_for_bit_and_survives_strong_decay(kernel, H, K):
     for decay in (0.0, 3.0):
         x = gdn_inputs(513, H, K, "cuda", torch.bfloat16, decay=decay)
@@ -338,13 +323,8 @@ def operation_results(name, shape, fast=True):
 def test_cuda_operation_equals_the_reference(name, shape):
     got, want = [operation_results(name, shape, fast) for fast in (True, False)]
     assert_near(got, want)
-
-
-@HOPPER
-@gpu
-def test_cuda_mlp_repeats_bit_for_bit():
-    a, b = [operation_results("mlp", (20_001, 128, 264)) for _ in range(2)]
-    assert all(torch.equal(a[part], b[part]) for part in a)
+    if name == "mlp":  # bit for bit the same again
+        assert_same(operation_results(name, shape), got)
 
 
 @HOPPER
@@ -398,17 +378,6 @@ def test_cuda_preset_passes_the_check_of_the_fast_path(env):
     model = t.init_weights(t.LM(cfg, t.fast_ops(cfg, run)), cfg.seed).cuda()
     ids = torch.randint(cfg.vocab_size, (2, cfg.train_seq_len + 1), dtype=torch.int32)
     t.check_fast_path(model, run, ids.cuda())
-
-
-@gpu
-@pytest.mark.parametrize("operation", t.Ops._fields[:3])
-def test_cuda_wrong_kernel_fails_the_check_of_the_fast_path(operation):
-    model = gpu_model(compile="0")
-    wrong_model = t.LM(model.cfg, with_wrong(model.ops, operation)).cuda()
-    wrong_model.load_state_dict(model.state_dict())
-    ids = random_ids(2, model.cfg.train_seq_len + 1).int().cuda()
-    with pytest.raises(t.GolfError, match="the fast path's loss differs"):
-        t.check_fast_path(wrong_model, t.Run(device="cuda:0"), ids)
 
 
 @gpu

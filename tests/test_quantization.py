@@ -129,7 +129,6 @@ def test_calibration_ends_inside_the_clock(calibrated):
     model, batches, _ = calibrated
     cfg = replace(model.cfg, max_wallclock_seconds=10.0, gptq_calibration_batches=20)
     seen = []
-
     clock = SimpleNamespace(elapsed=lambda: 8.8 + 0.1 * len(seen))
 
     def loader():
@@ -145,14 +144,6 @@ def matrices_of(model, calibration, run=None, **settings):
     """{name: Matrix} of this rank."""
     cfg = replace(model.cfg, **settings)
     return {m.name: m for m in t.prepare_matrices(model, cfg, calibration, run or t.Run())}
-
-
-def quantized(model, calibration, strength, **settings):
-    """{name: Quantized} of the whole model."""
-    matrices = list(matrices_of(model, calibration, **settings).values())
-    weights = sum(m.W.numel() for m in matrices)
-    unit = math.exp(sum(m.log_step for m in matrices) / weights)
-    return t.quantize(matrices, strength / unit)
 
 
 @pytest.mark.parametrize("name, bits, clip", [
@@ -181,20 +172,18 @@ def test_rate_step_is_inverse_to_a_rows_effect_on_the_loss(calibrated):
     assert columns.shape == (64,)
 
 
-@pytest.mark.parametrize("strength", [0.01, 0.3, 8.0])
-def test_rate_grid_stays_within_int8_at_any_strength(calibrated, strength):
-    model, _, calibration = calibrated
-    for name, q in quantized(model, calibration, strength, grid="rate").items():
-        assert int(q.Q.int().abs().max()) <= 127 and weight_of(q).isfinite().all(), name
-
-
-@pytest.mark.parametrize("grid, strength", [("rate", 0.02), ("sdclip", 0.25)])
-def test_quantized_matrix_stands_for_the_weight_in_its_own_order(calibrated, grid, strength):
+@pytest.mark.parametrize("grid, strength, error", [
+    ("rate", 0.01, 0.1), ("rate", 0.02, 0.1), ("rate", 0.3, 0.5), ("rate", 8.0, 3.0),
+    ("sdclip", 0.25, 0.1)])
+def test_quantized_matrix_stands_for_the_weight_in_its_own_order(calibrated, grid, strength, error):
     """Columns are rounded in another order, which must be undone."""
     model, _, calibration = calibrated
-    for name, q in quantized(model, calibration, strength, grid=grid, matrix_bits=8).items():
+    matrices = list(matrices_of(model, calibration, grid=grid, matrix_bits=8).values())
+    weights = sum(m.W.numel() for m in matrices)
+    unit = math.exp(sum(m.log_step for m in matrices) / weights)
+    for name, q in t.quantize(matrices, strength / unit).items():
         W = model.get_parameter(name).detach()
-        assert (weight_of(q) - W).norm() < 0.1 * W.norm(), name
+        assert (weight_of(q) - W).norm() < error * W.norm(), name
         assert int(q.Q.int().abs().max()) <= 127, name
 
 
