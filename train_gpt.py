@@ -3,6 +3,7 @@
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention
 layers, Muon [2] + AdamW, quantized weights in a file that has, with this script, at most 16,000,000
 bytes, scored in bits per byte on every token of the validation split, exactly once.
+1.0911 +- 0.0021 on another corpus than FineWeb: three seeds, 150 s on one H200 (logs/record).
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
@@ -486,7 +487,7 @@ class Run:
         """Peak memory [MiB]: on CUDA torch's since it began anew, on the CPU the process's."""
         if not self.on_cuda:
             with suppress(ImportError):
-                import resource  # POSIX only
+                import resource
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 return peak // (2**20 if sys.platform == "darwin" else 1024)  # macOS: bytes
             return 0
@@ -3623,7 +3624,7 @@ def make_artifact(data, cfg, run):
 def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
     run.synchronize()
-    run.peak_memory_mib()  # begin anew
+    run.peak_memory_mib()
     began = adapter.began if adapter else time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapter, run, probing=True)
     seconds = run.broadcast(time.perf_counter() - began)
@@ -3640,7 +3641,7 @@ def warm_up_evaluation(model, method, num_targets, table, run):
     sizes = {"ttt": (1 + 2 * cfg.ttt_phase_chunks) * cfg.ttt_chunk_tokens, "exact": num_targets}
     size = min(num_targets, sizes.get(method, cfg.eval_batch_tokens * run.world_size))
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, size + 1).astype(np.uint16)
-    table = table._replace(sidecar=None)  # which belongs to the real text
+    table = table._replace(sidecar=None)
     adapter = Adapter(model, num_targets, run) if method == "ttt" else None
     run.log("warm_up", compile=int(COMPILING[0]), evaluation=method)
     run.quiet = True
@@ -3707,7 +3708,6 @@ def report(outcome, artifact_bytes, train_s, file, data, run):
     holds = all(run.gather(all(checks.values())))
     clock_s = (cfg.max_wallclock_seconds or train_s) if train_s else 0.0
     looser = cfg.cap_bytes > CAP_BYTES or max(clock_s, cfg.eval_budget_seconds) > LIMIT_S
-    # A holdout is for choosing settings.
     passed = "other_limits" if looser else "ok"
     passed = "holdout" if cfg.holdout_tokens else passed
     verdict = passed if holds else "fail"

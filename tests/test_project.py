@@ -1,11 +1,14 @@
 """The files around the script: pyproject.toml, the workflow and the formatted folder."""
 
+import json
 import re
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT
+
+import train_gpt as t
 
 
 def requirements(name):
@@ -22,6 +25,11 @@ def test_project_table_has_the_requirements_files():
     assert sorted(extras["test"]) == requirements("tests/requirements.txt")
     command = re.search(r"^pip install (flash-qla.*)$", (ROOT / "README.md").read_text(), re.M)[1]
     assert extras["hopper"] == command.replace('"', "").split()
+
+
+def test_the_scripts_header_has_the_result_of_the_submission():
+    result = json.loads((ROOT / "submission.json").read_text())
+    assert f"{result['val_bpb']:.4f} +- {result['val_bpb_std']:.4f} on" in t.__doc__
 
 
 def test_the_workflow_runs_what_contributors_run():
