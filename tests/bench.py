@@ -8,7 +8,9 @@ Settings are train_gpt.py's environment variables.  The first form times steps o
 profiles one more, and prints each group of kernels beside three floors: its FLOPs alone; "today",
 every kernel reading its inputs and writing its outputs once; "ideal", in which only products, the
 delta rule and attention touch memory.  The second form runs both scripts from the command line
-under one environment and compares the tok_s of their logs; REV is a commit or a train_gpt.py.
+under one environment, which must name data (DATA_PATH=data/sample VOCAB_SIZE=1024
+TOKENIZER_PATH=data/sample/corpus_1024_bpe.model), and compares the tok_s of their logs; REV is a
+commit or a train_gpt.py.
 """
 
 import argparse
