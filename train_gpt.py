@@ -160,7 +160,7 @@ class Config:
     control_bits: int = knob(0, "8: other tensors of over 64 values as int8; 0: float16", 8, 8)
     matrix_clip_sigmas: float = knob(0.0, "row clip of matrices [std]; 0 = fit CAP_BYTES", 1)
     embed_clip_sigmas: float = knob(20.0, "row clip of the tensors of EMBED_BITS [std]", 1)
-    gptq_enabled: bool = knob(True, "1: GPTQ by training text; 0: round to nearest, GRID=sdclip")
+    gptq_enabled: bool = knob(True, "1: GPTQ by training text; 0: round to nearest, as GRID=sdclip")
     gptq_calibration_batches: int = knob(64, "batches of 8 rows for the Hessians", 1)
     gptq_reserve_seconds: float = knob(4.0, "training clock kept for the Hessians [s]", 0)
     gptq_token_power: float = knob(0.0, "weight each token by its frequency ** -power", 0, 1)
@@ -246,7 +246,7 @@ class Config:
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise GolfError(f"{name}: unknown setting{hint} (--help lists them all)")
         if env.get("EVAL_ONLY", "0") not in ("", "0") and not env.get("ARTIFACT"):
-            raise GolfError(f"EVAL_ONLY={env['EVAL_ONLY']}: needs ARTIFACT, an artifact's path")
+            raise GolfError("EVAL_ONLY: needs ARTIFACT, an artifact's path")
         values = {}
         presets = env.get("PRESET", "").replace(" ", "")
         for preset in presets.split(",") if presets else ():

@@ -324,6 +324,15 @@ def test_a_wrong_operation_alone_fails_the_check_of_the_fast_path(operation, cap
     assert "fast_path loss_error:0.000" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("off", [0.1, float("nan")])
+def test_a_wrong_loss_alone_fails_the_check_of_the_fast_path(off):
+    model = tiny_model(tiny_config())
+    right = model.embed.nll
+    model.embed.nll = lambda *rest: right(*rest) + off
+    with pytest.raises(t.GolfError, match="the fast path's loss"):
+        t.check_fast_path(model, t.Run(), fixed_batch(model.cfg)[:2])
+
+
 @pytest.mark.parametrize("argument, factor, passes", [
     ("conv", 1.1, True), ("conv", 1.2, False), ("A_log", 1.2, True), ("A_log", 1.5, False)])
 def test_check_of_the_fast_path_allows_vectors_more_rounding(argument, factor, passes):
