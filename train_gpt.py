@@ -3,7 +3,7 @@
 Gated DeltaNet layers [1] (linear time, a recurrent state) with a few sliding-window attention
 layers, Muon [2] + AdamW, quantized weights in a file that has, with this script, at most 16,000,000
 bytes, scored in bits per byte on every token of the validation split, exactly once.
-1.0911 +- 0.0021 on another corpus than FineWeb: three seeds, 150 s on one H200 (logs/record).
+1.0911 +- 0.0021 on text other than FineWeb: 3 seeds, 150 s on an H200 (logs/record).
 
 Run:  torchrun --standalone --nproc_per_node=8 train_gpt.py     8 GPUs, the record run
       python train_gpt.py                                       1 GPU
@@ -151,7 +151,7 @@ class Config:
 
     grid: str = knob("rate", "quantization steps: rate = by each weight's effect on the loss; "
                      "sdclip = by the row's standard deviation", "rate sdclip", group="export")
-    matrix_bits: int = knob(6, "bits of a matrix weight, for GRID=sdclip", 2, 8)
+    matrix_bits: int = knob(6, "bits of a matrix weight (all bits: for GRID=sdclip)", 2, 8)
     mlp_bits: int = knob(0, "bits of an MLP weight; 0 = MATRIX_BITS", 2, 8)
     embed_bits: int = knob(8, "bits of embedding, n-gram table and gate projections", 2, 8)
     sandwich_bits: int = knob(0, "least bits of the last block's matrices; 0 = as others", 2, 8)
@@ -487,7 +487,7 @@ class Run:
         """Peak memory [MiB]: on CUDA torch's since it began anew, on the CPU the process's."""
         if not self.on_cuda:
             with suppress(ImportError):
-                import resource
+                import resource  # POSIX
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 return peak // (2**20 if sys.platform == "darwin" else 1024)  # macOS: bytes
             return 0
@@ -3624,7 +3624,7 @@ def make_artifact(data, cfg, run):
 def timed_evaluation(event, model, data, method, run, adapter=None, **facts):
     """Evaluate by `method`, print the event's line: the Ledger and the seconds it took."""
     run.synchronize()
-    run.peak_memory_mib()
+    run.peak_memory_mib()  # begin anew
     began = adapter.began if adapter else time.perf_counter()
     ledger = evaluate(model, data.val, data.table, method, adapter, run, probing=True)
     seconds = run.broadcast(time.perf_counter() - began)
